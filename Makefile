@@ -1,0 +1,28 @@
+# `make demo` and `make test` do all the set-up themselves: a .venv with requirements.txt in it.
+# The Python is the first of these that runs and is 3.11, 3.12 or 3.13; or say make PYTHON=...
+CANDIDATES := python3 python3.13 python3.12 python3.11 python
+IN_RANGE := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for python in $(CANDIDATES); do \
+	if $$python -c '$(IN_RANGE)' 2>/dev/null; then echo $$python; break; fi; done)
+BIN := .venv/bin
+
+.PHONY: demo test lint soak clean
+
+demo: .venv/installed
+	$(BIN)/python -m experiments.demo --output=runs/demo
+
+test: .venv/installed
+	$(BIN)/python -m pytest -n 2 --dist=worksteal tests
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+
+.venv/installed: requirements.txt
+	@test -n "$(PYTHON)" || { echo "needs Python 3.11, 3.12 or 3.13 as one of: $(CANDIDATES);" \
+		"or say make PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv .jax_cache runs

@@ -1,0 +1,1 @@
+"""Train to the same curve in fewer updates: grow the batch where others decay the rate."""

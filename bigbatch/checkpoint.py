@@ -1,0 +1,168 @@
+"""Checkpoints that are whole or not used: Orbax's arrays, what they belong to, and checksums.
+
+A checkpoint is a folder `checkpoints/<examples seen>` with `state/` (Orbax), `run.json` (position,
+config, phase table, versions) and, written last, `checksums.json`. It takes its name only when all
+of it is there; until then the folder ends in `.unfinished`.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from orbax.checkpoint.experimental import v1 as ocp
+
+from bigbatch.metrics import replace_text
+
+CHECKSUMS = "checksums.json"
+UNFINISHED = ".unfinished"
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; names its folder and the last good one."""
+
+
+class Found(NamedTuple):
+    """The newest whole checkpoint, and what is wrong with newer ones."""
+
+    path: Path | None
+    run: dict[str, Any]  # run.json; {} without a checkpoint
+    faults: list[str]
+
+
+def folder(workdir: Path, examples_seen: int) -> Path:
+    """Where the checkpoint at `examples_seen` lies; names sort by position."""
+    return workdir / "checkpoints" / f"{examples_seen:015d}"
+
+
+def finished(workdir: Path) -> list[Path]:
+    """The checkpoints that got their name, oldest first, whole or not."""
+    names = (workdir / "checkpoints").glob("*")
+    return sorted(path for path in names if path.name.isdigit() and path.is_dir())
+
+
+def find_newest(workdir: Path) -> Found:
+    """The newest checkpoint whose every file has the checksum it was written with.
+
+    Raises:
+        ValueError: if there are checkpoints and none is whole. Nothing is deleted.
+    """
+    faults = []
+    for path in reversed(finished(workdir)):
+        wrong = faults_of(path)
+        if not wrong:
+            run = json.loads((path / "run.json").read_text(encoding="utf-8"))
+            return Found(path, run, faults)
+        faults += wrong
+    if faults:
+        raise ValueError(
+            "no checkpoint is whole, so the run cannot continue (nothing was deleted; restore a "
+            "copy, or start anew in another workdir): " + "; ".join(faults)
+        )
+    return Found(None, {}, [])
+
+
+def faults_of(path: Path) -> list[str]:
+    """What is wrong with a checkpoint's files, one text a file; empty for a whole one."""
+    try:
+        listed = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
+        files = listed["files"]
+        if listed["of_this_list"] != _digest_text(files):
+            raise ValueError
+    except FileNotFoundError:
+        return [f"{path / CHECKSUMS} is missing"]
+    except (ValueError, KeyError, TypeError):
+        return [f"{path / CHECKSUMS} is damaged"]
+    faults = []
+    for name, digest in files.items():
+        file = path / name
+        if not file.is_file():
+            faults.append(f"{file} is missing")
+        elif _digest(file) != digest:
+            faults.append(f"{file} is damaged (its checksum differs)")
+    return faults
+
+
+def restore(path: Path, like: Any) -> Any:
+    """The state saved in `path`, laid out as the arrays (or their shapes and shardings) `like`."""
+    return ocp.load(path / "state", like)
+
+
+def save(
+    workdir: Path, state: Any, run: Mapping[str, Any], keep: int, boundaries: set[int]
+) -> Future:
+    """Starts saving `state`; returns once it is copied, and a future that ends with the commit.
+
+    Args:
+        workdir: of the run.
+        state: a tree of arrays, the same on every process.
+        run: what goes into run.json; `examples_seen` names the checkpoint.
+        keep: so many of the newest stay when the new one is committed.
+        boundaries: positions (examples seen) whose checkpoints stay too.
+
+    Raises:
+        SaveError: from the future as well as from here.
+    """
+    path = folder(workdir, run["examples_seen"])
+    unfinished = path.with_name(path.name + UNFINISHED)
+    try:
+        if jax.process_index() == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        writing = ocp.save_async(unfinished / "state", state)
+    except Exception as error:
+        raise _save_error(path, workdir, error) from error
+
+    def commit() -> Path:
+        try:
+            writing.result()
+            if jax.process_index() == 0:
+                _commit(unfinished, path, run)
+                _delete_old(workdir, keep, boundaries)
+        except Exception as error:
+            raise _save_error(path, workdir, error) from error
+        return path
+
+    executor = ThreadPoolExecutor(1, thread_name_prefix="save")
+    future = executor.submit(commit)
+    executor.shutdown(wait=False)
+    return future
+
+
+def _commit(unfinished: Path, path: Path, run: Mapping[str, Any]) -> None:
+    replace_text(unfinished / "run.json", json.dumps(run, indent=1) + "\n")
+    files = {
+        str(file.relative_to(unfinished)): _digest(file)
+        for file in sorted(unfinished.rglob("*")) if file.is_file()
+    }
+    listed = {"files": files, "of_this_list": _digest_text(files)}
+    replace_text(unfinished / CHECKSUMS, json.dumps(listed, indent=1) + "\n")
+    shutil.rmtree(path, ignore_errors=True)  # one found damaged, whose stretch was run again
+    unfinished.rename(path)
+
+
+def _delete_old(workdir: Path, keep: int, boundaries: set[int]) -> None:
+    for path in finished(workdir)[:-keep]:
+        if int(path.name) not in boundaries:
+            shutil.rmtree(path)
+
+
+def _save_error(path: Path, workdir: Path, error: Exception) -> SaveError:
+    good = [str(other) for other in finished(workdir) if other != path]
+    return SaveError(
+        f"saving the checkpoint {path} failed: {error} (the last good checkpoint is "
+        f"{good[-1] if good else 'none: the run has saved no other'})"
+    )
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _digest_text(files: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()

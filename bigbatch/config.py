@@ -1,0 +1,295 @@
+"""Every key of a config with its default, how a text sets one, and what a config means.
+
+A config file has `get_config(argument)` and begins with `base_config()`; the argument is the text
+after the colon in `--config=file.py:preset,key=value`.
+"""
+
+import ast
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from bigbatch import schedule
+
+DTYPES = ("float32", "bfloat16", "float64")
+OPTIMIZERS = ("momentum", "nesterov", "sgd", "adam")
+WEIGHT_DECAY_ON = ("all", "no_norms", "no_norms_or_biases")
+
+
+def base_config() -> ConfigDict:
+    """A config with every key there is. Families set what they need; nothing reads a default."""
+    config = ConfigDict()
+    config.seed = 0  # initialisation, order, augmentation and dropout all follow from it
+    config.dtype = "float32"  # to compute in: float32, bfloat16, float64
+    config.ghost_size = 128  # examples a batch statistic is taken over
+
+    config.strategy = "increase"  # how falls of the noise are paid: see schedule.plan_phases
+    config.hybrid_falls = 1  # for "hybrid": so many falls by batch, the rest by rate
+    config.recipe = ConfigDict({
+        "learning_rate": 0.1,
+        "batch_size": 128,
+        "momentum": 0.9,
+        "epochs": 1.0,
+        "falls": (),  # ((epoch, factor), ...): where the noise scale is divided by the factor
+        "warmup_epochs": 0.0,
+        "warmup_learning_rate": 0.0,
+    })
+    config.scale_up = ConfigDict({
+        "learning_rate": 1.0,  # the rate times this, the batch in proportion
+        "momentum": config_dict.placeholder(float),  # raised to this, the batch in proportion
+    })
+    config.limits = ConfigDict({
+        "max_batch_size": config_dict.placeholder(int),
+        "granularity": config_dict.placeholder(int),  # batches are multiples; unset: ghost_size
+    })
+
+    config.optimizer = ConfigDict({
+        "name": "momentum",  # momentum, nesterov, sgd, adam
+        "weight_decay": 0.0,
+        "weight_decay_on": "all",  # all, no_norms, no_norms_or_biases
+        "decoupled": False,  # True: weights shrink by rate x decay; False: added to the gradient
+        "beta2": 0.999,  # Adam's; its beta1 is the recipe's momentum
+        "epsilon": 1e-8,  # Adam's
+    })
+    config.label_smoothing = 0.0
+
+    config.network = "bigbatch.models.wide_resnet.WideResNet"  # dotted path of a model function
+    config.model = ConfigDict()  # its keyword arguments
+
+    config.data = ConfigDict({
+        "name": "digits",  # digits, a TFDS name, or the dotted path of a function giving arrays
+        "dir": "",  # TFDS data_dir; empty: TFDS's own default
+        "train_split": "train",
+        "test_split": "test",
+        "train_examples": 1437,  # N; checked when the data is loaded
+        "test_examples": 360,
+        "num_classes": 10,
+        "image_size": 8,  # side of the images the network gets
+        "mean": (0.0,),  # per channel, on the scale 0 to 255
+        "std": (255.0,),
+        "streaming": False,  # False: the data set lives in device memory as uint8
+        "augment": {"pad": 0, "crop": 0, "flip": False},  # pixels reflected; side cut out (0: all)
+    })
+
+    # None of the keys below changes what is learned.
+    config.max_per_device_batch = 1024  # examples one pass takes; larger parts are accumulated
+    config.microbatches = 0  # passes an update by hand; 0: as few as max_per_device_batch allows
+    config.eval_batch_size = 500  # on each device
+    config.log_every_epochs = 0.1
+    config.eval_every_epochs = 1.0
+    config.checkpoint_every_epochs = 10.0
+    config.keep_checkpoints = 2  # the newest; those at phase boundaries stay too
+    config.tensorboard = True
+    return config
+
+
+def from_argument(
+    config: ConfigDict,
+    argument: str,
+    presets: Mapping[str, Mapping[str, Any]],
+    options: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
+) -> ConfigDict:
+    """`config` with a preset, then `key=value` settings, in the order of the text.
+
+    Args:
+        config: with the family's common settings; changed in place, and locked.
+        argument: "preset", "preset,key=value,...", or "" for the first preset.
+        presets: settings (dotted key to value) by name.
+        options: families of settings chosen by name, as `optimizer=adam`; not keys of the config.
+
+    Raises:
+        ValueError: for an unknown preset, option, key, or a value of the wrong kind.
+    """
+    options = options or {}
+    config.lock()
+    preset, *settings = _split(argument) or [next(iter(presets))]
+    if "=" in preset:
+        settings, preset = [preset, *settings], next(iter(presets))
+    _set_all(config, _choose("preset", preset, presets))
+    for setting in settings:
+        key, separator, text = setting.partition("=")
+        if not separator:
+            raise ValueError(f"{setting!r} is no setting; write key=value after the preset.")
+        if key in options:
+            _set_all(config, _choose(key, text, options[key]))
+        else:
+            set_from_text(config, key, text)
+    return config
+
+
+def set_from_text(config: ConfigDict, key: str, text: str) -> None:
+    """Sets the dotted `key` from a command line's text, keeping the type it has.
+
+    Raises:
+        ValueError: if there is no such key, or the text is no value of its type.
+    """
+    group, name = _find(config, key)
+    kind = group.get_type(name)
+    try:
+        group[name] = _parse(text, kind, group[name])
+    except (ValueError, SyntaxError, TypeError):
+        raise ValueError(
+            f"config.{key} takes {_describe(kind)} (it is {group[name]!r}), not {text!r}."
+        ) from None
+
+
+def make_recipe(config: ConfigDict) -> schedule.Recipe:
+    """The recipe a config states, scaled up as it says.
+
+    Raises:
+        ValueError: where a value is of no use; see `schedule`.
+    """
+    falls = config.recipe.falls
+    try:
+        falls = tuple((float(epoch), float(factor)) for epoch, factor in falls)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"recipe.falls is {falls!r}; it must be pairs of (epoch, factor), as ((60, 5), "
+            "(120, 5))."
+        ) from None
+    recipe = schedule.Recipe(
+        **{**config.recipe.to_dict(), "falls": falls}, examples=config.data.train_examples
+    )
+    granularity = config.limits.granularity or config.ghost_size
+    if (config.scale_up.learning_rate, config.scale_up.momentum) == (1.0, None):
+        return recipe  # so that a batch that does not fit is refused under its own name
+    return schedule.scale_up(
+        recipe, config.scale_up.learning_rate, config.scale_up.momentum, granularity
+    )
+
+
+def make_limits(config: ConfigDict) -> schedule.Limits:
+    """The limits a config sets on the batch."""
+    return schedule.Limits(**config.limits.to_dict(), ghost_size=config.ghost_size)
+
+
+def make_phases(config: ConfigDict) -> tuple[schedule.Phase, ...]:
+    """The phases of a config.
+
+    Raises:
+        ValueError: where no such schedule exists.
+    """
+    return schedule.plan_phases(
+        make_recipe(config), config.strategy, make_limits(config), config.hybrid_falls
+    )
+
+
+def check(config: ConfigDict) -> None:
+    """Refuses values that nothing further down could make sense of.
+
+    Raises:
+        ValueError: one line with the key, its value and what is allowed.
+    """
+    for key, allowed in (
+        ("dtype", DTYPES),
+        ("strategy", schedule.STRATEGIES),
+        ("optimizer.name", OPTIMIZERS),
+        ("optimizer.weight_decay_on", WEIGHT_DECAY_ON),
+    ):
+        group, name = _find(config, key)
+        if group[name] not in allowed:
+            raise ValueError(
+                f"config.{key} is {group[name]!r}; allowed are {', '.join(allowed)}."
+            )
+    for key, least in (
+        ("seed", 0), ("ghost_size", 1), ("max_per_device_batch", 1), ("microbatches", 0),
+        ("eval_batch_size", 1), ("keep_checkpoints", 1), ("data.num_classes", 2),
+        ("data.train_examples", 1), ("data.test_examples", 1), ("data.image_size", 1),
+        ("optimizer.weight_decay", 0.0), ("data.augment.pad", 0), ("data.augment.crop", 0),
+    ):
+        group, name = _find(config, key)
+        if not group[name] >= least:
+            raise ValueError(f"config.{key} is {group[name]}; it must be {least} or more.")
+    for key in ("log_every_epochs", "eval_every_epochs", "checkpoint_every_epochs"):
+        if not config[key] > 0:
+            raise ValueError(f"config.{key} is {config[key]}; it must be over 0.")
+    if config.seed >= 2**32:
+        raise ValueError(f"config.seed is {config.seed}; it must be below 2**32.")
+    if not 0 <= config.label_smoothing < 1:
+        raise ValueError(
+            f"config.label_smoothing is {config.label_smoothing}; it must lie in [0, 1)."
+        )
+    if not 0 <= config.optimizer.beta2 < 1:
+        raise ValueError(
+            f"config.optimizer.beta2 is {config.optimizer.beta2}; it must lie in [0, 1)."
+        )
+    momentum = make_recipe(config).momentum
+    if config.optimizer.name == "sgd" and momentum:
+        raise ValueError(
+            f"the momentum is {momentum:g}, but config.optimizer.name is 'sgd', which has none: "
+            "set recipe.momentum=0 or optimizer.name=momentum."
+        )
+
+
+def _set_all(config: ConfigDict, settings: Mapping[str, Any]) -> None:
+    for key, value in settings.items():
+        group, name = _find(config, key)
+        group[name] = value
+
+
+def _choose(what: str, name: str, choices: Mapping[str, Any]) -> Any:
+    if name not in choices:
+        raise ValueError(f"{what} {name!r} is unknown; allowed are {', '.join(choices)}.")
+    return choices[name]
+
+
+def _find(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
+    """The group that holds the dotted `key`, and the key's last part."""
+    group = config
+    *path, name = key.split(".")
+    for depth, part in enumerate([*path, name]):
+        if not isinstance(group, ConfigDict) or part not in group:
+            parent = ".".join(["config", *key.split(".")[:depth]])
+            if not isinstance(group, ConfigDict):
+                raise ValueError(f"config.{key} is unknown: {parent} is a value, not a group.")
+            close = difflib.get_close_matches(part, list(group), n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            raise ValueError(
+                f"config.{key} is unknown; {parent} has {', '.join(sorted(group))}.{hint}"
+            )
+        if depth < len(path):
+            group = group[part]
+    if isinstance(group[name], ConfigDict):
+        raise ValueError(
+            f"config.{key} is a group; set one of its keys: "
+            f"{', '.join(f'{key}.{inner}' for inner in sorted(group[name]))}."
+        )
+    return group, name
+
+
+def _parse(text: str, kind: type, current: Any) -> Any:
+    """`text` as a value of `kind`; None only for keys that may be unset."""
+    if kind is str:
+        return text
+    if kind is bool:
+        return ("false", "true").index(text.lower()) == 1
+    value = ast.literal_eval(text)
+    if value is None and current is None:
+        return None
+    if kind is tuple and isinstance(value, tuple | list):
+        return tuple(value)
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise TypeError
+    return value
+
+
+def _describe(kind: type) -> str:
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text",
+            tuple: "a tuple in brackets"}[kind]
+
+
+def _split(argument: str) -> list[str]:
+    """The argument cut at its commas, but not at those inside brackets."""
+    parts, depth, current = [], 0, ""
+    for character in argument:
+        depth += {"(": 1, "[": 1, ")": -1, "]": -1}.get(character, 0)
+        if character == "," and depth == 0:
+            parts.append(current)
+            current = ""
+        else:
+            current += character
+    return [part.strip() for part in [*parts, current] if part.strip()]

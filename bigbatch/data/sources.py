@@ -1,0 +1,350 @@
+"""Where images and labels come from: the digits, a TFDS data set, or a function of the user's.
+
+TFDS data sets are read from ArrayRecord files, without TensorFlow and without a download. Opening
+them is shared with streaming input; `load` decodes everything, to live in device memory.
+"""
+
+import difflib
+import io
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image, UnidentifiedImageError
+
+from bigbatch.data.augment import check_window
+from bigbatch.dotted import is_dotted, resolve
+
+# How Pillow names the channels a TFDS image may have.
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+READ_AT_ONCE = 1000
+
+
+class Dataset(NamedTuple):
+    """A data set in memory, as NumPy arrays."""
+
+    train_images: np.ndarray  # uint8 (N, H, W, C)
+    train_labels: np.ndarray  # int32 (N,), from 0
+    test_images: np.ndarray  # uint8 (M, H, W, C)
+    test_labels: np.ndarray  # int32 (M,)
+
+
+def load(data: ConfigDict) -> Dataset:
+    """The whole data set that `data` (config.data) names.
+
+    Raises:
+        ValueError: one message that says what is wrong with the name or the data, and what to do.
+    """
+    if data.name == "digits":
+        return _digits(data)
+    if is_dotted(data.name):
+        return _from_function(data)
+    builder = open_tfds(data)
+    train = _decode_all(builder, data.name, data.train_split)
+    test = _decode_all(builder, data.name, data.test_split)
+    return _checked(Dataset(*train, *test), f"TFDS data set {data.name!r}", data.num_classes)
+
+
+def check(dataset: Dataset, data: ConfigDict) -> None:
+    """Refuses a data set that is not what the config was planned with.
+
+    Raises:
+        ValueError: one line with the key to change and what to set it to.
+    """
+    for key, split, images in (
+        ("train_examples", data.train_split, dataset.train_images),
+        ("test_examples", data.test_split, dataset.test_images),
+    ):
+        check_examples(data, key, split, len(images))
+    _, height, width, channels = dataset.train_images.shape
+    for key in ("mean", "std"):
+        if len(data[key]) != channels:
+            raise ValueError(
+                f"config.data.{key} is {tuple(data[key])}, but {data.name}'s images have "
+                f"{channels} channel{'s'[: channels != 1]}: one value a channel is needed."
+            )
+    if not all(value > 0 for value in data.std):
+        raise ValueError(f"config.data.std is {tuple(data.std)}; its values must be over 0.")
+    crop = data.augment.crop
+    check_window(height, width, data.augment.pad, crop)
+    if not crop and height != width:
+        raise ValueError(
+            f"{data.name}'s images are {height}x{width} and the network gets squares: set "
+            f"--config.data.augment.crop={min(height, width)} or less."
+        )
+    side = crop or height
+    if data.image_size != side:
+        cut = f"cropped to {crop}x{crop}" if crop else f"{height}x{width}, uncropped"
+        raise ValueError(
+            f"config.data.image_size is {data.image_size}, but {data.name}'s images are {cut}: "
+            f"set --config.data.image_size={side}, or --config.data.augment.crop to the size meant."
+        )
+
+
+def check_examples(data: ConfigDict, key: str, split: str, found: int) -> None:
+    """Refuses a size that is not the one the schedule was planned with.
+
+    Args:
+        data: config.data.
+        key: "train_examples" or "test_examples".
+        split: the split it counts.
+        found: examples there are.
+
+    Raises:
+        ValueError: one line with the key and what to set it to.
+    """
+    if data[key] != found:
+        raise ValueError(
+            f"config.data.{key} is {data[key]} but {data.name}'s split {split!r} has {found} "
+            f"examples: set --config.data.{key}={found}."
+        )
+
+
+def open_tfds(data: ConfigDict) -> Any:
+    """The read-only TFDS builder of `data.name`, prepared as ArrayRecord files in `data.dir`.
+
+    Nothing is downloaded or written (`tfds.data_source` would begin to prepare what is absent),
+    and the data set's own code is not needed: everything is in the folder's metadata.
+
+    Raises:
+        ValueError: if it is unknown, not prepared, or in another file format, with the command
+            that prepares it; or if it holds no images with labels, or of other classes.
+    """
+    from etils import epath
+    from tensorflow_datasets.core import constants
+    from tensorflow_datasets.core.read_only_builder import builder_from_files
+
+    folder = epath.Path(data.dir or constants.DATA_DIR).expanduser()
+    try:
+        builder = builder_from_files(data.name, data_dir=folder)
+    except ValueError:  # TFDS's DatasetNotFoundError, or a name it cannot parse
+        raise ValueError(_not_prepared(data.name, folder)) from None
+    formats = {file_format.value for file_format in builder.info.available_file_formats()}
+    if "array_record" not in formats:
+        raise ValueError(
+            f"{data.name} in {builder.data_path} is prepared as {' and '.join(sorted(formats))}; "
+            "only array_record can be read in any order and without TensorFlow. Prepare it once "
+            "more, in another folder, and set --config.data.dir to that:\n"
+            + _how_to_prepare(data.name, "FOLDER", str(folder / "downloads"))
+        )
+    _check_features(builder, data)
+    return builder
+
+
+def tfds_records(builder: Any, name: str, split: str) -> Sequence[Mapping[str, Any]]:
+    """The records of a split by number: `image` (bytes, still encoded) and `label` (int).
+
+    Args:
+        builder: from `open_tfds`.
+        name: of the data set, for messages.
+        split: a TFDS split, such as 'train' or 'train[:90%]'.
+
+    Raises:
+        ValueError: if there is no such split, or nothing in it.
+    """
+    import tensorflow_datasets as tfds
+
+    try:
+        examples = builder.info.splits[split].num_examples
+    except (ValueError, KeyError):
+        raise ValueError(
+            f"{name} has no split {split!r}; it has {', '.join(builder.info.splits)}, or a part "
+            "of one, as 'train[:90%]'."
+        ) from None
+    if not examples:
+        raise ValueError(f"{name}'s split {split!r} is empty.")
+    return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+
+
+def decode(encoded: bytes, channels: int) -> np.ndarray:
+    """The pixels of a JPEG or PNG: uint8 (height, width, channels).
+
+    By Pillow, and not by whichever decoder TFDS finds installed: they differ in the last bits.
+
+    Raises:
+        ValueError: if the bytes are no whole image.
+    """
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            image = image if image.mode == MODES[channels] else image.convert(MODES[channels])
+            pixels = np.asarray(image)
+    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        # Pillow's message would show the address of the buffer.
+        reason = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
+        raise ValueError(f"{len(encoded)} bytes that are no whole image{reason}") from None
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _decode_all(builder: Any, name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels of a split: CIFAR-10 takes about 7 seconds, and no less with threads."""
+    source = tfds_records(builder, name, split)
+    channels = builder.info.features["image"].shape[-1]
+    images, labels = np.empty((0,), np.uint8), np.empty(len(source), np.int64)
+    for start in range(0, len(source), READ_AT_ONCE):
+        stop = min(start + READ_AT_ONCE, len(source))
+        try:
+            examples = source.__getitems__(list(range(start, stop)))
+        except RuntimeError as error:  # ArrayRecord's, for absent or broken files
+            raise ValueError(f"{name}'s split {split!r} cannot be read: {error}") from error
+        for record, example in enumerate(examples, start):
+            try:
+                pixels = decode(example["image"], channels)
+            except ValueError as error:
+                raise ValueError(f"{name}'s split {split!r}, record {record}: {error}.") from None
+            if record == 0:
+                images = np.empty((len(source), *pixels.shape), np.uint8)
+            if pixels.shape != images.shape[1:]:
+                first, other = ("x".join(map(str, p.shape[:2])) for p in (images[0], pixels))
+                raise ValueError(
+                    f"{name}'s split {split!r} has images of more than one shape (record 0 is "
+                    f"{first}, record {record} {other}), which cannot live in device memory as one "
+                    "array: set --config.data.streaming=True."
+                )
+            images[record] = pixels
+            labels[record] = example["label"]
+    return images, labels
+
+
+def _check_features(builder: Any, data: ConfigDict) -> None:
+    """Refuses a TFDS data set without uint8 images and whole-number labels, or of other classes."""
+    import tensorflow_datasets as tfds
+
+    features = builder.info.features
+    named = isinstance(features, tfds.features.FeaturesDict)
+    image = features["image"] if named and "image" in features else None
+    label = features["label"] if named and "label" in features else None
+    if (
+        not isinstance(image, tfds.features.Image)
+        or image.np_dtype != np.uint8
+        or image.shape[-1] not in MODES
+        or label is None
+        or label.shape != ()
+        or not np.issubdtype(label.np_dtype, np.integer)
+    ):
+        has = re.sub(r"\s+", " ", repr(features))
+        raise ValueError(
+            f"{data.name} is no data set of labelled images: it needs the features 'image' (an "
+            f"Image of type uint8) and 'label' (one whole number), and has {has}."
+        )
+    if isinstance(label, tfds.features.ClassLabel) and label.num_classes != data.num_classes:
+        raise ValueError(
+            f"config.data.num_classes is {data.num_classes} but {data.name} has "
+            f"{label.num_classes} classes: set --config.data.num_classes={label.num_classes}."
+        )
+
+
+def _not_prepared(name: str, folder: PurePath) -> str:
+    """What to say of a TFDS name that is not in the folder."""
+    import tensorflow_datasets as tfds
+
+    base = re.split(r"[/:]", name)[0]
+    # Folders are NAME/VERSION or NAME/CONFIG/VERSION; this is how a config writes them.
+    versions = sorted(
+        path.parent.relative_to(folder)
+        for pattern in ("*/*/features.json", "*/*/*/features.json")
+        for path in folder.glob(pattern)
+    )
+    prepared = ", ".join(f"{path.parent}:{path.name}" for path in versions)
+    there = (f"prepared there: {prepared}" if prepared else
+             "nothing is prepared there" if folder.exists() else "there is no such folder")
+    known = tfds.list_builders(with_community_datasets=False)
+    if base not in known:
+        close = difflib.get_close_matches(base, ["digits", *known], n=1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        return (
+            f"config.data.name is {name!r}; it must be 'digits', the name of a TFDS data set, or "
+            f"the dotted path of a function. TFDS knows none of that name, and none is in {folder} "
+            f"({there}).{hint}"
+        )
+    return (
+        f"{name} is not in {folder} ({there}). If it is elsewhere, set --config.data.dir to the "
+        f"folder that holds {base}/. Else prepare it once, with a Python environment of its own:\n"
+        + _how_to_prepare(name, str(folder))
+    )
+
+
+def _how_to_prepare(name: str, folder: str, downloads: str = "") -> str:
+    """Two commands. `tfds build` would need more packages than TFDS installs."""
+    reused = f"download_dir={downloads!r}" if downloads else ""
+    return (
+        "    python -m pip install tensorflow tensorflow-datasets array_record\n"
+        f'    python -c "import tensorflow_datasets as tfds; tfds.builder({name!r}, '
+        f"data_dir={folder!r}, file_format='array_record').download_and_prepare({reused})\""
+    )
+
+
+def _digits(data: ConfigDict) -> Dataset:
+    """scikit-learn's 1 797 digits, 8x8: every fifth is for testing."""
+    from sklearn.datasets import load_digits
+
+    if (data.train_split, data.test_split) != ("train", "test"):
+        raise ValueError(
+            f"config.data.train_split is {data.train_split!r} and test_split {data.test_split!r}; "
+            "the digits have the splits 'train' and 'test' only."
+        )
+    digits = load_digits()
+    images = (digits.images * 15).astype(np.uint8)[..., None]  # 0 to 16 becomes 0 to 240, exactly
+    test = np.arange(len(images)) % 5 == 0
+    return _checked(
+        Dataset(images[~test], digits.target[~test], images[test], digits.target[test]),
+        "the digits", data.num_classes,
+    )
+
+
+def _from_function(data: ConfigDict) -> Dataset:
+    """What the user's function returns for `data`: a Dataset, four arrays, or a dict of them."""
+    function = resolve(data.name, "config.data.name")
+    arrays = function(data)
+    fields = Dataset._fields
+    if isinstance(arrays, Mapping) and set(arrays) == set(fields):
+        arrays = tuple(arrays[field] for field in fields)
+    if not isinstance(arrays, tuple | list) or len(arrays) != len(fields):
+        kind = type(arrays).__name__
+        got = (f"a {kind} of {', '.join(map(str, arrays)) or 'nothing'}"
+               if isinstance(arrays, Mapping) else
+               f"a {kind} of {len(arrays)}" if isinstance(arrays, tuple | list) else f"a {kind}")
+        raise ValueError(
+            f"{data.name} returned {got}; it must return four arrays, {', '.join(fields)}: in this "
+            "order, or as a dict with these keys."
+        )
+    return _checked(Dataset(*map(np.asarray, arrays)), data.name, data.num_classes)
+
+
+def _checked(dataset: Dataset, who: str, classes: int) -> Dataset:
+    """The data set with int32 labels, or the first thing that is wrong with it."""
+    for split, images, labels in (
+        ("train", dataset.train_images, dataset.train_labels),
+        ("test", dataset.test_images, dataset.test_labels),
+    ):
+        if images.dtype != np.uint8:
+            raise ValueError(
+                f"{who}: {split}_images are {images.dtype}; they must be uint8, 0 to 255 "
+                "(config.data.mean and std normalise them)."
+            )
+        if images.ndim != 4 or not images.size:
+            raise ValueError(
+                f"{who}: {split}_images have the shape {images.shape}; it must be (images, height, "
+                "width, channels), and none of them 0."
+            )
+        if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]:
+            raise ValueError(
+                f"{who}: {split}_labels are {labels.dtype} of shape {labels.shape}; they must be "
+                f"whole numbers, one an image: {images.shape[:1]}."
+            )
+        if labels.min() < 0 or labels.max() >= classes:
+            raise ValueError(
+                f"{who}: {split}_labels run from {labels.min()} to {labels.max()}; they must lie "
+                f"in [0, {classes}), as config.data.num_classes is {classes}."
+            )
+    if dataset.train_images.shape[1:] != dataset.test_images.shape[1:]:
+        raise ValueError(
+            f"{who}: train_images are {dataset.train_images.shape[1:]} and test_images "
+            f"{dataset.test_images.shape[1:]} (height, width, channels); they must be alike."
+        )
+    return Dataset(*(
+        np.ascontiguousarray(array, array.dtype if array.ndim == 4 else np.int32)
+        for array in dataset
+    ))

@@ -1,0 +1,1 @@
+"""Networks, one architecture a file, and the two layers that know of ghost batches."""

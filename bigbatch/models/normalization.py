@@ -1,0 +1,108 @@
+"""Ghost batch normalisation, with running statistics that count examples and not updates.
+
+Hoffer, Hubara, Soudry, "Train longer, generalize better", NeurIPS 2017, section 4.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+class GhostBatchNorm(nnx.Module):
+    """Normalises each ghost batch (`ghost_size` consecutive examples) by its own statistics.
+
+    In training the layer does not average: it leaves `mean` and `var` holding one row for each
+    ghost batch it saw (ghosts x features). Which rows count, and in which order they enter the
+    running statistics, depends on the whole update, of which a layer sees a part; the update folds
+    them (see `fold_weights`). In evaluation `mean` and `var` are the running statistics (features).
+
+    Sums are taken in float32, or in float64 where that is what the network computes in.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        ghost_size: int,
+        decay: float = 0.9,
+        epsilon: float = 1e-5,
+        use_scale: bool = True,
+        scale_init: Callable = nnx.initializers.ones,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Args:
+        num_features: size of the last axis.
+        ghost_size: examples in a ghost batch.
+        decay: what remains of a running statistic after one ghost batch.
+        epsilon: added to the variance.
+        use_scale: whether to learn a scale (gamma); the bias (beta) is always learned.
+        scale_init: initialiser of the scale.
+        dtype: of the output. Parameters and statistics are float32, or float64 for float64.
+        rngs: Flax's random streams (for `scale_init`).
+        """
+        if not 0.0 < decay < 1.0:
+            raise ValueError(f"GhostBatchNorm: decay is {decay}; it must lie between 0 and 1.")
+        param_dtype = jnp.promote_types(dtype, jnp.float32)
+        self.ghost_size = ghost_size
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.bias = nnx.Param(jnp.zeros((num_features,), param_dtype))
+        self.scale = (
+            nnx.Param(scale_init(rngs.params(), (num_features,), param_dtype))
+            if use_scale
+            else None
+        )
+        self.mean = nnx.BatchStat(jnp.zeros((num_features,), param_dtype), decay=decay)
+        self.var = nnx.BatchStat(jnp.ones((num_features,), param_dtype), decay=decay)
+
+    def __call__(self, inputs: jax.Array, train: bool) -> jax.Array:
+        """Normalises `inputs` (batch, ..., features).
+
+        Raises:
+            ValueError: in training, when the batch is no whole number of ghost batches.
+        """
+        batch, features = inputs.shape[0], inputs.shape[-1]
+        # The middle axis is everything a statistic is taken over: (ghosts, examples x pixels, C).
+        if train:
+            if batch % self.ghost_size:
+                raise ValueError(
+                    f"GhostBatchNorm got {batch} examples, no whole number of ghost batches of "
+                    f"{self.ghost_size}."
+                )
+            grouped = inputs.reshape(batch // self.ghost_size, -1, features)
+            grouped = grouped.astype(self.bias[...].dtype)
+            mean = grouped.mean(axis=1)
+            # One pass over the activations; the clamp only meets rounding on constant features.
+            var = jnp.maximum(jnp.square(grouped).mean(axis=1) - jnp.square(mean), 0.0)
+            # `[...] =` would keep the shape; these gain the axis of ghosts.
+            self.mean.set_value(mean)
+            self.var.set_value(var)
+            mean, var = mean[:, None], var[:, None]
+        else:
+            grouped = inputs.reshape(batch, -1, features).astype(self.bias[...].dtype)
+            mean, var = self.mean[...], self.var[...]
+        gain = jax.lax.rsqrt(var + self.epsilon)
+        if self.scale is not None:
+            gain = gain * self.scale[...]
+        outputs = (grouped - mean) * gain + self.bias[...]
+        return outputs.reshape(inputs.shape).astype(self.dtype)
+
+
+def fold_weights(ghosts_after_G: jax.Array, decay: float, dtype: jnp.dtype) -> jax.Array:
+    """How much each ghost batch of an update adds to a running statistic.
+
+    Folding k ghost batches one after the other, r <- d r + (1-d) s, is in closed form
+    r <- d^k r + sum_i (1-d) d^(k-1-i) s_i with i the ghost batch's place in the global batch.
+
+    Args:
+        ghosts_after_G: k-1-i for each ghost batch; negative for an empty seat, which adds nothing.
+        decay: d, per ghost batch.
+        dtype: of the weights.
+    """
+    # Through the logarithm taken in double precision: d^k with a rounded d loses digits with k.
+    weights = (1.0 - decay) * jnp.exp(ghosts_after_G.astype(dtype) * math.log(decay))
+    return jnp.where(ghosts_after_G >= 0, weights, 0.0)

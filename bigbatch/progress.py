@@ -1,0 +1,86 @@
+"""What a person watching sees: a bar with a time to go that knows the phases."""
+
+import sys
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+from bigbatch.schedule import Phase
+
+
+def seconds_to_go(
+    phases: Sequence[Phase], examples_seen: int, seconds_per_update: Mapping[int, float]
+) -> float | None:
+    """How long the rest of the run takes, evaluation and saves apart; None before any measurement.
+
+    Args:
+        phases: of the run.
+        examples_seen: so far.
+        seconds_per_update: measured, by batch size. A batch size not yet met is taken to need the
+            largest measured one's seconds an example.
+    """
+    if not seconds_per_update:
+        return None
+    known = max(seconds_per_update)
+    total = 0.0
+    for phase in phases:
+        left = phase.end_example - max(examples_seen, phase.start_example)
+        if left > 0:
+            pace = seconds_per_update.get(
+                phase.batch_size, seconds_per_update[known] / known * phase.batch_size
+            )
+            total += left / phase.batch_size * pace
+    return total
+
+
+def format_seconds(seconds: float | None) -> str:
+    """As 1:02:03 or 02:03."""
+    if seconds is None:
+        return "--:--"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
+
+
+def describe(phase: Phase, phases: Sequence[Phase]) -> str:
+    """One line for the start of a phase."""
+    rate = f"{phase.learning_rate:g}"
+    if phase.learning_rate_end != phase.learning_rate:
+        rate += f" to {phase.learning_rate_end:g}"
+    return (
+        f"phase {phase.index + 1}/{len(phases)} {phase.name}: batch {phase.batch_size}, rate "
+        f"{rate}, momentum {phase.momentum:g}, {phase.updates} updates"
+    )
+
+
+class Display:
+    """A bar on a terminal, plain lines elsewhere; silent where `shown` is False."""
+
+    def __init__(self, phases: Sequence[Phase], examples: int, shown: bool = True):
+        """`examples` is N, to show epochs."""
+        self._phases, self._examples = phases, examples
+        self._console = Console(file=sys.stderr, quiet=not shown, soft_wrap=True)
+        self._bar = Progress(
+            BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"),
+            console=self._console, disable=not (shown and self._console.is_terminal),
+        )
+        self._task = self._bar.add_task("", total=phases[-1].end_example)
+        self._bar.start()
+
+    def line(self, text: str) -> None:
+        """Prints a line above the bar."""
+        self._console.print(text, highlight=False, markup=False)
+
+    def advance(self, examples_seen: int, seconds_per_update: Mapping[int, float]) -> None:
+        """Moves the bar."""
+        left = seconds_to_go(self._phases, examples_seen, seconds_per_update)
+        self._bar.update(
+            self._task, completed=examples_seen,
+            description=f"epoch {examples_seen / self._examples:.2f}, "
+            f"{format_seconds(left)} to go",
+        )
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        self._bar.stop()

@@ -1,0 +1,92 @@
+"""Which device and which pass takes which ghost batch of an update.
+
+An update is a list of ghost batches in the order of its examples. They are dealt to devices in
+runs, and a device takes its run in one or more passes (microbatches). Every device has the same
+number of seats; where the ghost batches do not fill them, seats stay empty and weigh nothing. How
+they are dealt changes no result, only where the work is done.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Seating(NamedTuple):
+    """How the ghost batches of one update are dealt."""
+
+    ghosts: int  # in the update
+    devices: int
+    microbatches: int  # passes
+    seats: int  # ghost batches a device takes in one pass
+
+    @property
+    def idle_share(self) -> float:
+        """The share of seats that stay empty."""
+        return 1.0 - self.ghosts / (self.devices * self.microbatches * self.seats)
+
+
+def make_seating(
+    batch_size: int, ghost_size: int, devices: int, max_per_device_batch: int, microbatches: int
+) -> Seating:
+    """Deals a batch to devices in as few passes as fit.
+
+    Args:
+        batch_size: examples in the update, a whole number of ghost batches.
+        ghost_size: examples in a ghost batch.
+        devices: how many share the update.
+        max_per_device_batch: examples a device takes in one pass at most.
+        microbatches: 0, or the number of passes wanted (there are fewer where a device has fewer
+            ghost batches); `max_per_device_batch` is then not read.
+
+    Raises:
+        ValueError: if one ghost batch is over `max_per_device_batch`.
+    """
+    ghosts = batch_size // ghost_size
+    each = -(-ghosts // devices)
+    if microbatches:
+        passes = min(microbatches, each)
+    else:
+        most = max_per_device_batch // ghost_size
+        if most < 1:
+            raise ValueError(
+                f"config.max_per_device_batch is {max_per_device_batch}, less than a ghost batch "
+                f"of {ghost_size}, which cannot be cut; raise it to {ghost_size} or more."
+            )
+        passes = -(-each // most)
+    seats = -(-each // passes)
+    return Seating(ghosts, devices, -(-each // seats), seats)
+
+
+def ghosts_seated(seating: Seating) -> np.ndarray:
+    """Ghost batch numbers by (microbatch, device, seat), int32; -1 for an empty seat."""
+    each = -(-seating.ghosts // seating.devices)
+    own = np.arange(seating.microbatches * seating.seats)
+    ghosts = np.arange(seating.devices)[:, None] * each + own
+    ghosts = np.where((own < each) & (ghosts < seating.ghosts), ghosts, -1)
+    ghosts = ghosts.reshape(seating.devices, seating.microbatches, seating.seats)
+    return ghosts.transpose(1, 0, 2).astype(np.int32)
+
+
+def seat_examples(
+    records_Bx3: np.ndarray, ghosts_DxS: np.ndarray, ghosts: int, ghost_size: int
+) -> np.ndarray:
+    """The rows one microbatch feeds: (record, epoch, place, ghost batches after its own).
+
+    Args:
+        records_Bx3: (record, epoch, place) of the update's examples, in order.
+        ghosts_DxS: the microbatch's part of `ghosts_seated`.
+        ghosts: in the update.
+        ghost_size: examples in a ghost batch.
+
+    Returns:
+        int32 (devices x seats x ghost_size, 4). An empty seat shows real examples (so that its
+        numbers are finite) with -1 in the last column.
+    """
+    flat = ghosts_DxS.reshape(-1)
+    rows = (np.maximum(flat, 0)[:, None] * ghost_size + np.arange(ghost_size)).reshape(-1)
+    after = np.where(flat >= 0, ghosts - 1 - flat, -1)
+    examples = np.empty((len(rows), 4), np.int32)
+    examples[:, :3] = records_Bx3[rows]
+    examples[:, 3] = np.repeat(after, ghost_size)
+    return examples
+

@@ -1,0 +1,386 @@
+"""The whole story of a run: what will be done, where it stands, its programs, the loop."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from bigbatch import (
+    checkpoint,
+    compilation,
+    continuing,
+    evaluate,
+    metrics,
+    network,
+    preemption,
+    progress,
+    schedule,
+    seats,
+    update,
+    workdir,
+)
+from bigbatch.config import check, make_phases
+from bigbatch.data import order, sources
+from bigbatch.devices import cut, make_mesh, place, replicated, shape_of
+
+
+class NotFinite(ArithmeticError):
+    """The loss or a parameter is no longer a finite number."""
+
+
+class Preempted(Exception):
+    """The run was told to stop (SIGTERM) and did, with a checkpoint."""
+
+
+class StoppedAfterPhase(Exception):
+    """The run stopped where it was asked to, with a checkpoint, before its end."""
+
+
+def train_and_evaluate(
+    config: ConfigDict, workdir_path: str | Path, stop_after_phase: str = "", show: bool = True
+) -> update.State:
+    """Trains what `config` describes in `workdir_path`, from where it stands, to its end.
+
+    Args:
+        config: see `config.base_config`.
+        workdir_path: logs and checkpoints go here; a run that was begun here is continued.
+        stop_after_phase: "", or the name or number of a phase to stop after.
+        show: whether to print progress.
+
+    Returns:
+        The state at the end.
+
+    Raises:
+        ValueError: for anything in the config or the workdir that cannot be right; nothing has
+            been compiled or written to the run's logs then.
+        StoppedAfterPhase, Preempted: the run stopped before its end, with a checkpoint.
+        NotFinite: naming the update at which training broke down.
+        SaveError: if a checkpoint could not be written.
+    """
+    # What will be done. Refused here: whatever can be told from the config alone.
+    check(config)
+    phases = make_phases(config)
+    examples, total = config.data.train_examples, phases[-1].end_example
+    last_phase = _find_phase(stop_after_phase, phases) if stop_after_phase else phases[-1]
+    if config.dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+    mesh = make_mesh()
+    seatings = make_seatings(config, phases, mesh.size)
+    net = network.build(config)
+
+    # Where the run stands.
+    folder = Path(workdir_path)
+    lock = workdir.open_workdir(folder) if jax.process_index() == 0 else None
+    found = checkpoint.find_newest(folder)
+    allowed_changes: list[str] = []
+    if found.path:
+        refused, allowed_changes = continuing.changes(found.run, config, phases)
+        if refused:
+            raise ValueError(
+                f"{folder} holds a run of another config, which this one cannot continue: "
+                f"{'; '.join(refused)}. Give this one another --workdir, or set the keys back."
+            )
+    examples_seen, updates, owed = continuing.position_of(found.run)
+    now = schedule.phase_at(phases, examples_seen)
+    to_run = phases[now.index : last_phase.index + 1] if now else ()
+
+    # The data and the state, on the devices.
+    dataset = sources.load(config.data)
+    sources.check(dataset, config.data)
+    everywhere, over_devices = replicated(mesh), cut(mesh)
+    resident = place({"images": dataset.train_images, "labels": dataset.train_labels}, everywhere)
+    test = place({"images": dataset.test_images, "labels": dataset.test_labels}, everywhere)
+    state = place(jax.tree.map(np.asarray, update.init_state(config, net)), everywhere)
+    if found.path:
+        state = checkpoint.restore(found.path, jax.tree.map(shape_of, state))
+    test_batches = [
+        place({"record": record}, over_devices) for record in evaluate.batches(
+            config.data.test_examples, config.eval_batch_size, mesh.size)
+    ]
+
+    # The logs, cut back to where the run stands.
+    writing = jax.process_index() == 0
+    describe_run = partial(continuing.describe_run, config, phases)
+    if writing:
+        workdir.write_config(folder, describe_run(examples_seen, updates, owed))
+        metrics.cut_events(folder / "metrics.jsonl", examples_seen, owed is not None)
+        metrics.cut_half_line(folder / "timing.jsonl")
+    log = partial(_log, folder, writing, metrics.open_tensorboard(folder, examples_seen)
+                  if config.tensorboard and writing else None)
+    display = progress.Display(phases, examples, show and writing)
+    log("timing", {
+        "event": "start", "examples_seen": examples_seen, "devices": mesh.size,
+        "device_kind": mesh.devices.flat[0].device_kind, "jax": jax.__version__,
+        "time": time.time(),
+    })
+    for text in [*found.faults, *(f"changed: {change}" for change in allowed_changes)]:
+        display.line(text)
+        log("timing", {"event": "notice", "examples_seen": examples_seen, "text": text})
+    if found.path:
+        display.line(f"continuing at epoch {examples_seen / examples:.2f}, update {updates}")
+
+    # The programs, and the loop. Everything due is a function of the examples seen.
+    watch = preemption.Watch()
+    shares = metrics.TimeShares()
+    seconds_per_update: dict[int, float] = {}
+    boundaries = {phase.end_example for phase in phases}
+    saving: Future | None = None
+    saved_at = examples_seen
+    last_speed = updates
+    number = jax.tree.leaves(state.params)[0].dtype.type
+    due = partial(_due, config, total)
+
+    def save() -> Future:
+        began = time.perf_counter()
+        future = checkpoint.save(
+            folder, state, describe_run(examples_seen, updates, owed), config.keep_checkpoints,
+            boundaries,
+        )
+        log("timing", {"event": "save", "examples_seen": examples_seen,
+                       "blocked_seconds": round(time.perf_counter() - began, 4)})
+        return future
+
+    def settle(event: dict[str, Any]) -> None:
+        """Evaluates, if that is due, and writes the event."""
+        nonlocal last_speed
+        if event.pop("evaluate"):
+            with shares.spent_on("evaluation"):
+                program = programs[("evaluate",)].result().call
+                event |= _evaluate(program, state, test, test_batches, watch)
+            display.line(
+                f"epoch {event['epoch']:.2f}, update {updates}: train loss "
+                f"{event['train_loss']:.4f}, test accuracy {event['test_accuracy']:.4f}"
+            )
+        log("metrics", event)
+        speed = shares.speed(updates - last_speed, event["batch_size"])
+        last_speed = updates
+        log("timing", {"event": "speed", "examples_seen": examples_seen, **speed})
+        if speed["updates"]:
+            seconds_per_update[event["batch_size"]] = 1 / speed["updates_per_second"]
+        display.advance(examples_seen, seconds_per_update)
+
+    try:
+        with shares.spent_on("compile"):
+            programs, sums = _start_compiling(
+                config, net, mesh, [seatings[phase.index] for phase in to_run],
+                (state, resident, test, test_batches[0]), watch,
+            )
+        if owed:
+            settle(dict(owed))
+            owed = None
+        for phase in to_run:
+            display.line(progress.describe(phase, phases))
+            seating = seatings[phase.index]
+            seated_KxDxS = seats.ghosts_seated(seating)
+            began = time.perf_counter()
+            with shares.spent_on("compile"):
+                keys = compilation.keys_of(seating)
+                watch.wait(lambda keys=keys: all(programs[key].done() for key in keys))
+                compiled = [programs[key].result() for key in keys]
+            log("timing", {
+                "event": "phase", "examples_seen": examples_seen, "phase": phase.name,
+                "compile_seconds": [round(program.seconds, 3) for program in compiled],
+                "waited_seconds": round(time.perf_counter() - began, 3),
+            })
+            previous = None
+            while examples_seen < phase.end_example:
+                # One update.
+                rate = schedule.learning_rate_at(phase, examples_seen)
+                records_Bx3 = order.records(config.seed, examples_seen, phase.batch_size, examples)
+                batches = (
+                    place({"examples": seats.seat_examples(
+                        records_Bx3, seated_DxS, seating.ghosts, config.ghost_size)}, over_devices)
+                    for seated_DxS in seated_KxDxS
+                )
+                with shares.spent_on("update"):
+                    state, sums, measured = _take_update(
+                        [program.call for program in compiled], state, sums, resident, batches,
+                        (number(rate), number(phase.momentum)), watch,
+                    )
+                start, examples_seen = examples_seen, examples_seen + phase.batch_size
+                updates += 1
+
+                # What is due after it.
+                ends = examples_seen == phase.end_example
+                evaluating, saving_now = due("eval", start, examples_seen), \
+                    ends or due("checkpoint", start, examples_seen)
+                logging = ends or evaluating or due("log", start, examples_seen)
+                with shares.spent_on("update"):
+                    # The update before, while this one runs; this one too where something is due.
+                    _check_finite(previous)
+                    previous = updates, start, measured
+                    if logging or saving_now:
+                        _check_finite(previous)
+                if logging:
+                    owed = {
+                        "updates": updates, "examples_seen": examples_seen,
+                        "epoch": examples_seen / examples, "phase": phase.name,
+                        "batch_size": phase.batch_size, "learning_rate": rate,
+                        "momentum": phase.momentum,
+                        "noise_scale": schedule.noise_scale(
+                            rate, phase.momentum, examples, phase.batch_size),
+                        "train_loss": float(measured.loss),
+                        "train_accuracy": float(measured.accuracy),
+                        "evaluate": evaluating,
+                    }
+                    settle(dict(owed))
+                    owed = None
+                if saving and (saving.done() or saving_now):
+                    with shares.spent_on("checkpoint"):
+                        saving.result()
+                    saving = None
+                if saving_now:
+                    with shares.spent_on("checkpoint"):
+                        saving, saved_at = save(), examples_seen
+    except preemption.Stop:
+        if saving:
+            saving.result()
+        if examples_seen != saved_at:
+            save().result()
+        display.line(f"stopped by SIGTERM at example {examples_seen}, update {updates}")
+        raise Preempted(f"stopped by SIGTERM at example {examples_seen}") from None
+    finally:
+        watch.close()
+        display.close()
+        if lock:
+            lock.close()
+
+    if saving:
+        saving.result()
+    if examples_seen < total:
+        display.line(f"stopped after phase {last_phase.name} at example {examples_seen}")
+        raise StoppedAfterPhase(f"stopped after phase {last_phase.name}")
+    display.line(f"finished: {updates} updates, {examples_seen} examples")
+    return state
+
+
+def make_seatings(
+    config: ConfigDict, phases: Sequence[schedule.Phase], devices: int
+) -> list[seats.Seating]:
+    """How each phase's ghost batches are dealt to `devices`.
+
+    Raises:
+        ValueError: if a ghost batch does not fit into a pass.
+    """
+    return [
+        seats.make_seating(phase.batch_size, config.ghost_size, devices,
+                           config.max_per_device_batch, config.microbatches)
+        for phase in phases
+    ]
+
+
+def _find_phase(name: str, phases: Sequence[schedule.Phase]) -> schedule.Phase:
+    for phase in phases:
+        if name in (phase.name, str(phase.index)):
+            return phase
+    named = ", ".join(f"{phase.index} or {phase.name}" for phase in phases)
+    raise ValueError(f"--stop_after_phase is {name!r}; this run's phases are {named}.")
+
+
+def _due(config: ConfigDict, total: int, what: str, start: int, end: int) -> bool:
+    """Whether the update from example `start` to `end` reaches a multiple of an interval."""
+    every = max(1, round(config[f"{what}_every_epochs"] * config.data.train_examples))
+    return end // every > start // every or end == total
+
+
+def _start_compiling(
+    config: ConfigDict, net: network.Network, mesh: Mesh, seatings: Sequence[seats.Seating],
+    arrays: tuple, watch: preemption.Watch,
+) -> tuple[dict[compilation.Key, Future], update.Sums | None]:
+    """Lowers all programs and starts compiling them; with room for the sums if they accumulate."""
+    state, resident, test, test_batch = jax.tree.map(shape_of, arrays)
+    functions = update.make_update(config, net, mesh)
+    dtype = jax.tree.leaves(state.params)[0].dtype
+    number = jax.ShapeDtypeStruct((), dtype, sharding=replicated(mesh))
+    first_pass = jax.ShapeDtypeStruct((), np.bool_, sharding=replicated(mesh))
+    sums = update.abstract_sums(state, mesh)
+
+    def lower(key: compilation.Key) -> jax.stages.Lowered:
+        watch.poll()
+        kind, *rows = key
+        if kind == "evaluate":
+            return evaluate.make_evaluate(config, net, mesh).lower(
+                state.params, state.batch_stats, test, test_batch)
+        if kind == "apply":
+            return functions.apply.lower(state, sums, number, number)
+        batch = {"examples": jax.ShapeDtypeStruct(
+            (mesh.size * rows[0] * config.ghost_size, 4), np.int32, sharding=cut(mesh))}
+        if kind == "update":
+            return functions.update.lower(state, resident, batch, number, number)
+        return functions.accumulate.lower(state, sums, resident, batch, first_pass)
+
+    first, later = compilation.compile_order(seatings)
+    programs = compilation.compile_ahead({key: lower(key) for key in first + later}, first + later)
+    watch.wait(lambda: all(programs[key].done() for key in first))
+    for key in first:
+        programs[key].result()
+    accumulates = any(seating.microbatches > 1 for seating in seatings)
+    room = jax.jit(
+        lambda: jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), sums),
+        out_shardings=cut(mesh),
+    )
+    return programs, room() if accumulates else None
+
+
+def _take_update(
+    calls: Sequence[Callable], state: update.State, sums: update.Sums | None, resident: Mapping,
+    batches: Iterator[Mapping], hyper: tuple, watch: preemption.Watch,
+) -> tuple[update.State, update.Sums | None, update.Metrics]:
+    """Dispatches one update: one program, or a pass for each microbatch and the reduction."""
+    if len(calls) == 1:
+        batch = next(batches)
+        watch.before_reduction()
+        state, measured = calls[0](state, resident, batch, *hyper)
+        return state, sums, measured
+    accumulate, apply = calls
+    running = None
+    for index, batch in enumerate(batches):
+        watch.poll()
+        sums, done = accumulate(state, sums, resident, batch, np.bool_(index == 0))
+        if running is not None:
+            running.block_until_ready()  # never more than two microbatches on the device
+        running = done
+    watch.before_reduction()
+    state, measured = apply(state, sums, *hyper)
+    return state, sums, measured
+
+
+def _check_finite(taken: tuple[int, int, update.Metrics] | None) -> None:
+    """Waits for an update and refuses to go on from one that broke down."""
+    if taken and not bool(taken[2].finite):
+        updates, start, measured = taken
+        raise NotFinite(
+            f"update {updates} (from example {start}) left a loss of {float(measured.loss):g} and "
+            "parameters that are not all finite; the last checkpoint is from before it. A lower "
+            "recipe.learning_rate or a warm-up usually helps."
+        )
+
+
+def _evaluate(
+    program: Callable, state: update.State, test: Mapping, batches: Sequence[Mapping],
+    watch: preemption.Watch,
+) -> dict[str, float]:
+    sums = []
+    for batch in batches:
+        watch.before_reduction()
+        sums.append(program(state.params, state.batch_stats, test, batch))
+        if len(sums) > 1:
+            sums[-2].block_until_ready()  # so that a stop is heard within two batches
+    loss, accuracy = evaluate.mean_of(sums)
+    return {"test_loss": loss, "test_accuracy": accuracy}
+
+
+def _log(folder: Path, writing: bool, board: Any, kind: str, event: Mapping[str, Any]) -> None:
+    """Adds a line to metrics.jsonl or timing.jsonl, and to TensorBoard, on the first process."""
+    if not writing:
+        return
+    metrics.append_event(folder / f"{kind}.jsonl", event)
+    if board and kind == "metrics":
+        metrics.write_board(board, event)

@@ -1,0 +1,47 @@
+"""The folder of a run: made, checked to be writable, and held by one job."""
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import IO, Any
+
+from bigbatch.metrics import replace_text
+
+
+def open_workdir(workdir: Path) -> IO[str]:
+    """Makes the folder and locks it for this job until the returned file is closed.
+
+    The system drops the lock with the process, however that ends.
+
+    Raises:
+        ValueError: if it cannot be made or written, or another job holds it.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = (workdir / "lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"the workdir {workdir} cannot be written: {error.strerror}; give --workdir a folder "
+            "that can."
+        ) from None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        holder = lock.read().strip()
+        lock.close()
+        raise ValueError(
+            f"the workdir {workdir} is held by another job ({holder}); stop it, or give this one "
+            "another --workdir."
+        ) from None
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+    lock.flush()
+    return lock
+
+
+def write_config(workdir: Path, run: dict[str, Any]) -> None:
+    """Writes config.json: the config and phase table of the run as it goes on now."""
+    text = json.dumps({"config": run["config"], "phases": run["phases"]}, indent=1)
+    replace_text(workdir / "config.json", text + "\n")

@@ -1,0 +1,20 @@
+"""Eight CPU devices in each test process, compiled programs kept between runs."""
+
+import os
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(REPOSITORY / ".jax_cache")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+
+import jax  # noqa: E402  (reads the environment above)
+import pytest  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def float32_again():
+    """A float64 run switches 64-bit arrays on for its process; each test begins without."""
+    yield
+    jax.config.update("jax_enable_x64", False)
