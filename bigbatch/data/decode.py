@@ -19,12 +19,12 @@ import numpy as np
 CROP_TAG = 0x63726F70
 
 RESAMPLE = {"bicubic": cv2.INTER_CUBIC, "bilinear": cv2.INTER_LINEAR}
-REDUCED = (
-    (8, cv2.IMREAD_REDUCED_COLOR_8),
-    (4, cv2.IMREAD_REDUCED_COLOR_4),
-    (2, cv2.IMREAD_REDUCED_COLOR_2),
-    (1, cv2.IMREAD_COLOR),
-)
+REDUCED = {
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    1: cv2.IMREAD_COLOR,
+}
 
 # Many images are decoded at once, one a core; a pool inside each call would only contend.
 cv2.setNumThreads(0)
@@ -107,8 +107,9 @@ def inception_crop_box(
     pixels = width * height
     for _ in range(100):
         shape = ratio[0] + next(draws) * (ratio[1] - ratio[0])
-        highest = min(height, int((width + 0.5) / shape), round(math.sqrt(area[1] * pixels / shape)))
-        lowest = min(highest, round(math.sqrt(area[0] * pixels / shape)))
+        tall, low = (round(math.sqrt(share * pixels / shape)) for share in reversed(area))
+        highest = min(height, int((width + 0.5) / shape), tall)
+        lowest = min(highest, low)
         h = lowest + int(next(draws) * (highest - lowest + 1))
         w = round(h * shape)
         fits = 0 < w <= width and 0 < h
@@ -192,11 +193,10 @@ def decode(
         ValueError: if the bytes cannot be decoded.
     """
     left, top, width, height = box
-    factor, flag = next(
-        (factor, flag) for factor, flag in REDUCED if min(width, height) >= size * factor or factor == 1
-    )
+    factor = next((f for f in REDUCED if min(width, height) >= f * size), 1)
+    flags = REDUCED[factor] | cv2.IMREAD_IGNORE_ORIENTATION
     try:
-        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flag | cv2.IMREAD_IGNORE_ORIENTATION)
+        image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
     except cv2.error as error:
         raise ValueError(f"the image cannot be decoded: {error}") from error
     if image is None:

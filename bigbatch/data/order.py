@@ -51,10 +51,12 @@ def records(seed: int, start: int, count: int, examples: int) -> np.ndarray:
         int32 (count, 3): the record in the training set, the epoch, the place in the epoch.
 
     Raises:
-        ValueError: if `start` or `count` is below 0, or as `permutation` does.
+        ValueError: if `start` or `count` is below 0, there is no example, or as `permutation`.
     """
     if start < 0 or count < 0:
         raise ValueError(f"start is {start} and count {count}; both must be 0 or more.")
+    if examples < 1:
+        raise ValueError(f"there are {examples} examples; there must be 1 or more.")
     rows = np.empty((count, 3), np.int32)
     done = 0
     while done < count:

@@ -43,9 +43,15 @@ def load(data: ConfigDict) -> Dataset:
     if is_dotted(data.name):
         return _from_function(data)
     builder = open_tfds(data)
-    train = _decode_all(builder, data.name, data.train_split)
-    test = _decode_all(builder, data.name, data.test_split)
-    return _checked(Dataset(*train, *test), f"TFDS data set {data.name!r}", data.num_classes)
+    channels = builder.info.features["image"].shape[-1]
+    splits = (data.train_split, data.test_split)
+    # Both before either is decoded, so that a wrong name shows at once.
+    sources = [tfds_records(builder, data.name, split) for split in splits]
+    train, test = (
+        _decode_all(source, f"split {split!r} of {data.name}", channels)
+        for source, split in zip(sources, splits, strict=True)
+    )
+    return _checked(Dataset(*train, *test), data.name, data.num_classes)
 
 
 def check(dataset: Dataset, data: ConfigDict) -> None:
@@ -63,8 +69,8 @@ def check(dataset: Dataset, data: ConfigDict) -> None:
     for key in ("mean", "std"):
         if len(data[key]) != channels:
             raise ValueError(
-                f"config.data.{key} is {tuple(data[key])}, but {data.name}'s images have "
-                f"{channels} channel{'s'[: channels != 1]}: one value a channel is needed."
+                f"config.data.{key} is {tuple(data[key])}, but the images of {data.name} "
+                f"have {channels} channel{'s'[: channels != 1]}: one value a channel is needed."
             )
     if not all(value > 0 for value in data.std):
         raise ValueError(f"config.data.std is {tuple(data.std)}; its values must be over 0.")
@@ -72,15 +78,16 @@ def check(dataset: Dataset, data: ConfigDict) -> None:
     check_window(height, width, data.augment.pad, crop)
     if not crop and height != width:
         raise ValueError(
-            f"{data.name}'s images are {height}x{width} and the network gets squares: set "
-            f"--config.data.augment.crop={min(height, width)} or less."
+            f"the images of {data.name} are {height}x{width} and the network gets squares: "
+            f"set --config.data.augment.crop={min(height, width)} or less."
         )
     side = crop or height
     if data.image_size != side:
         cut = f"cropped to {crop}x{crop}" if crop else f"{height}x{width}, uncropped"
         raise ValueError(
-            f"config.data.image_size is {data.image_size}, but {data.name}'s images are {cut}: "
-            f"set --config.data.image_size={side}, or --config.data.augment.crop to the size meant."
+            f"config.data.image_size is {data.image_size}, but the images of {data.name} are "
+            f"{cut}: set --config.data.image_size={side}, or --config.data.augment.crop to what is "
+            "meant."
         )
 
 
@@ -98,8 +105,8 @@ def check_examples(data: ConfigDict, key: str, split: str, found: int) -> None:
     """
     if data[key] != found:
         raise ValueError(
-            f"config.data.{key} is {data[key]} but {data.name}'s split {split!r} has {found} "
-            f"examples: set --config.data.{key}={found}."
+            f"config.data.{key} is {data[key]} but split {split!r} of {data.name} has "
+            f"{found} examples: set --config.data.{key}={found}."
         )
 
 
@@ -155,7 +162,7 @@ def tfds_records(builder: Any, name: str, split: str) -> Sequence[Mapping[str, A
             "of one, as 'train[:90%]'."
         ) from None
     if not examples:
-        raise ValueError(f"{name}'s split {split!r} is empty.")
+        raise ValueError(f"split {split!r} of {name} is empty.")
     return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
 
 
@@ -178,30 +185,30 @@ def decode(encoded: bytes, channels: int) -> np.ndarray:
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def _decode_all(builder: Any, name: str, split: str) -> tuple[np.ndarray, np.ndarray]:
+def _decode_all(
+    source: Sequence[Mapping[str, Any]], what: str, channels: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels of a split: CIFAR-10 takes about 7 seconds, and no less with threads."""
-    source = tfds_records(builder, name, split)
-    channels = builder.info.features["image"].shape[-1]
     images, labels = np.empty((0,), np.uint8), np.empty(len(source), np.int64)
     for start in range(0, len(source), READ_AT_ONCE):
         stop = min(start + READ_AT_ONCE, len(source))
         try:
             examples = source.__getitems__(list(range(start, stop)))
         except RuntimeError as error:  # ArrayRecord's, for absent or broken files
-            raise ValueError(f"{name}'s split {split!r} cannot be read: {error}") from error
+            raise ValueError(f"{what} cannot be read: {error}") from error
         for record, example in enumerate(examples, start):
             try:
                 pixels = decode(example["image"], channels)
             except ValueError as error:
-                raise ValueError(f"{name}'s split {split!r}, record {record}: {error}.") from None
+                raise ValueError(f"record {record} of {what} is {error}.") from None
             if record == 0:
                 images = np.empty((len(source), *pixels.shape), np.uint8)
             if pixels.shape != images.shape[1:]:
                 first, other = ("x".join(map(str, p.shape[:2])) for p in (images[0], pixels))
                 raise ValueError(
-                    f"{name}'s split {split!r} has images of more than one shape (record 0 is "
-                    f"{first}, record {record} {other}), which cannot live in device memory as one "
-                    "array: set --config.data.streaming=True."
+                    f"{what} has images of more than one shape (record 0 is {first}, record "
+                    f"{record} {other}), which cannot live in device memory as one array: set "
+                    "--config.data.streaming=True."
                 )
             images[record] = pixels
             labels[record] = example["label"]
