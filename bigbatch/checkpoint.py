@@ -22,8 +22,8 @@ CHECKSUMS = "checksums.json"
 UNFINISHED = ".unfinished"
 
 
-class SaveError(RuntimeError):
-    """A checkpoint could not be written; names its folder and the last good one."""
+class WriteError(RuntimeError):
+    """A checkpoint or a log could not be written; names it and the last good checkpoint."""
 
 
 class Found(NamedTuple):
@@ -105,7 +105,7 @@ def save(
         boundaries: positions (examples seen) whose checkpoints stay too.
 
     Raises:
-        SaveError: from the future as well as from here.
+        WriteError: from the future as well as from here.
     """
     path = folder(workdir, run["examples_seen"])
     unfinished = path.with_name(path.name + UNFINISHED)
@@ -115,7 +115,7 @@ def save(
             unfinished.mkdir(parents=True)
         writing = ocp.save_async(unfinished / "state", state)
     except Exception as error:
-        raise _save_error(path, workdir, error) from error
+        raise write_error(path, workdir, error) from error
 
     def commit() -> Path:
         try:
@@ -124,13 +124,22 @@ def save(
                 _commit(unfinished, path, run)
                 _delete_old(workdir, keep, boundaries)
         except Exception as error:
-            raise _save_error(path, workdir, error) from error
+            raise write_error(path, workdir, error) from error
         return path
 
     executor = ThreadPoolExecutor(1, thread_name_prefix="save")
     future = executor.submit(commit)
     executor.shutdown(wait=False)
     return future
+
+
+def write_error(path: Path, workdir: Path, error: Exception) -> WriteError:
+    """What to raise when `path`, a checkpoint or a log in `workdir`, could not be written."""
+    good = [str(other) for other in finished(workdir) if other != path]
+    return WriteError(
+        f"writing {path} failed: {error} (the last good checkpoint is "
+        f"{good[-1] if good else 'none: the run has saved no other'})"
+    )
 
 
 def _commit(unfinished: Path, path: Path, run: Mapping[str, Any]) -> None:
@@ -149,14 +158,6 @@ def _delete_old(workdir: Path, keep: int, boundaries: set[int]) -> None:
     for path in finished(workdir)[:-keep]:
         if int(path.name) not in boundaries:
             shutil.rmtree(path)
-
-
-def _save_error(path: Path, workdir: Path, error: Exception) -> SaveError:
-    good = [str(other) for other in finished(workdir) if other != path]
-    return SaveError(
-        f"saving the checkpoint {path} failed: {error} (the last good checkpoint is "
-        f"{good[-1] if good else 'none: the run has saved no other'})"
-    )
 
 
 def _digest(file: Path) -> str:

@@ -1,46 +1,52 @@
 """What the programs' command lines share: --config with its settings, and one-line errors."""
 
-import os
-import sys
+import functools
+import importlib.util
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
-import jax
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from bigbatch.config import set_from_text
+from bigbatch.job import leave
 
 USAGE_STATUS = 2
+EXAMPLE = "--config=configs/digits.py:increase"
+flags.disclaim_key_flags()  # a program's --help shows --config among its own flags
 
 
 def define_config() -> None:
     """Defines --config=file.py:preset,key=value; `--config.key=value` sets one more key."""
-    config_flags.DEFINE_config_file(
-        "config", None, "A config file: configs/digits.py:increase,seed=3", lock_config=True
-    )
+    # Not config_flags.DEFINE_config_file: it reads the settings from sys.argv by rules of its own,
+    # and what it makes of a mistake is a traceback.
+    if "config" not in flags.FLAGS:
+        flags.DEFINE_string(
+            "config", None, "file.py:preset,key=value,... as configs/digits.py:increase,seed=3; "
+            "--config.key=value sets one more key."
+        )
+    flags.declare_key_flag("config")
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Parses the command line and calls `main`; a user's mistake is one line and status 2."""
     settings: list[tuple[str, str]] = []
-    flags.FLAGS.set_default("verbosity", logging.WARNING)  # Orbax reports every step at INFO
 
     def parse(arguments: Sequence[str]) -> list[str]:
-        rest = []
-        for argument in arguments:
+        # Orbax reports every step of a save at INFO. Set, and not made the default, because absl
+        # raises the verbosity to INFO after parsing wherever it is still the default.
+        flags.FLAGS.verbosity = logging.WARNING
+        rest, unread = [], iter(arguments)
+        for argument in unread:
             key, equals, text = argument.partition("=")
-            if key.startswith(("--config.", "-config.")) and equals:
-                settings.append((key.partition(".")[2], text))
+            if "config" in flags.FLAGS and key.startswith(("--config.", "-config.")):
+                settings.append((key.partition(".")[2], text if equals else next(unread, "")))
             else:
                 rest.append(argument)
         try:
             left = flags.FLAGS(rest)
-        except flags.IllegalFlagValueError as error:
-            # A config file's own error comes with its traceback inside; its last line is the text.
-            refuse(str(error).strip().splitlines()[-1].removeprefix("  ").split("Error: ")[-1])
         except flags.Error as error:
             refuse(str(error))
         if len(left) > 1:
@@ -49,9 +55,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
     def checked_main(arguments: Sequence[str]) -> None:
         try:
-            if settings:
-                for key, text in settings:
-                    set_from_text(config(), key, text)
+            for key, text in settings:
+                set_from_text(config(), key, text)
             main(arguments)
         except (ValueError, OSError) as error:
             if not said_here(error.__traceback__):
@@ -62,48 +67,42 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 
 def config() -> ConfigDict:
-    """The config of the command line.
+    """The config of the command line: the same object at each call.
 
     Raises:
-        ValueError: if none was given or its file cannot be read.
+        ValueError: if none was given, there is no such file, or its argument asks for what is not
+            there.
     """
-    value = flags.FLAGS.config
-    if not isinstance(value, ConfigDict):
-        given = flags.FLAGS["config"].value
+    if not flags.FLAGS.config:
+        raise ValueError(f"--config is missing; write for example {EXAMPLE}.")
+    return _load(flags.FLAGS.config)
+
+
+@functools.cache
+def _load(config: str) -> ConfigDict:
+    path, _, argument = config.partition(":")
+    spec = importlib.util.spec_from_file_location("config", path)  # None if no Python file's name
+    if spec is None or not Path(path).is_file():
         raise ValueError(
-            "--config is missing or names no readable file; write for example "
-            f"--config=configs/digits.py:increase (got {given!r})."
-            if given is None else
-            "--config names no readable file; write for example "
-            "--config=configs/digits.py:increase."
+            f"--config names {path!r}, and there is no such Python file; write for example "
+            f"{EXAMPLE}."
         )
-    return value
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"--config names {path!r}, which has no function get_config(argument).")
+    return module.get_config(argument)
 
 
 def refuse(text: str) -> None:
-    """Prints one line and ends the program."""
-    print(f"bigbatch: {' '.join(text.split())}", file=sys.stderr, flush=True)
-    sys.exit(USAGE_STATUS)
+    """Prints one line and ends the program, whatever other processes of a job do."""
+    leave(USAGE_STATUS, text)
 
 
 def said_here(trace: TracebackType | None) -> bool:
-    """Whether an error was raised by this package itself, and not somewhere beneath it."""
-    frames = traceback.extract_tb(trace)
-    return bool(frames) and Path(frames[-1].filename).is_relative_to(Path(__file__).parent)
-
-
-def leave(status: int, text: str = "") -> None:
-    """Ends the process at once, without waiting for programs still being compiled."""
-    if text:
-        print(f"bigbatch: {' '.join(text.split())}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
-def keep_compiled_programs(folder: str) -> None:
-    """Keeps compiled programs in `folder`, so that a later start of the run need not compile."""
-    if folder:
-        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    """Whether an error was raised by a statement of this package, and not somewhere beneath it."""
+    last = traceback.extract_tb(trace)[-1]
+    # The statement is looked at because what Python itself raises, as max(()) does, has no frame.
+    return Path(last.filename).is_relative_to(Path(__file__).parent) and last.line.startswith(
+        "raise"
+    )

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from bigbatch import program_cache
 from bigbatch.seats import Seating
 
 Key = tuple  # ("update", seats), ("accumulate", seats), ("apply",), ("evaluate",)
@@ -48,6 +49,7 @@ def compile_ahead(
             started = time.perf_counter()
             try:
                 program = lowered[key].compile()
+                program_cache.seal()
             except BaseException as error:
                 futures[key].set_exception(error)
             else:

@@ -6,16 +6,18 @@ after the colon in `--config=file.py:preset,key=value`.
 
 import ast
 import difflib
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from bigbatch import schedule
+from bigbatch import schedule, seats
 
 DTYPES = ("float32", "bfloat16", "float64")
 OPTIMIZERS = ("momentum", "nesterov", "sgd", "adam")
 WEIGHT_DECAY_ON = ("all", "no_norms", "no_norms_or_biases")
+MAY_BE_NONE = ("scale_up.momentum", "limits.max_batch_size", "limits.granularity")
 
 
 def base_config() -> ConfigDict:
@@ -82,6 +84,8 @@ def base_config() -> ConfigDict:
     config.checkpoint_every_epochs = 10.0
     config.keep_checkpoints = 2  # the newest; those at phase boundaries stay too
     config.tensorboard = True
+    config.lock()  # a family's misspelt key is an error, not one more key
+    config.model.unlock()
     return config
 
 
@@ -128,10 +132,11 @@ def set_from_text(config: ConfigDict, key: str, text: str) -> None:
     group, name = _find(config, key)
     kind = group.get_type(name)
     try:
-        group[name] = _parse(text, kind, group[name])
+        group[name] = None if text == "None" and key in MAY_BE_NONE else _parse(text, kind)
     except (ValueError, SyntaxError, TypeError):
         raise ValueError(
-            f"config.{key} takes {_describe(kind)} (it is {group[name]!r}), not {text!r}."
+            f"config.{key} takes {_describe(kind)}{' or None' * (key in MAY_BE_NONE)} (it is "
+            f"{group[name]!r}), not {text!r}."
         ) from None
 
 
@@ -176,6 +181,21 @@ def make_phases(config: ConfigDict) -> tuple[schedule.Phase, ...]:
     )
 
 
+def make_seatings(
+    config: ConfigDict, phases: Sequence[schedule.Phase], devices: int
+) -> list[seats.Seating]:
+    """How each phase's ghost batches are dealt to `devices`.
+
+    Raises:
+        ValueError: if a ghost batch does not fit into a pass.
+    """
+    return [
+        seats.make_seating(phase.batch_size, config.ghost_size, devices,
+                           config.max_per_device_batch, config.microbatches)
+        for phase in phases
+    ]
+
+
 def check(config: ConfigDict) -> None:
     """Refuses values that nothing further down could make sense of.
 
@@ -197,14 +217,24 @@ def check(config: ConfigDict) -> None:
         ("seed", 0), ("ghost_size", 1), ("max_per_device_batch", 1), ("microbatches", 0),
         ("eval_batch_size", 1), ("keep_checkpoints", 1), ("data.num_classes", 2),
         ("data.train_examples", 1), ("data.test_examples", 1), ("data.image_size", 1),
-        ("optimizer.weight_decay", 0.0), ("data.augment.pad", 0), ("data.augment.crop", 0),
+        ("data.augment.pad", 0), ("data.augment.crop", 0),
     ):
         group, name = _find(config, key)
         if not group[name] >= least:
             raise ValueError(f"config.{key} is {group[name]}; it must be {least} or more.")
-    for key in ("log_every_epochs", "eval_every_epochs", "checkpoint_every_epochs"):
-        if not config[key] > 0:
-            raise ValueError(f"config.{key} is {config[key]}; it must be over 0.")
+    for key in (
+        "log_every_epochs", "eval_every_epochs", "checkpoint_every_epochs", "optimizer.epsilon"
+    ):
+        group, name = _find(config, key)
+        if not 0 < group[name] < math.inf:
+            raise ValueError(
+                f"config.{key} is {group[name]}; it must be a finite number over 0."
+            )
+    if not 0 <= config.optimizer.weight_decay < math.inf:
+        raise ValueError(
+            f"config.optimizer.weight_decay is {config.optimizer.weight_decay}; it must be a "
+            "finite number, 0 or more."
+        )
     if config.seed >= 2**32:
         raise ValueError(f"config.seed is {config.seed}; it must be below 2**32.")
     if not 0 <= config.label_smoothing < 1:
@@ -214,6 +244,12 @@ def check(config: ConfigDict) -> None:
     if not 0 <= config.optimizer.beta2 < 1:
         raise ValueError(
             f"config.optimizer.beta2 is {config.optimizer.beta2}; it must lie in [0, 1)."
+        )
+    if config.optimizer.name == "adam" and config.scale_up.momentum is not None:
+        raise ValueError(
+            f"config.scale_up.momentum is {config.scale_up.momentum:g}, but Adam averages the "
+            "gradients with its first beta, so a larger one does not lengthen the steps and the "
+            "batch cannot grow with it; leave it None, or use optimizer.name=momentum."
         )
     momentum = make_recipe(config).momentum
     if config.optimizer.name == "sgd" and momentum:
@@ -244,10 +280,9 @@ def _find(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
             parent = ".".join(["config", *key.split(".")[:depth]])
             if not isinstance(group, ConfigDict):
                 raise ValueError(f"config.{key} is unknown: {parent} is a value, not a group.")
-            close = difflib.get_close_matches(part, list(group), n=1)
-            hint = f" Did you mean {close[0]}?" if close else ""
             raise ValueError(
-                f"config.{key} is unknown; {parent} has {', '.join(sorted(group))}.{hint}"
+                f"config.{key} is unknown{_near(config, key)}; {parent} has "
+                f"{', '.join(sorted(group))}."
             )
         if depth < len(path):
             group = group[part]
@@ -259,15 +294,29 @@ def _find(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
     return group, name
 
 
-def _parse(text: str, kind: type, current: Any) -> Any:
-    """`text` as a value of `kind`; None only for keys that may be unset."""
+def _near(config: ConfigDict, key: str) -> str:
+    """A hint at the key that was probably meant: the same name in another group, or a near miss."""
+    keys = _dotted_keys(config)
+    named = [known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]]
+    near = named or difflib.get_close_matches(key, keys, n=1)
+    return f" (did you mean {' or '.join(near)}?)" if near else ""
+
+
+def _dotted_keys(group: ConfigDict, prefix: str = "") -> list[str]:
+    keys = []
+    for name in sorted(group):
+        inner = isinstance(group[name], ConfigDict)
+        keys += _dotted_keys(group[name], f"{prefix}{name}.") if inner else [prefix + name]
+    return keys
+
+
+def _parse(text: str, kind: type) -> Any:
+    """`text` as a value of `kind`."""
     if kind is str:
         return text
     if kind is bool:
         return ("false", "true").index(text.lower()) == 1
     value = ast.literal_eval(text)
-    if value is None and current is None:
-        return None
     if kind is tuple and isinstance(value, tuple | list):
         return tuple(value)
     if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
@@ -279,7 +328,9 @@ def _parse(text: str, kind: type, current: Any) -> Any:
 
 def _describe(kind: type) -> str:
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a text",
-            tuple: "a tuple in brackets"}[kind]
+            tuple: "a tuple in brackets", list: "a list in square brackets",
+            type(None): "nothing until its config file gives it a type (config_dict.placeholder)",
+            }[kind]
 
 
 def _split(argument: str) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax
 from absl import flags
 
-from bigbatch import command_line, preemption, train
+from bigbatch import checkpoint, command_line, job, preemption, program_cache, train
 
 command_line.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder for logs and checkpoints.")
@@ -20,6 +20,12 @@ STOP_AFTER_PHASE = flags.DEFINE_string(
 )
 CACHE = flags.DEFINE_string(
     "compilation_cache", "~/.cache/bigbatch", "Folder for compiled programs; empty for none."
+)
+COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of a job's first process.")
+PROCESSES = flags.DEFINE_integer("processes", 0, "How many processes the job has.")
+PROCESS = flags.DEFINE_integer("process", -1, "Which one this is, from 0.")
+DEAD_PEER_SECONDS = flags.DEFINE_integer(
+    "dead_peer_seconds", 100, "End when another process of the job was silent for so long."
 )
 STOPPED_STATUS = 3
 FAILED_STATUS = 1
@@ -30,17 +36,18 @@ def main(arguments: Sequence[str]) -> None:
     config = command_line.config()
     if not WORKDIR.value:
         raise ValueError("--workdir is missing: the folder for this run's logs and checkpoints.")
-    command_line.keep_compiled_programs(CACHE.value)
     try:
+        job.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, DEAD_PEER_SECONDS.value)
+        if CACHE.value:
+            program_cache.keep(CACHE.value)
         train.train_and_evaluate(config, WORKDIR.value, STOP_AFTER_PHASE.value)
     except train.StoppedAfterPhase:
-        command_line.leave(STOPPED_STATUS)
+        job.leave(STOPPED_STATUS, together=True)
     except train.Preempted:
-        command_line.leave(preemption.EXIT_STATUS)
-    except (train.NotFinite, train.checkpoint.SaveError) as error:
-        command_line.leave(FAILED_STATUS, str(error))
-    except jax.errors.JaxRuntimeError as error:
-        command_line.leave(FAILED_STATUS, str(error))
+        job.leave(preemption.EXIT_STATUS, together=True)
+    except (train.NotFinite, checkpoint.WriteError, jax.errors.JaxRuntimeError) as error:
+        job.leave(FAILED_STATUS, str(error))
+    job.leave(0, together=True)
 
 
 if __name__ == "__main__":

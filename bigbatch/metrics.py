@@ -16,17 +16,9 @@ from tensorboardX import SummaryWriter
 
 
 def append_event(path: Path, event: dict[str, Any]) -> None:
-    """Adds one line to a JSON-lines file.
-
-    Raises:
-        OSError: naming the file, if it cannot be written (a full disk).
-    """
-    line = json.dumps(event) + "\n"
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(line)
-    except OSError as error:
-        raise OSError(error.errno, f"{error.strerror} while writing a line", str(path)) from error
+    """Adds one line to a JSON-lines file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(event) + "\n")
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
@@ -61,13 +53,20 @@ def cut_half_line(path: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a whole file such that a reader, or a crash, sees the old text or the new."""
+    """Writes a whole file such that a reader, or a crash, sees the old text or the new.
+
+    Raises:
+        OSError: naming the file, if it cannot be written (a full disk).
+    """
     beside = path.with_name(path.name + ".new")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def open_tensorboard(workdir: Path, examples_seen: int) -> SummaryWriter:

@@ -1,9 +1,10 @@
 """Stopping in good order: SIGTERM to any process ends with one agreed position on all.
 
 Programs with a reduction need every process, so all must dispatch the same ones. Each is counted
-(`before_reduction`); when one process is told to stop, all compare their counts, those behind run
-on to the largest, and there everyone stops. Work without a reduction (a pass of an unfinished
-update) is abandoned at once.
+(`before_reduction`). When one process is told to stop, all freeze and publish their counts; those
+behind run on to the largest, and there everyone stops. Counts are frozen by a thread of their own,
+so that a process held up in a program that waits for another's is not waited for in turn. Work
+without a reduction (a pass of an unfinished update) is abandoned at once.
 """
 
 import signal
@@ -12,9 +13,10 @@ import time
 from collections.abc import Callable
 
 import jax
-from jax._src import distributed
+from jax._src import distributed  # the only way to the job's key-value store
 
 EXIT_STATUS = 42  # what GKE's and xpk's restart rules take for "start me again"
+LISTEN_SECONDS = 0.1
 _STOP, _COUNT = "bigbatch/stop", "bigbatch/reductions"
 
 
@@ -27,23 +29,25 @@ class Watch:
 
     def __init__(self, agreement_seconds: float = 10.0):
         """`agreement_seconds`: how long to wait for another process's count."""
-        self._stopping = threading.Event()
+        self._told = threading.Event()  # here, by a signal
+        self._stopping = threading.Event()  # all of the job; this one's count is frozen
+        self._lock = threading.Lock()  # over the count and its freezing
         self._reductions = 0
         self._last: int | None = None  # the reduction all stop after, once agreed
         self._wait_milliseconds = int(1000 * agreement_seconds)
         self._client = distributed.global_state.client if jax.process_count() > 1 else None
-        self._told = threading.Event()
+        self._closed = threading.Event()
         if self._client:
             threading.Thread(target=self._listen, name="preemption", daemon=True).start()
-        if threading.current_thread() is threading.main_thread():
+        self._handles = threading.current_thread() is threading.main_thread()
+        if self._handles:  # Python leaves signals to the main thread
             self._previous = signal.signal(signal.SIGTERM, self._on_signal)
 
     def close(self) -> None:
         """Gives SIGTERM back to whoever had it."""
-        if threading.current_thread() is threading.main_thread():
+        self._closed.set()
+        if self._handles:
             signal.signal(signal.SIGTERM, self._previous)
-        self._stopping.clear()
-        self._client = None
 
     def poll(self) -> None:
         """To be called wherever it is safe to stop.
@@ -60,41 +64,44 @@ class Watch:
 
     def before_reduction(self) -> None:
         """To be called before a program that needs all processes; may raise Stop as `poll`."""
+        with self._lock:
+            if not self._stopping.is_set():
+                self._reductions += 1
+                return
         self.poll()
         self._reductions += 1
 
-    def wait(self, done: Callable[[], bool], poll: bool = True) -> None:
+    def wait(self, done: Callable[[], bool]) -> None:
         """Waits until `done()`, polling."""
         pause = 0.001
         while not done():
-            if poll:
-                self.poll()
+            self.poll()
             time.sleep(pause)
             pause = min(2 * pause, 0.05)
 
     def _on_signal(self, number: int, frame: object) -> None:
+        # No lock here: the main thread, which runs this, may hold it.
         self._told.set()
         if self._client is None:
             self._stopping.set()
 
     def _listen(self) -> None:
         """Passes a signal on to the other processes and theirs to this one."""
-        client = self._client
-        while self._client is not None:
+        while not self._closed.wait(LISTEN_SECONDS):
             if self._told.is_set():
-                client.key_value_set(_STOP, "1", allow_overwrite=True)
+                self._client.key_value_set(_STOP, "1", allow_overwrite=True)
+            elif not self._client.key_value_dir_get(_STOP):
+                continue
+            with self._lock:
+                mine = str(self._reductions)
+                self._client.key_value_set(f"{_COUNT}/{jax.process_index()}", mine)
                 self._stopping.set()
-                return
-            if client.key_value_dir_get(_STOP):
-                self._stopping.set()
-                return
-            time.sleep(0.1)
+            return
 
     def _agree(self) -> int:
         """The largest count of reductions any process has dispatched."""
         if self._client is None:
             return self._reductions
-        self._client.key_value_set(f"{_COUNT}/{jax.process_index()}", str(self._reductions))
         return max(
             int(self._client.blocking_key_value_get(f"{_COUNT}/{process}", self._wait_milliseconds))
             for process in range(jax.process_count())

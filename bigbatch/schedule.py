@@ -90,15 +90,16 @@ def scale_up(recipe: Recipe, learning_rate_factor: float = 1.0, momentum: float 
         granularity: what the batch must be a multiple of.
 
     Raises:
-        ValueError: if the batch that keeps the noise is no whole multiple of `granularity`.
+        ValueError: if the batch that keeps the noise is no whole multiple of `granularity`, or over
+            the training set.
     """
     new_momentum = recipe.momentum if momentum is None else momentum
-    _check_momentum(recipe.momentum)
-    _check_momentum(new_momentum)
+    _check_momentum("recipe.momentum", recipe.momentum)
+    _check_momentum("scale_up.momentum", new_momentum)
     if not (math.isfinite(learning_rate_factor) and learning_rate_factor > 0):
         raise ValueError(
             f"scale_up.learning_rate is {learning_rate_factor}; it is a factor on the rate and "
-            "must be over 0 (1 leaves the rate as it is)."
+            "must be a finite number over 0 (1 leaves the rate as it is)."
         )
     batch = (
         recipe.batch_size * learning_rate_factor * (1.0 - recipe.momentum) / (1.0 - new_momentum)
@@ -110,6 +111,11 @@ def scale_up(recipe: Recipe, learning_rate_factor: float = 1.0, momentum: float 
             f"{recipe.momentum:g} to {new_momentum:g} asks for a batch of {batch:g}, which is no "
             f"multiple of {granularity}; change scale_up so that {recipe.batch_size} x rate factor "
             "x (1 - old momentum)/(1 - new momentum) is one."
+        )
+    if whole > recipe.examples:
+        raise ValueError(
+            f"scale_up takes the batch from {recipe.batch_size} to {whole}, over the "
+            f"{recipe.examples} examples of the training set; scale up by less."
         )
     return dataclasses.replace(
         recipe,
@@ -139,9 +145,10 @@ def plan_phases(
     Raises:
         ValueError: where no such schedule exists; the message has the value and what to change.
     """
+    if strategy == "constant":
+        recipe = dataclasses.replace(recipe, falls=())
     granularity = _check(recipe, strategy, limits, hybrid_falls)
-    n, momentum = recipe.examples, recipe.momentum
-    falls = () if strategy == "constant" else recipe.falls
+    n, momentum, falls = recipe.examples, recipe.momentum, recipe.falls
     by_batch = {"constant": 0, "decay": 0, "hybrid": hybrid_falls, "increase": len(falls)}[strategy]
 
     # Stretches of (name, nominal end in epochs, batch, rate at start, rate at end).
@@ -167,8 +174,8 @@ def plan_phases(
         if updates < 1:
             raise ValueError(
                 f"phase {name!r} would have no update: it should end at example {nominal} (epoch "
-                f"{epoch:g}), but the update before it already reaches example {example}; move the "
-                "fall, or take a smaller batch or max_batch_size."
+                f"{epoch:g}), but whole updates before it already reach example {example}; move "
+                "the fall, or take a smaller batch or limits.max_batch_size."
             )
         phases.append(Phase(
             index=len(phases), name=name, start_example=example,
@@ -243,9 +250,9 @@ def _grown(batch: int, factor: float, recipe: Recipe, limits: Limits, granularit
     return grown
 
 
-def _check_momentum(momentum: float) -> None:
+def _check_momentum(name: str, momentum: float) -> None:
     if not 0.0 <= momentum < 1.0:
-        raise ValueError(f"the momentum is {momentum}; it must lie in [0, 1).")
+        raise ValueError(f"{name} is {momentum}; it must lie in [0, 1).")
 
 
 def _check(recipe: Recipe, strategy: str, limits: Limits, hybrid_falls: int) -> int:
@@ -257,11 +264,11 @@ def _check(recipe: Recipe, strategy: str, limits: Limits, hybrid_falls: int) -> 
             f"hybrid_falls is {hybrid_falls}; the recipe has {len(recipe.falls)} falls, so it "
             f"must lie between 0 and {len(recipe.falls)}."
         )
-    _check_momentum(recipe.momentum)
+    _check_momentum("recipe.momentum", recipe.momentum)
     for name in ("learning_rate", "examples", "epochs"):
         value = getattr(recipe, name)
         if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"recipe.{name} is {value}; it must be over 0.")
+            raise ValueError(f"recipe.{name} is {value}; it must be a finite number over 0.")
     _check_batches(recipe, limits)
 
     before = 0.0
@@ -269,16 +276,17 @@ def _check(recipe: Recipe, strategy: str, limits: Limits, hybrid_falls: int) -> 
         if not (math.isfinite(factor) and factor > 1):
             raise ValueError(
                 f"the noise scale falls by a factor of {factor} at epoch {epoch:g}; factors must "
-                "be over 1 (they divide the noise scale)."
+                "be finite and over 1 (they divide the noise scale)."
             )
         if not before < epoch < recipe.epochs:
             raise ValueError(
                 f"the falls are at epochs {[at for at, _ in recipe.falls]} of {recipe.epochs:g}; "
-                f"they must rise from over 0 to below the end, but {epoch:g} follows {before:g}."
+                "each must come after the one before it, over 0 and below the end, which "
+                f"{epoch:g} does not: change recipe.falls or recipe.epochs."
             )
         before = epoch
 
-    end = recipe.falls[0][0] if recipe.falls and strategy != "constant" else recipe.epochs
+    end = recipe.falls[0][0] if recipe.falls else recipe.epochs
     if not 0 <= recipe.warmup_epochs < end:
         raise ValueError(
             f"recipe.warmup_epochs is {recipe.warmup_epochs:g}; a warm-up must end before the "

@@ -1,6 +1,8 @@
 """The whole story of a run: what will be done, where it stands, its programs, the loop."""
 
+import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
@@ -17,6 +19,7 @@ from bigbatch import (
     compilation,
     continuing,
     evaluate,
+    job,
     metrics,
     network,
     preemption,
@@ -26,9 +29,13 @@ from bigbatch import (
     update,
     workdir,
 )
-from bigbatch.config import check, make_phases
+from bigbatch.config import check, make_phases, make_seatings
 from bigbatch.data import order, sources
 from bigbatch.devices import cut, make_mesh, place, replicated, shape_of
+
+# More, and the host would hold one more copy of the state; with fewer a checkpoint at a phase's end
+# would wait for one just before it.
+SAVES_AT_ONCE = 2
 
 
 class NotFinite(ArithmeticError):
@@ -62,7 +69,7 @@ def train_and_evaluate(
             been compiled or written to the run's logs then.
         StoppedAfterPhase, Preempted: the run stopped before its end, with a checkpoint.
         NotFinite: naming the update at which training broke down.
-        SaveError: if a checkpoint could not be written.
+        WriteError: if a checkpoint or a log could not be written.
     """
     # What will be done. Refused here: whatever can be told from the config alone.
     check(config)
@@ -75,205 +82,203 @@ def train_and_evaluate(
     seatings = make_seatings(config, phases, mesh.size)
     net = network.build(config)
 
-    # Where the run stands.
-    folder = Path(workdir_path)
-    lock = workdir.open_workdir(folder) if jax.process_index() == 0 else None
-    found = checkpoint.find_newest(folder)
-    allowed_changes: list[str] = []
-    if found.path:
-        refused, allowed_changes = continuing.changes(found.run, config, phases)
-        if refused:
-            raise ValueError(
-                f"{folder} holds a run of another config, which this one cannot continue: "
-                f"{'; '.join(refused)}. Give this one another --workdir, or set the keys back."
-            )
-    examples_seen, updates, owed = continuing.position_of(found.run)
-    now = schedule.phase_at(phases, examples_seen)
-    to_run = phases[now.index : last_phase.index + 1] if now else ()
+    with contextlib.ExitStack() as at_end:
+        # Where the run stands. The first process looks, so that all agree.
+        watch = preemption.Watch()
+        at_end.callback(watch.close)
+        folder, writing = Path(workdir_path), jax.process_index() == 0
 
-    # The data and the state, on the devices.
-    dataset = sources.load(config.data)
-    sources.check(dataset, config.data)
-    everywhere, over_devices = replicated(mesh), cut(mesh)
-    resident = place({"images": dataset.train_images, "labels": dataset.train_labels}, everywhere)
-    test = place({"images": dataset.test_images, "labels": dataset.test_labels}, everywhere)
-    state = place(jax.tree.map(np.asarray, update.init_state(config, net)), everywhere)
-    if found.path:
-        state = checkpoint.restore(found.path, jax.tree.map(shape_of, state))
-    test_batches = [
-        place({"record": record}, over_devices) for record in evaluate.batches(
-            config.data.test_examples, config.eval_batch_size, mesh.size)
-    ]
+        def open_run() -> list[Any]:
+            at_end.enter_context(workdir.open_workdir(folder))
+            path, run, faults = checkpoint.find_newest(folder)
+            return [path and str(path), run, faults]
 
-    # The logs, cut back to where the run stands.
-    writing = jax.process_index() == 0
-    describe_run = partial(continuing.describe_run, config, phases)
-    if writing:
-        workdir.write_config(folder, describe_run(examples_seen, updates, owed))
-        metrics.cut_events(folder / "metrics.jsonl", examples_seen, owed is not None)
-        metrics.cut_half_line(folder / "timing.jsonl")
-    log = partial(_log, folder, writing, metrics.open_tensorboard(folder, examples_seen)
-                  if config.tensorboard and writing else None)
-    display = progress.Display(phases, examples, show and writing)
-    log("timing", {
-        "event": "start", "examples_seen": examples_seen, "devices": mesh.size,
-        "device_kind": mesh.devices.flat[0].device_kind, "jax": jax.__version__,
-        "time": time.time(),
-    })
-    for text in [*found.faults, *(f"changed: {change}" for change in allowed_changes)]:
-        display.line(text)
-        log("timing", {"event": "notice", "examples_seen": examples_seen, "text": text})
-    if found.path:
-        display.line(f"continuing at epoch {examples_seen / examples:.2f}, update {updates}")
-
-    # The programs, and the loop. Everything due is a function of the examples seen.
-    watch = preemption.Watch()
-    shares = metrics.TimeShares()
-    seconds_per_update: dict[int, float] = {}
-    boundaries = {phase.end_example for phase in phases}
-    saving: Future | None = None
-    saved_at = examples_seen
-    last_speed = updates
-    number = jax.tree.leaves(state.params)[0].dtype.type
-    due = partial(_due, config, total)
-
-    def save() -> Future:
-        began = time.perf_counter()
-        future = checkpoint.save(
-            folder, state, describe_run(examples_seen, updates, owed), config.keep_checkpoints,
-            boundaries,
-        )
-        log("timing", {"event": "save", "examples_seen": examples_seen,
-                       "blocked_seconds": round(time.perf_counter() - began, 4)})
-        return future
-
-    def settle(event: dict[str, Any]) -> None:
-        """Evaluates, if that is due, and writes the event."""
-        nonlocal last_speed
-        if event.pop("evaluate"):
-            with shares.spent_on("evaluation"):
-                program = programs[("evaluate",)].result().call
-                event |= _evaluate(program, state, test, test_batches, watch)
-            display.line(
-                f"epoch {event['epoch']:.2f}, update {updates}: train loss "
-                f"{event['train_loss']:.4f}, test accuracy {event['test_accuracy']:.4f}"
-            )
-        log("metrics", event)
-        speed = shares.speed(updates - last_speed, event["batch_size"])
-        last_speed = updates
-        log("timing", {"event": "speed", "examples_seen": examples_seen, **speed})
-        if speed["updates"]:
-            seconds_per_update[event["batch_size"]] = 1 / speed["updates_per_second"]
-        display.advance(examples_seen, seconds_per_update)
-
-    try:
-        with shares.spent_on("compile"):
-            programs, sums = _start_compiling(
-                config, net, mesh, [seatings[phase.index] for phase in to_run],
-                (state, resident, test, test_batches[0]), watch,
-            )
-        if owed:
-            settle(dict(owed))
-            owed = None
-        for phase in to_run:
-            display.line(progress.describe(phase, phases))
-            seating = seatings[phase.index]
-            seated_KxDxS = seats.ghosts_seated(seating)
-            began = time.perf_counter()
-            with shares.spent_on("compile"):
-                keys = compilation.keys_of(seating)
-                watch.wait(lambda keys=keys: all(programs[key].done() for key in keys))
-                compiled = [programs[key].result() for key in keys]
-            log("timing", {
-                "event": "phase", "examples_seen": examples_seen, "phase": phase.name,
-                "compile_seconds": [round(program.seconds, 3) for program in compiled],
-                "waited_seconds": round(time.perf_counter() - began, 3),
-            })
-            previous = None
-            while examples_seen < phase.end_example:
-                # One update.
-                rate = schedule.learning_rate_at(phase, examples_seen)
-                records_Bx3 = order.records(config.seed, examples_seen, phase.batch_size, examples)
-                batches = (
-                    place({"examples": seats.seat_examples(
-                        records_Bx3, seated_DxS, seating.ghosts, config.ghost_size)}, over_devices)
-                    for seated_DxS in seated_KxDxS
+        found = checkpoint.Found(*job.decided_by_first("run", open_run))
+        allowed_changes: list[str] = []
+        if found.path:
+            refused, allowed_changes = continuing.changes(found.run, config, phases)
+            if refused:
+                raise ValueError(
+                    f"{folder} holds a run of another config, which this one cannot continue: "
+                    f"{'; '.join(refused)}. Give this one another --workdir, or set the keys back."
                 )
-                with shares.spent_on("update"):
-                    state, sums, measured = _take_update(
-                        [program.call for program in compiled], state, sums, resident, batches,
-                        (number(rate), number(phase.momentum)), watch,
+        examples_seen, updates, owed = continuing.position_of(found.run)
+        now = schedule.phase_at(phases, examples_seen)
+        to_run = phases[now.index : last_phase.index + 1] if now else ()
+
+        # The data and the state, on the devices.
+        dataset = sources.load(config.data)
+        sources.check(dataset, config.data)
+        everywhere, over_devices = replicated(mesh), cut(mesh)
+        resident = place(
+            {"images": dataset.train_images, "labels": dataset.train_labels}, everywhere)
+        test = place({"images": dataset.test_images, "labels": dataset.test_labels}, everywhere)
+        state = place(jax.tree.map(np.asarray, update.init_state(config, net)), everywhere)
+        if found.path:
+            state = checkpoint.restore(Path(found.path), jax.tree.map(shape_of, state))
+        test_batches = [
+            place({"record": record}, over_devices) for record in evaluate.batches(
+                config.data.test_examples, config.eval_batch_size, mesh.size)
+        ]
+
+        # The logs, cut back to where the run stands.
+        describe_run = partial(continuing.describe_run, config, phases)
+        board = None
+        if writing:
+            workdir.write_config(folder, describe_run(examples_seen, updates, owed))
+            metrics.cut_events(folder / "metrics.jsonl", examples_seen, owed is not None)
+            metrics.cut_half_line(folder / "timing.jsonl")
+            if config.tensorboard:
+                board = at_end.enter_context(metrics.open_tensorboard(folder, examples_seen))
+        log = partial(_log, folder, writing, board)
+        display = progress.Display(phases, examples, show and writing)
+        at_end.callback(display.close)
+        log("timing", {
+            "event": "start", "examples_seen": examples_seen, "devices": mesh.size,
+            "device_kind": mesh.devices.flat[0].device_kind, "jax": jax.__version__,
+            "time": time.time(),
+        })
+        for text in [*found.faults, *(f"changed: {change}" for change in allowed_changes)]:
+            display.line(text)
+            log("timing", {"event": "notice", "examples_seen": examples_seen, "text": text})
+        if found.path:
+            display.line(f"continuing at epoch {examples_seen / examples:.2f}, update {updates}")
+
+        # What the loop does between updates.
+        shares = metrics.TimeShares()
+        seconds_per_update: dict[int, float] = {}
+        boundaries = {phase.end_example for phase in phases}
+        saves: deque[Future] = deque()
+        saved_at = examples_seen
+        last_speed = updates
+        number = jax.tree.leaves(state.params)[0].dtype.type
+        due = partial(_due, config, total)
+
+        def save() -> None:
+            nonlocal saved_at
+            began = time.perf_counter()
+            finish_saves(SAVES_AT_ONCE - 1)
+            saves.append(checkpoint.save(
+                folder, state, describe_run(examples_seen, updates, owed),
+                config.keep_checkpoints, boundaries,
+            ))
+            saved_at = examples_seen
+            log("timing", {"event": "save", "examples_seen": examples_seen,
+                           "blocked_seconds": round(time.perf_counter() - began, 4)})
+
+        def finish_saves(leave: int) -> None:
+            """Raises what went wrong in the background; waits while over `leave` are under way."""
+            while saves and (saves[0].done() or len(saves) > leave):
+                saves.popleft().result()
+
+        def settle(event: dict[str, Any]) -> None:
+            """Evaluates, if that is due, and writes the event."""
+            nonlocal last_speed
+            if event.pop("evaluate"):
+                with shares.spent_on("evaluation"):
+                    program = programs[("evaluate",)].result().call
+                    event |= _evaluate(program, state, test, test_batches, watch)
+                display.line(
+                    f"epoch {event['epoch']:.2f}, update {updates}: train loss "
+                    f"{event['train_loss']:.4f}, test accuracy {event['test_accuracy']:.4f}"
+                )
+            log("metrics", event)
+            speed = shares.speed(updates - last_speed, event["batch_size"])
+            last_speed = updates
+            log("timing", {"event": "speed", "examples_seen": examples_seen, **speed})
+            if speed["updates"]:
+                seconds_per_update[event["batch_size"]] = 1 / speed["updates_per_second"]
+            display.advance(examples_seen, seconds_per_update)
+
+        # The programs, and the loop. Everything due is a function of the examples seen.
+        try:
+            with shares.spent_on("compile"):
+                programs, sums = _start_compiling(
+                    config, net, mesh, [seatings[phase.index] for phase in to_run],
+                    (state, resident, test, test_batches[0]), watch,
+                )
+            if owed:
+                settle(dict(owed))
+                owed = None
+            for phase in to_run:
+                display.line(progress.describe(phase, phases))
+                seating = seatings[phase.index]
+                seated_KxDxS = seats.ghosts_seated(seating)
+                began = time.perf_counter()
+                with shares.spent_on("compile"):
+                    keys = compilation.keys_of(seating)
+                    watch.wait(lambda keys=keys: all(programs[key].done() for key in keys))
+                    compiled = [programs[key].result() for key in keys]
+                log("timing", {
+                    "event": "phase", "examples_seen": examples_seen, "phase": phase.name,
+                    "compile_seconds": [round(program.seconds, 3) for program in compiled],
+                    "waited_seconds": round(time.perf_counter() - began, 3),
+                })
+                previous = None
+                while examples_seen < phase.end_example:
+                    # One update.
+                    rate = schedule.learning_rate_at(phase, examples_seen)
+                    records_Bx3 = order.records(
+                        config.seed, examples_seen, phase.batch_size, examples)
+                    batches = (
+                        place({"examples": seats.seat_examples(
+                            records_Bx3, seated_DxS, seating.ghosts, config.ghost_size)},
+                            over_devices)
+                        for seated_DxS in seated_KxDxS
                     )
-                start, examples_seen = examples_seen, examples_seen + phase.batch_size
-                updates += 1
+                    with shares.spent_on("update"):
+                        state, sums, measured = _take_update(
+                            [program.call for program in compiled], state, sums, resident, batches,
+                            (number(rate), number(phase.momentum)), watch,
+                        )
+                    start, examples_seen = examples_seen, examples_seen + phase.batch_size
+                    updates += 1
 
-                # What is due after it.
-                ends = examples_seen == phase.end_example
-                evaluating, saving_now = due("eval", start, examples_seen), \
-                    ends or due("checkpoint", start, examples_seen)
-                logging = ends or evaluating or due("log", start, examples_seen)
-                with shares.spent_on("update"):
-                    # The update before, while this one runs; this one too where something is due.
-                    _check_finite(previous)
-                    previous = updates, start, measured
-                    if logging or saving_now:
+                    # What is due after it.
+                    ends = examples_seen == phase.end_example
+                    evaluating = due("eval", start, examples_seen)
+                    saving = ends or due("checkpoint", start, examples_seen)
+                    logging = ends or evaluating or due("log", start, examples_seen)
+                    with shares.spent_on("update"):
+                        # The update before, while this one runs; this one too if something is due.
                         _check_finite(previous)
-                if logging:
-                    owed = {
-                        "updates": updates, "examples_seen": examples_seen,
-                        "epoch": examples_seen / examples, "phase": phase.name,
-                        "batch_size": phase.batch_size, "learning_rate": rate,
-                        "momentum": phase.momentum,
-                        "noise_scale": schedule.noise_scale(
-                            rate, phase.momentum, examples, phase.batch_size),
-                        "train_loss": float(measured.loss),
-                        "train_accuracy": float(measured.accuracy),
-                        "evaluate": evaluating,
-                    }
-                    settle(dict(owed))
-                    owed = None
-                if saving and (saving.done() or saving_now):
+                        previous = updates, start, measured
+                        if logging or saving:
+                            _check_finite(previous)
+                    if logging:
+                        owed = {
+                            "updates": updates, "examples_seen": examples_seen,
+                            "epoch": examples_seen / examples, "phase": phase.name,
+                            "batch_size": phase.batch_size, "learning_rate": rate,
+                            "momentum": phase.momentum,
+                            "noise_scale": schedule.noise_scale(
+                                rate, phase.momentum, examples, phase.batch_size),
+                            "train_loss": float(measured.loss),
+                            "train_accuracy": float(measured.accuracy),
+                            "evaluate": evaluating,
+                        }
+                        settle(dict(owed))
+                        owed = None
                     with shares.spent_on("checkpoint"):
-                        saving.result()
-                    saving = None
-                if saving_now:
-                    with shares.spent_on("checkpoint"):
-                        saving, saved_at = save(), examples_seen
-    except preemption.Stop:
-        if saving:
-            saving.result()
-        if examples_seen != saved_at:
-            save().result()
-        display.line(f"stopped by SIGTERM at example {examples_seen}, update {updates}")
-        raise Preempted(f"stopped by SIGTERM at example {examples_seen}") from None
-    finally:
-        watch.close()
-        display.close()
-        if lock:
-            lock.close()
+                        finish_saves(SAVES_AT_ONCE)
+                        if saving:
+                            save()
+        except NotFinite:
+            finish_saves(0)
+            raise
+        except preemption.Stop:
+            if examples_seen != saved_at:
+                save()
+            finish_saves(0)
+            display.line(f"stopped by SIGTERM at example {examples_seen}, update {updates}")
+            raise Preempted(f"stopped by SIGTERM at example {examples_seen}") from None
 
-    if saving:
-        saving.result()
-    if examples_seen < total:
-        display.line(f"stopped after phase {last_phase.name} at example {examples_seen}")
-        raise StoppedAfterPhase(f"stopped after phase {last_phase.name}")
-    display.line(f"finished: {updates} updates, {examples_seen} examples")
-    return state
-
-
-def make_seatings(
-    config: ConfigDict, phases: Sequence[schedule.Phase], devices: int
-) -> list[seats.Seating]:
-    """How each phase's ghost batches are dealt to `devices`.
-
-    Raises:
-        ValueError: if a ghost batch does not fit into a pass.
-    """
-    return [
-        seats.make_seating(phase.batch_size, config.ghost_size, devices,
-                           config.max_per_device_batch, config.microbatches)
-        for phase in phases
-    ]
+        finish_saves(0)
+        if examples_seen < total:
+            display.line(f"stopped after phase {last_phase.name} at example {examples_seen}")
+            raise StoppedAfterPhase(f"stopped after phase {last_phase.name}")
+        display.line(f"finished: {updates} updates, {examples_seen} examples")
+        return state
 
 
 def _find_phase(name: str, phases: Sequence[schedule.Phase]) -> schedule.Phase:
@@ -381,6 +386,10 @@ def _log(folder: Path, writing: bool, board: Any, kind: str, event: Mapping[str,
     """Adds a line to metrics.jsonl or timing.jsonl, and to TensorBoard, on the first process."""
     if not writing:
         return
-    metrics.append_event(folder / f"{kind}.jsonl", event)
+    path = folder / f"{kind}.jsonl"
+    try:
+        metrics.append_event(path, event)
+    except OSError as error:
+        raise checkpoint.write_error(path, folder, error) from error
     if board and kind == "metrics":
         metrics.write_board(board, event)

@@ -20,24 +20,24 @@ def open_workdir(workdir: Path) -> IO[str]:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = (workdir / "lock").open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip()
+            lock.close()
+            raise ValueError(
+                f"the workdir {workdir} is held by another job ({holder}); stop it, or give this "
+                "one another --workdir."
+            ) from None
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        lock.flush()
     except OSError as error:
         raise ValueError(
             f"the workdir {workdir} cannot be written: {error.strerror}; give --workdir a folder "
             "that can."
         ) from None
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.seek(0)
-        holder = lock.read().strip()
-        lock.close()
-        raise ValueError(
-            f"the workdir {workdir} is held by another job ({holder}); stop it, or give this one "
-            "another --workdir."
-        ) from None
-    lock.truncate(0)
-    lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-    lock.flush()
     return lock
 
 

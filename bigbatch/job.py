@@ -1,0 +1,107 @@
+"""The processes of a job: how they find one another, let the first decide, and end."""
+
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax._src import distributed  # the only way to the job's key-value store
+
+from bigbatch.preemption import EXIT_STATUS
+
+# Another process may be slower to start: to read and check a checkpoint, say.
+DECISION_SECONDS = 600
+
+
+def join(coordinator: str, processes: int, process: int, dead_peer_seconds: int) -> None:
+    """Makes this process one of the job's; to be called once, before anything touches JAX.
+
+    Args:
+        coordinator: host:port of the first process; "" where the platform knows (Cloud TPU), and
+            for a job of one process.
+        processes: how many there are; 0 where the platform knows.
+        process: which one this is, from 0; -1 where the platform knows.
+        dead_peer_seconds: how long a process may be silent before the others end.
+
+    Raises:
+        ValueError: if only some of the three are given, or they do not fit together.
+    """
+    # Until training listens for itself there is nothing to save.
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_STATUS))
+    # JAX's own handling would swallow a SIGTERM that arrives before training listens.
+    jax.config.update("jax_enable_preemption_service", False)
+    given = (bool(coordinator), processes > 0, process >= 0)
+    options = {"heartbeat_timeout_seconds": dead_peer_seconds}
+    if dead_peer_seconds < 1:
+        raise ValueError(f"--dead_peer_seconds is {dead_peer_seconds}; it must be 1 or more.")
+    if any(given):
+        if not all(given) or process >= processes:
+            raise ValueError(
+                f"--coordinator={coordinator!r}, --processes={processes} and --process={process}: "
+                "all three are needed, on every host the same coordinator (the first process's "
+                "host:port) and number, and a process from 0 to below the number."
+            )
+        jax.distributed.initialize(coordinator, processes, process, **options)
+        return
+    try:
+        jax.distributed.initialize(**options)
+    except ValueError as error:
+        if "coordinator_address should be defined" not in str(error):
+            raise
+        # No platform that knows: a job of one.
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        jax.distributed.initialize(
+            address, 1, 0, coordinator_bind_address=address, **options
+        )
+
+
+def decided_by_first(what: str, decide: Callable[[], Any]) -> Any:
+    """What `decide` returns on the first process, on all of them.
+
+    Args:
+        what: names the decision; each is made once in a job.
+        decide: called on the first process only; returns what JSON can hold.
+
+    Raises:
+        ValueError: on every process, if `decide` raises one.
+    """
+    if jax.process_count() == 1:
+        return decide()
+    client = distributed.global_state.client
+    key = f"bigbatch/{what}"
+    if jax.process_index() == 0:
+        try:
+            decision = decide()
+        except ValueError as error:
+            client.key_value_set(key, json.dumps({"refused": str(error)}))
+            raise
+        client.key_value_set(key, json.dumps({"decision": decision}))
+        return decision
+    told = json.loads(client.blocking_key_value_get(key, 1000 * DECISION_SECONDS))
+    if "refused" in told:
+        raise ValueError(told["refused"])
+    return told["decision"]
+
+
+def leave(status: int, text: str = "", together: bool = False) -> None:
+    """Ends the process at once, without waiting for programs still being compiled.
+
+    Args:
+        status: for the system.
+        text: printed as one line first.
+        together: wait for the other processes to come to the same point, so that the first, which
+            holds the job together, does not go before them.
+    """
+    if text:
+        print(f"bigbatch: {' '.join(text.split())}", file=sys.stderr)
+    if together:
+        jax.distributed.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
