@@ -47,5 +47,4 @@ def get_config(argument: str = "") -> ConfigDict:
         # A digit is no other digit's mirror image on purpose: no flip.
         "augment": {"pad": 1, "crop": 8, "flip": False},
     })
-    config.log_every_epochs = 1.0
     return from_argument(config, argument, PRESETS)
