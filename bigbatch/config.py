@@ -17,6 +17,9 @@ from bigbatch import schedule, seats
 DTYPES = ("float32", "bfloat16", "float64")
 OPTIMIZERS = ("momentum", "nesterov", "sgd", "adam")
 WEIGHT_DECAY_ON = ("all", "no_norms", "no_norms_or_biases")
+CROP_STYLES = ("goyal", "inception", "none")
+RESAMPLE = ("bicubic", "bilinear")
+ON_BAD_IMAGE = ("stop", "skip")
 MAY_BE_NONE = ("scale_up.momentum", "limits.max_batch_size", "limits.granularity")
 
 
@@ -73,6 +76,13 @@ def base_config() -> ConfigDict:
         "std": (255.0,),
         "streaming": False,  # False: the data set lives in device memory as uint8
         "augment": {"pad": 0, "crop": 0, "flip": False},  # pixels reflected; side cut out (0: all)
+        # Only read where streaming is on.
+        "crop_style": "goyal",  # goyal, inception, none: see bigbatch/data/decode.py
+        "eval_resize": 256.0,  # evaluation sees the centre's image_size/eval_resize
+        "resample": "bicubic",  # bicubic, bilinear
+        "on_bad_image": "stop",  # stop, skip (and count)
+        "workers": 0,  # processes that decode; 0: threads of this one
+        "read_threads": 2,  # in each of them
     })
 
     # None of the keys below changes what is learned.
@@ -207,6 +217,9 @@ def check(config: ConfigDict) -> None:
         ("strategy", schedule.STRATEGIES),
         ("optimizer.name", OPTIMIZERS),
         ("optimizer.weight_decay_on", WEIGHT_DECAY_ON),
+        ("data.crop_style", CROP_STYLES),
+        ("data.resample", RESAMPLE),
+        ("data.on_bad_image", ON_BAD_IMAGE),
     ):
         group, name = _find(config, key)
         if group[name] not in allowed:
@@ -217,7 +230,8 @@ def check(config: ConfigDict) -> None:
         ("seed", 0), ("ghost_size", 1), ("max_per_device_batch", 1), ("microbatches", 0),
         ("eval_batch_size", 1), ("keep_checkpoints", 1), ("data.num_classes", 2),
         ("data.train_examples", 1), ("data.test_examples", 1), ("data.image_size", 1),
-        ("data.augment.pad", 0), ("data.augment.crop", 0),
+        ("data.augment.pad", 0), ("data.augment.crop", 0), ("data.workers", 0),
+        ("data.read_threads", 1),
     ):
         group, name = _find(config, key)
         if not group[name] >= least:
@@ -230,6 +244,11 @@ def check(config: ConfigDict) -> None:
             raise ValueError(
                 f"config.{key} is {group[name]}; it must be a finite number over 0."
             )
+    if config.data.streaming and not config.data.eval_resize >= config.data.image_size:
+        raise ValueError(
+            f"config.data.eval_resize is {config.data.eval_resize:g}; it must be image_size, "
+            f"{config.data.image_size}, or more."
+        )
     if not 0 <= config.optimizer.weight_decay < math.inf:
         raise ValueError(
             f"config.optimizer.weight_decay is {config.optimizer.weight_decay}; it must be a "

@@ -22,6 +22,7 @@ command_line.define_config()
 DEVICES = flags.DEFINE_integer("devices", 1, "How many devices share an update.", lower_bound=1)
 FORMAT = flags.DEFINE_enum("format", "table", ["table", "json"], "What to print.")
 
+
 def plan(config: ConfigDict, devices: int) -> dict[str, Any]:
     """Everything that is known of a run before it starts, ready for JSON.
 

@@ -239,7 +239,7 @@ def _grown(batch: int, factor: float, recipe: Recipe, limits: Limits, granularit
     # The nudge keeps 128 x 5.0 from becoming 639.999 and losing a ghost batch.
     grown = int(batch * factor * (1 + 1e-12) // granularity) * granularity
     if limits.max_batch_size is not None:
-        return max(batch, min(grown, limits.max_batch_size))
+        return min(grown, limits.max_batch_size)
     if grown > recipe.examples:
         limit = max(recipe.examples // 10 // granularity * granularity, recipe.batch_size)
         raise ValueError(

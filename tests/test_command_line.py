@@ -1,0 +1,154 @@
+"""The programs as a user starts them: settings, mistakes in one line, a quiet terminal."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from bigbatch import schedule
+from bigbatch.command_line import said_here
+from tests.conftest import REPOSITORY
+
+CIFAR = "--config=configs/cifar10.py:increase"
+
+
+def start(*command):
+    return subprocess.run(
+        [sys.executable, *command], cwd=REPOSITORY, text=True, capture_output=True, timeout=240,
+        env=os.environ | {"XLA_FLAGS": ""},  # one device
+    )
+
+
+def start_all(commands):
+    """Two at a time: most of each is imports."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda command: start(*command), commands))
+
+
+MISTAKES = [
+    # (arguments of plan, what the one line must hold)
+    ([], ("--config is missing", "--config=configs/digits.py:increase")),
+    (["--config=configs/cifra10.py:increase"], ("'configs/cifra10.py'", "no such Python file")),
+    (["--config=README.md"], ("'README.md'", "no such Python file")),
+    (["--config=configs/cifar10.py:incraese"], ("preset 'incraese' is unknown", "increase,")),
+    ([CIFAR, "--config.sede=3"], ("config.sede is unknown", "did you mean seed?")),
+    ([CIFAR, "--config.seed=x"], ("config.seed takes a whole number", "'x'")),
+    ([CIFAR, "--config.seed"], ("config.seed takes a whole number", "''")),
+    ([CIFAR, "--config.recipe.falls=(60,5)"], ("recipe.falls is (60, 5)", "pairs")),
+    ([CIFAR, "--config.model.depth=7"], ("model.depth is 7", "10, 16, 22")),
+    ([CIFAR, "stray"], ("'stray' is no flag", "--config.key=value")),
+    ([CIFAR, "--confg.seed=3"], ("confg.seed",)),
+    ([CIFAR, "--devices=0"], ("--devices=0",)),
+]
+
+
+def test_a_mistake_is_one_line_and_status_2():
+    commands = [["-m", "bigbatch.plan", *arguments] for arguments, _ in MISTAKES]
+    for (arguments, parts), done in zip(MISTAKES, start_all(commands), strict=True):
+        said = f"{arguments}: {done.stderr}"
+        assert (done.returncode, done.stdout) == (2, ""), said
+        assert done.stderr.startswith("bigbatch: "), said
+        assert done.stderr.count("\n") == 1 and done.stderr.endswith("\n"), said
+        for part in parts:
+            assert part in done.stderr, said
+
+
+def test_settings_count_wherever_they_stand():
+    plans = start_all([["-m", "bigbatch.plan", "--format=json", *arguments] for arguments in (
+        [CIFAR, "--config.recipe.falls=((60,5),(120,5))", "--config.limits.max_batch_size=640"],
+        ["--config.recipe.falls=((60,5),(120,5))", CIFAR + ",limits.max_batch_size=640"],
+        ["--config.limits.max_batch_size", "640", "--config",
+         "configs/cifar10.py:increase,recipe.falls=((60,5),(120,5)),limits.max_batch_size=5120"],
+    )])
+    for done in plans:
+        assert (done.returncode, done.stderr) == (0, "")
+        batches = [phase["batch_size"] for phase in json.loads(done.stdout)["phases"]]
+        assert batches == [128, 640, 640]
+
+
+def test_help_shows_the_config_flag():
+    done = start("-m", "bigbatch.plan", "--help")
+    assert "--config: file.py:preset,key=value" in done.stdout
+    assert "--devices" in done.stdout and "--format" in done.stdout
+
+
+def test_main_refuses_before_it_writes(tmp_path):
+    workdir = tmp_path / "run"
+    digits = "--config=configs/digits.py:increase"
+    mistakes = [
+        ([digits], "--workdir is missing"),
+        ([digits, "--config.model.depth=7", f"--workdir={workdir}"], "model.depth is 7"),
+        ([digits, "--config.limits.max_batch_size=100", f"--workdir={workdir}"], "is 100"),
+        ([digits, "--stop_after_phase=noise/5", f"--workdir={workdir}"], "noise/3"),
+    ]
+    done = start_all([
+        ["-m", "bigbatch.main", "--compilation_cache=", *arguments] for arguments, _ in mistakes
+    ])
+    for (arguments, part), ended in zip(mistakes, done, strict=True):
+        said = f"{arguments}: {ended.stderr}"
+        assert (ended.returncode, ended.stdout) == (2, ""), said
+        assert ended.stderr.count("\n") == 1 and part in ended.stderr, said
+    assert not workdir.exists()
+
+
+def test_a_run_shows_its_own_lines_and_nothing_of_its_libraries(tmp_path):
+    done = start(
+        "-m", "bigbatch.main", "--compilation_cache=", f"--workdir={tmp_path}",
+        "--config=configs/digits.py:decay,strategy=constant,recipe.epochs=0.02",
+    )
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert "finished" in done.stderr
+    # As absl begins a line: I1124 for INFO. Orbax writes dozens of them in saving a checkpoint.
+    assert not re.search(r"^[IWEF]\d{4} ", done.stderr, re.MULTILINE), done.stderr
+
+
+LOGGING = """
+from absl import logging
+from bigbatch import command_line
+def main(arguments):
+    logging.info("said at INFO")
+    logging.warning("said at WARNING")
+command_line.run(main)
+"""
+
+
+def test_the_user_may_ask_for_more_or_less():
+    quiet, asked, silent = start_all([
+        ["-c", LOGGING], ["-c", LOGGING, "--verbosity=0"], ["-c", LOGGING, "--verbosity=-2"],
+    ])
+    assert "INFO" not in quiet.stderr and "said at WARNING" in quiet.stderr
+    assert "said at INFO" in asked.stderr and "said at WARNING" in asked.stderr
+    assert silent.stderr == ""
+
+
+BROKEN_CONFIG = """
+from bigbatch.config import base_config, from_argument
+def get_config(argument=""):
+    config = base_config()
+    config.data.update({"train_examples": 1000, "sizes": 3})
+    return from_argument(config, argument, {"only": {}})
+"""
+
+
+def test_an_error_in_a_users_own_file_keeps_its_traceback(tmp_path):
+    path = tmp_path / "broken.py"
+    path.write_text(BROKEN_CONFIG)
+    done = start("-m", "bigbatch.plan", f"--config={path}:only")
+    assert done.returncode == 1
+    assert f'{path}", line 5' in done.stderr and "sizes" in done.stderr
+
+
+def test_only_what_the_package_raises_on_purpose_is_a_users_mistake():
+    with pytest.raises(ValueError) as on_purpose:
+        schedule.plan_phases(
+            schedule.Recipe(0.1, 128, 0.9, 50_000, 10), "grow", schedule.Limits())
+    assert said_here(on_purpose.value.__traceback__)
+    # Python's own ValueError, raised while a line of the package runs, is a bug of the package.
+    with pytest.raises(ValueError) as by_python:
+        schedule.plan_phases(
+            schedule.Recipe(0.1, 128, 0.9, 50_000, 10, falls=((5,),)), "decay", schedule.Limits())
+    assert not said_here(by_python.value.__traceback__)

@@ -1,0 +1,244 @@
+"""Configs: presets and settings from a text, what a config means, and what is refused."""
+
+import math
+
+import pytest
+from ml_collections import ConfigDict, config_dict
+
+from bigbatch.config import (
+    base_config,
+    check,
+    from_argument,
+    make_limits,
+    make_phases,
+    make_recipe,
+    set_from_text,
+)
+from tests import configs
+
+PRESETS = {"first": {"seed": 1}, "second": {"seed": 2, "recipe.learning_rate": 0.5}}
+OPTIONS = {"optimizer": {"adam": {"optimizer.name": "adam", "recipe.learning_rate": 0.001}}}
+
+
+def config_of(argument):
+    return from_argument(base_config(), argument, PRESETS, OPTIONS)
+
+
+def test_the_argument_is_a_preset_and_settings_in_order():
+    assert config_of("").seed == config_of("first").seed == 1
+    second = config_of("second,recipe.batch_size=256, dtype=bfloat16")
+    assert (second.seed, second.recipe.learning_rate) == (2, 0.5)
+    assert (second.recipe.batch_size, second.dtype) == (256, "bfloat16")
+    assert config_of("seed=7").seed == 7  # of the first preset
+    assert config_of("second,seed=3,seed=4").seed == 4
+    # An option is a family of settings, and a later setting goes over it.
+    assert config_of("second,optimizer=adam").recipe.learning_rate == 0.001
+    assert config_of("optimizer=adam,recipe.learning_rate=1").recipe.learning_rate == 1.0
+
+
+@pytest.mark.parametrize(("key", "text", "value"), (
+    ("seed", "3", 3),
+    ("recipe.learning_rate", "1", 1.0),
+    ("recipe.learning_rate", "1e-3", 0.001),
+    ("recipe.momentum", "0", 0.0),
+    ("recipe.falls", "((60,5),(120,5))", ((60, 5), (120, 5))),
+    ("recipe.falls", "((60,5),)", ((60, 5),)),
+    ("recipe.falls", "[(60, 5), (120, 5)]", ((60, 5), (120, 5))),
+    ("recipe.falls", "()", ()),
+    ("data.mean", "(1.5,2,3)", (1.5, 2, 3)),
+    ("data.augment.flip", "true", True),
+    ("data.augment.flip", "False", False),
+    ("data.dir", "", ""),
+    ("data.dir", "gs://bucket/a,b=c", "gs://bucket/a,b=c"),
+    ("limits.max_batch_size", "5120", 5120),
+    ("limits.granularity", "None", None),
+    ("scale_up.momentum", "0.98", 0.98),
+    ("scale_up.momentum", "0", 0.0),
+))
+def test_a_text_becomes_a_value_of_the_keys_type(key, text, value):
+    config = base_config()
+    set_from_text(config, key, text)
+    *groups, name = key.split(".")
+    for group in groups:
+        config = config[group]
+    assert config[name] == value
+    assert type(config[name]) is type(value)
+
+
+@pytest.mark.parametrize(("key", "text", "parts"), (
+    ("seed", "x", ("config.seed takes a whole number", "it is 0", "'x'")),
+    ("seed", "1.5", ("config.seed takes a whole number", "'1.5'")),
+    ("seed", "true", ("whole number", "'true'")),
+    ("seed", "", ("whole number", "''")),
+    ("seed", "None", ("config.seed takes a whole number (", "'None'")),
+    ("recipe.epochs", "nan", ("recipe.epochs takes a number", "'nan'")),
+    ("recipe.epochs", "True", ("takes a number", "'True'")),
+    ("recipe.epochs", "(1, 2)", ("takes a number",)),
+    ("tensorboard", "1", ("true or false", "'1'")),
+    ("recipe.falls", "60", ("a tuple in brackets", "'60'")),
+    ("recipe.falls", "((60,5)", ("a tuple in brackets", "'((60,5)'")),
+    ("limits.max_batch_size", "all", ("a whole number or None", "'all'")),
+    ("limits.max_batch_size", "0.5", ("a whole number or None",)),
+))
+def test_a_text_of_another_type_is_refused(key, text, parts):
+    config = base_config()
+    with pytest.raises(ValueError) as refused:
+        set_from_text(config, key, text)
+    for part in parts:
+        assert part in str(refused.value)
+    assert config.to_json() == base_config().to_json(), "the refused value was set"
+
+
+def test_a_limit_can_be_set_and_unset_again():
+    config = base_config()
+    for text, value in (("128", 128), ("None", None), ("256", 256)):
+        set_from_text(config, "limits.max_batch_size", text)
+        assert config.limits.max_batch_size == value
+    digits = configs.load("digits", "increase,limits.max_batch_size=None")
+    assert digits.limits.max_batch_size is None
+
+
+@pytest.mark.parametrize(("argument", "parts"), (
+    ("frist", ("preset 'frist' is unknown", "first, second")),
+    ("first,optimizer=adm", ("optimizer 'adm' is unknown", "adam")),
+    ("first,sede=3", ("config.sede is unknown", "did you mean seed?", "recipe, scale_up, seed")),
+    # The same name in another group is meant, not a near miss in this one (eval_batch_size).
+    ("first,batch_size=3", ("did you mean recipe.batch_size?",)),
+    ("first,learning_rate=3", ("did you mean recipe.learning_rate or scale_up.learning_rate?",)),
+    ("first,recipe.batchsize=3", ("config.recipe has batch_size", "mean recipe.batch_size?")),
+    ("first,recpie.epochs=3", ("config.recpie.epochs", "did you mean recipe.epochs?")),
+    ("first,qqqq=3", ("config.qqqq is unknown; config has",)),
+    ("first,recipe=3", ("config.recipe is a group", "recipe.batch_size", "recipe.falls")),
+    ("first,data.augment=3", ("is a group", "data.augment.crop", "data.augment.pad")),
+    ("first,seed.x=3", ("config.seed.x is unknown", "config.seed is a value, not a group")),
+    ("first,seed", ("'seed' is no setting", "key=value")),
+    ("first,=3", ("config. is unknown",)),
+))
+def test_what_is_unknown_is_named_with_what_is_allowed(argument, parts):
+    with pytest.raises(ValueError) as refused:
+        config_of(argument)
+    for part in parts:
+        assert part in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_preset_of_a_family_may_not_name_an_unknown_key():
+    with pytest.raises(ValueError, match="config.recipe.rate is unknown"):
+        from_argument(base_config(), "", {"first": {"recipe.rate": 1.0}})
+
+
+def test_a_familys_misspelt_key_is_an_error_and_not_one_more_key():
+    with pytest.raises(AttributeError, match="lable_smoothing"):
+        base_config().lable_smoothing = 0.1
+    with pytest.raises(KeyError, match="learning_rat"):
+        base_config().recipe.update({"learning_rat": 0.1})
+    config = base_config()
+    config.model.update({"depth": 10})  # the model's keys are its own
+    assert from_argument(config, "model.depth=16", PRESETS).model.depth == 16
+    with pytest.raises(ValueError, match="model.dpeth is unknown .did you mean model.depth?"):
+        from_argument(config, "model.dpeth=16", PRESETS)
+
+
+def test_a_key_without_a_type_asks_its_config_for_one():
+    config = base_config()
+    config.model = ConfigDict({"plain": None, "typed": config_dict.placeholder(int), "list": [1]})
+    set_from_text(config, "model.typed", "3")
+    set_from_text(config, "model.list", "[1, 2]")
+    assert (config.model.typed, list(config.model.list)) == (3, [1, 2])
+    with pytest.raises(ValueError, match="model.plain takes nothing until.*placeholder"):
+        set_from_text(config, "model.plain", "3")
+    with pytest.raises(ValueError, match="model.list takes a list in square brackets"):
+        set_from_text(config, "model.list", "3")
+
+
+def test_the_ghost_size_of_config_and_model_are_one_key():
+    config = configs.load("cifar10", "increase,ghost_size=64")
+    assert config.model.ghost_size == make_limits(config).ghost_size == 64
+
+
+def test_a_recipe_is_the_configs_values_scaled_up():
+    config = configs.load("cifar10", "figure5_increased_momentum,recipe.falls=[(60, 5)]")
+    recipe = make_recipe(config)
+    assert (recipe.learning_rate, recipe.batch_size, recipe.momentum) == (0.5, 3200, 0.98)
+    assert (recipe.examples, recipe.epochs, recipe.falls) == (50_000, 204.8, ((60.0, 5.0),))
+    # Only the rate; only the momentum; neither: 128 x 4, 128 x 0.1/0.05, 128.
+    for argument, batch in (("scale_up.learning_rate=4", 512), ("scale_up.momentum=0.95", 256),
+                            ("scale_up.momentum=0.9", 128)):
+        config = configs.load("cifar10", f"increase,{argument}")
+        assert make_recipe(config).batch_size == batch
+    # Granularity holds for the scaled batch.
+    with pytest.raises(ValueError, match="no multiple of 384"):
+        make_recipe(configs.load("cifar10", "increase,limits.granularity=384,"
+                                            "scale_up.learning_rate=2"))
+
+
+def test_phases_obey_the_configs_limits_and_falls_by_batch():
+    def batches(argument):
+        return [phase.batch_size for phase in make_phases(configs.load("cifar10", argument))]
+
+    assert batches("hybrid,hybrid_falls=2") == [128, 640, 3200, 3200]
+    assert batches("increase,limits.max_batch_size=1280") == [128, 640, 1280, 1280]
+    assert batches("increase,limits.granularity=384,recipe.batch_size=384") == [
+        384, 1920, 9600, 48_000]
+
+
+@pytest.mark.parametrize("falls", ("(60, 5)", "((60,),)", "((60, 5, 1),)", "('ab', 'cd')"))
+def test_falls_that_are_no_pairs_are_refused(falls):
+    with pytest.raises(ValueError, match="recipe.falls is .*pairs of .epoch, factor."):
+        make_recipe(configs.load("cifar10", f"decay,recipe.falls={falls}"))
+
+
+@pytest.mark.parametrize(("setting", "parts"), (
+    ("dtype=float16", ("config.dtype is 'float16'", "float32, bfloat16, float64")),
+    ("strategy=grow", ("config.strategy is 'grow'", "constant, decay, hybrid, increase")),
+    ("optimizer.name=sgdm", ("'sgdm'", "momentum, nesterov, sgd, adam")),
+    ("optimizer.weight_decay_on=none", ("'none'", "all, no_norms, no_norms_or_biases")),
+    ("seed=-1", ("config.seed is -1", "0 or more")),
+    ("seed=4294967296", ("config.seed is 4294967296", "2**32")),
+    ("ghost_size=0", ("config.ghost_size is 0", "1 or more")),
+    ("microbatches=-1", ("config.microbatches is -1",)),
+    ("max_per_device_batch=0", ("config.max_per_device_batch is 0",)),
+    ("eval_batch_size=0", ("config.eval_batch_size is 0",)),
+    ("keep_checkpoints=0", ("config.keep_checkpoints is 0",)),
+    ("data.num_classes=1", ("config.data.num_classes is 1", "2 or more")),
+    ("data.train_examples=0", ("config.data.train_examples is 0",)),
+    ("optimizer.weight_decay=-1", ("config.optimizer.weight_decay is -1.0", "0 or more")),
+    ("optimizer.weight_decay=1e400", ("config.optimizer.weight_decay is inf", "finite")),
+    ("optimizer.epsilon=0", ("config.optimizer.epsilon is 0.0", "over 0")),
+    ("optimizer.beta2=1", ("config.optimizer.beta2 is 1.0", "[0, 1)")),
+    ("label_smoothing=1", ("config.label_smoothing is 1.0", "[0, 1)")),
+    ("log_every_epochs=0", ("config.log_every_epochs is 0.0", "over 0")),
+    ("eval_every_epochs=-1", ("config.eval_every_epochs is -1.0",)),
+    ("checkpoint_every_epochs=1e400", ("config.checkpoint_every_epochs is inf", "finite")),
+    ("optimizer.name=sgd", ("momentum is 0.9", "'sgd'", "recipe.momentum=0")),
+    ("scale_up.momentum=1", ("scale_up.momentum is 1.0", "[0, 1)")),
+    ("recipe.momentum=1", ("recipe.momentum is 1.0", "[0, 1)")),
+    ("optimizer=adam,scale_up.momentum=0.98", ("config.scale_up.momentum is 0.98", "Adam", "None")),
+))
+def test_a_value_of_no_use_is_refused_with_what_is_allowed(setting, parts):
+    config = configs.load("cifar10", f"increase,{setting}")
+    with pytest.raises(ValueError) as refused:
+        check(config)
+        make_phases(config)
+    for part in parts:
+        assert part in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("key", ("label_smoothing", "optimizer.weight_decay", "optimizer.beta2",
+                                 "eval_every_epochs", "recipe.momentum", "recipe.learning_rate"))
+def test_no_value_may_be_nan(key):
+    config = configs.load("cifar10", "increase")
+    group = config[key.split(".")[0]] if "." in key else config
+    group[key.split(".")[-1]] = math.nan
+    with pytest.raises(ValueError, match=f"{key.split('.')[-1]} is nan"):
+        check(config)
+        make_phases(config)
+
+
+def test_every_preset_and_optimizer_passes_the_check():
+    for optimizer in ("momentum", "nesterov", "sgd", "adam"):
+        for preset in ("decay", "hybrid", "increase"):
+            check(configs.load("cifar10", f"{preset},optimizer={optimizer}"))
+    for preset in ("figure5_increased_lr", "figure5_increased_momentum"):
+        check(configs.load("cifar10", preset))
