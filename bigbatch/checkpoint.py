@@ -8,18 +8,21 @@ of it is there; until then the folder ends in `.unfinished`.
 import hashlib
 import json
 import shutil
+import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from orbax.checkpoint.experimental import v1 as ocp
 
 from bigbatch.metrics import replace_text
 
 CHECKSUMS = "checksums.json"
 UNFINISHED = ".unfinished"
+_committing = threading.Lock()  # saves overlap, but two must not delete the same old one
 
 
 class WriteError(RuntimeError):
@@ -69,9 +72,9 @@ def find_newest(workdir: Path) -> Found:
 def faults_of(path: Path) -> list[str]:
     """What is wrong with a checkpoint's files, one text a file; empty for a whole one."""
     try:
-        listed = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
-        files = listed["files"]
-        if listed["of_this_list"] != _digest_text(files):
+        listed = (path / CHECKSUMS).read_text(encoding="utf-8")
+        files = json.loads(listed)["files"]
+        if listed != _listing(files):
             raise ValueError
     except FileNotFoundError:
         return [f"{path / CHECKSUMS} is missing"]
@@ -90,6 +93,25 @@ def faults_of(path: Path) -> list[str]:
 def restore(path: Path, like: Any) -> Any:
     """The state saved in `path`, laid out as the arrays (or their shapes and shardings) `like`."""
     return ocp.load(path / "state", like)
+
+
+def load(workdir: str | Path) -> dict[str, Any]:
+    """What the newest whole checkpoint of a run holds, for use outside of it.
+
+    Returns:
+        `params`, `batch_stats` and `opt_state`, as nested dicts of NumPy arrays.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    path = find_newest(Path(workdir)).path
+    if path is None:
+        raise ValueError(f"{workdir} has no checkpoint: no run was made there, or not so far.")
+    arrays = ocp.metadata(path / "state").metadata
+    # Named, or Orbax would lay them out on the devices they were saved from.
+    return ocp.load(
+        path / "state", jax.tree.map(lambda array: np.empty(array.shape, array.dtype), arrays)
+    )
 
 
 def save(
@@ -121,8 +143,9 @@ def save(
         try:
             writing.result()
             if jax.process_index() == 0:
-                _commit(unfinished, path, run)
-                _delete_old(workdir, keep, boundaries)
+                with _committing:
+                    _commit(unfinished, path, run)
+                    _delete_old(workdir, keep, boundaries)
         except Exception as error:
             raise write_error(path, workdir, error) from error
         return path
@@ -148,8 +171,7 @@ def _commit(unfinished: Path, path: Path, run: Mapping[str, Any]) -> None:
         str(file.relative_to(unfinished)): _digest(file)
         for file in sorted(unfinished.rglob("*")) if file.is_file()
     }
-    listed = {"files": files, "of_this_list": _digest_text(files)}
-    replace_text(unfinished / CHECKSUMS, json.dumps(listed, indent=1) + "\n")
+    replace_text(unfinished / CHECKSUMS, _listing(files))
     shutil.rmtree(path, ignore_errors=True)  # one found damaged, whose stretch was run again
     unfinished.rename(path)
 
@@ -165,5 +187,7 @@ def _digest(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _digest_text(files: Mapping[str, str]) -> str:
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+def _listing(files: Mapping[str, str]) -> str:
+    """The text of checksums.json, which vouches for itself too."""
+    own = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    return json.dumps({"files": files, "of_this_list": own}, indent=1) + "\n"

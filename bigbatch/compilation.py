@@ -64,10 +64,11 @@ def compile_order(seatings: Sequence[Seating]) -> tuple[list[Key], list[Key]]:
     """Which programs to compile before the first update, and which later, in order.
 
     Args:
-        seatings: of the phases still to run, in order.
+        seatings: of the phases still to run, in order; none where only an evaluation is.
     """
     in_order = list(dict.fromkeys(key for seating in seatings for key in keys_of(seating)))
-    largest = max(seatings, key=lambda seating: seating.seats)
-    first = [*keys_of(seatings[0]), ("evaluate",)]
-    first += [key for key in keys_of(largest) if key not in first]
+    first: list[Key] = [("evaluate",)]
+    if seatings:
+        largest = max(seatings, key=lambda seating: seating.seats)
+        first = list(dict.fromkeys([*keys_of(seatings[0]), *first, *keys_of(largest)]))
     return first, [key for key in in_order if key not in first]

@@ -18,6 +18,7 @@ from bigbatch.schedule import Phase
 FREE = (
     "max_per_device_batch", "microbatches", "eval_batch_size", "log_every_epochs",
     "eval_every_epochs", "checkpoint_every_epochs", "keep_checkpoints", "tensorboard", "data.dir",
+    "data.workers", "data.read_threads",
 )
 # Change it through the phases alone, which are compared themselves.
 THROUGH_PHASES = ("recipe", "strategy", "hybrid_falls", "scale_up", "limits")

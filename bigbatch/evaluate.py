@@ -3,7 +3,7 @@
     python -m bigbatch.evaluate --workdir=DIR
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -54,17 +54,6 @@ def make_evaluate(config: ConfigDict, network: Network, mesh: Mesh) -> Callable:
     return jax.jit(jax.shard_map(
         evaluate, mesh=mesh, in_specs=(P(), P(), P(), P(AXIS)), out_specs=P(), check_vma=False
     ))
-
-
-def batches(test_examples: int, eval_batch_size: int, devices: int) -> Iterator[np.ndarray]:
-    """The test set's records, int32 (devices x batch), in order; -1 fills the last one up.
-
-    `eval_batch_size` is on each device, and is no larger than a device's share of the test set.
-    """
-    size = min(eval_batch_size, -(-test_examples // devices)) * devices
-    for start in range(0, test_examples, size):
-        record = np.arange(start, start + size, dtype=np.int32)
-        yield np.where(record < test_examples, record, -1)
 
 
 def mean_of(sums: list[jax.Array]) -> tuple[float, float]:

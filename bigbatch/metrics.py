@@ -102,6 +102,11 @@ class TimeShares:
             passed = time.perf_counter() - started
             self._seconds[what] = self._seconds.get(what, 0.0) + passed
 
+    def move(self, source: str, target: str, seconds: float) -> None:
+        """Counts `seconds` of what was counted as spent on `source` as spent on `target`."""
+        self._seconds[source] = self._seconds.get(source, 0.0) - seconds
+        self._seconds[target] = self._seconds.get(target, 0.0) + seconds
+
     def speed(self, updates: int, batch_size: int) -> dict[str, Any]:
         """Speeds and shares since the last call, for timing.jsonl; starts over.
 

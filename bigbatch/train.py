@@ -30,7 +30,7 @@ from bigbatch import (
     workdir,
 )
 from bigbatch.config import check, make_phases, make_seatings
-from bigbatch.data import order, sources
+from bigbatch.data import feed
 from bigbatch.devices import cut, make_mesh, place, replicated, shape_of
 
 # More, and the host would hold one more copy of the state; with fewer a checkpoint at a phase's end
@@ -105,21 +105,19 @@ def train_and_evaluate(
         examples_seen, updates, owed = continuing.position_of(found.run)
         now = schedule.phase_at(phases, examples_seen)
         to_run = phases[now.index : last_phase.index + 1] if now else ()
+        seatings_to_run = [seatings[phase.index] for phase in to_run]
 
         # The data and the state, on the devices.
-        dataset = sources.load(config.data)
-        sources.check(dataset, config.data)
-        everywhere, over_devices = replicated(mesh), cut(mesh)
-        resident = place(
-            {"images": dataset.train_images, "labels": dataset.train_labels}, everywhere)
-        test = place({"images": dataset.test_images, "labels": dataset.test_labels}, everywhere)
-        state = place(jax.tree.map(np.asarray, update.init_state(config, net)), everywhere)
+        due = partial(_due, config, total)
+        evaluated_at = [examples_seen] if owed and owed["evaluate"] else []
+        evaluated_at += [end for start, end in _spans(to_run, examples_seen)
+                         if due("eval", start, end)]
+        fed = feed.open_feed(config, mesh, to_run, seatings_to_run, examples_seen, evaluated_at)
+        at_end.callback(fed.close)
+        state = place(
+            jax.tree.map(np.asarray, update.init_state(config, net)), replicated(mesh))
         if found.path:
             state = checkpoint.restore(Path(found.path), jax.tree.map(shape_of, state))
-        test_batches = [
-            place({"record": record}, over_devices) for record in evaluate.batches(
-                config.data.test_examples, config.eval_batch_size, mesh.size)
-        ]
 
         # The logs, cut back to where the run stands.
         describe_run = partial(continuing.describe_run, config, phases)
@@ -152,7 +150,6 @@ def train_and_evaluate(
         saved_at = examples_seen
         last_speed = updates
         number = jax.tree.leaves(state.params)[0].dtype.type
-        due = partial(_due, config, total)
 
         def save() -> None:
             nonlocal saved_at
@@ -177,7 +174,7 @@ def train_and_evaluate(
             if event.pop("evaluate"):
                 with shares.spent_on("evaluation"):
                     program = programs[("evaluate",)].result().call
-                    event |= _evaluate(program, state, test, test_batches, watch)
+                    event |= _evaluate(program, state, fed, watch)
                 display.line(
                     f"epoch {event['epoch']:.2f}, update {updates}: train loss "
                     f"{event['train_loss']:.4f}, test accuracy {event['test_accuracy']:.4f}"
@@ -185,7 +182,8 @@ def train_and_evaluate(
             log("metrics", event)
             speed = shares.speed(updates - last_speed, event["batch_size"])
             last_speed = updates
-            log("timing", {"event": "speed", "examples_seen": examples_seen, **speed})
+            log("timing", {"event": "speed", "examples_seen": examples_seen, **speed}
+                | ({"images_skipped": fed.skipped} if config.data.streaming else {}))
             if speed["updates"]:
                 seconds_per_update[event["batch_size"]] = 1 / speed["updates_per_second"]
             display.advance(examples_seen, seconds_per_update)
@@ -194,8 +192,8 @@ def train_and_evaluate(
         try:
             with shares.spent_on("compile"):
                 programs, sums = _start_compiling(
-                    config, net, mesh, [seatings[phase.index] for phase in to_run],
-                    (state, resident, test, test_batches[0]), watch,
+                    config, net, mesh, seatings_to_run,
+                    jax.tree.map(shape_of, (state, fed.resident, fed.test)), watch,
                 )
             if owed:
                 settle(dict(owed))
@@ -203,7 +201,6 @@ def train_and_evaluate(
             for phase in to_run:
                 display.line(progress.describe(phase, phases))
                 seating = seatings[phase.index]
-                seated_KxDxS = seats.ghosts_seated(seating)
                 began = time.perf_counter()
                 with shares.spent_on("compile"):
                     keys = compilation.keys_of(seating)
@@ -218,19 +215,14 @@ def train_and_evaluate(
                 while examples_seen < phase.end_example:
                     # One update.
                     rate = schedule.learning_rate_at(phase, examples_seen)
-                    records_Bx3 = order.records(
-                        config.seed, examples_seen, phase.batch_size, examples)
-                    batches = (
-                        place({"examples": seats.seat_examples(
-                            records_Bx3, seated_DxS, seating.ghosts, config.ghost_size)},
-                            over_devices)
-                        for seated_DxS in seated_KxDxS
-                    )
+                    waited = fed.waited_seconds
                     with shares.spent_on("update"):
                         state, sums, measured = _take_update(
-                            [program.call for program in compiled], state, sums, resident, batches,
+                            [program.call for program in compiled], state, sums, fed.resident,
+                            fed.update(phase, seating, examples_seen),
                             (number(rate), number(phase.momentum)), watch,
                         )
+                    shares.move("update", "input", fed.waited_seconds - waited)
                     start, examples_seen = examples_seen, examples_seen + phase.batch_size
                     updates += 1
 
@@ -295,12 +287,20 @@ def _due(config: ConfigDict, total: int, what: str, start: int, end: int) -> boo
     return end // every > start // every or end == total
 
 
+def _spans(phases: Sequence[schedule.Phase], examples_seen: int) -> Iterator[tuple[int, int]]:
+    """The first example and the end of each update still to come."""
+    for phase in phases:
+        first = max(phase.start_example, examples_seen)
+        for start in range(first, phase.end_example, phase.batch_size):
+            yield start, start + phase.batch_size
+
+
 def _start_compiling(
     config: ConfigDict, net: network.Network, mesh: Mesh, seatings: Sequence[seats.Seating],
-    arrays: tuple, watch: preemption.Watch,
+    shapes: tuple, watch: preemption.Watch,
 ) -> tuple[dict[compilation.Key, Future], update.Sums | None]:
     """Lowers all programs and starts compiling them; with room for the sums if they accumulate."""
-    state, resident, test, test_batch = jax.tree.map(shape_of, arrays)
+    state, resident, test = shapes
     functions = update.make_update(config, net, mesh)
     dtype = jax.tree.leaves(state.params)[0].dtype
     number = jax.ShapeDtypeStruct((), dtype, sharding=replicated(mesh))
@@ -312,11 +312,10 @@ def _start_compiling(
         kind, *rows = key
         if kind == "evaluate":
             return evaluate.make_evaluate(config, net, mesh).lower(
-                state.params, state.batch_stats, test, test_batch)
+                state.params, state.batch_stats, test, feed.evaluation_shapes(config, mesh))
         if kind == "apply":
             return functions.apply.lower(state, sums, number, number)
-        batch = {"examples": jax.ShapeDtypeStruct(
-            (mesh.size * rows[0] * config.ghost_size, 4), np.int32, sharding=cut(mesh))}
+        batch = feed.update_shapes(config, mesh, *rows)
         if kind == "update":
             return functions.update.lower(state, resident, batch, number, number)
         return functions.accumulate.lower(state, sums, resident, batch, first_pass)
@@ -369,13 +368,12 @@ def _check_finite(taken: tuple[int, int, update.Metrics] | None) -> None:
 
 
 def _evaluate(
-    program: Callable, state: update.State, test: Mapping, batches: Sequence[Mapping],
-    watch: preemption.Watch,
+    program: Callable, state: update.State, fed: feed.Feed, watch: preemption.Watch
 ) -> dict[str, float]:
     sums = []
-    for batch in batches:
+    for batch in fed.evaluation():
         watch.before_reduction()
-        sums.append(program(state.params, state.batch_stats, test, batch))
+        sums.append(program(state.params, state.batch_stats, fed.test, batch))
         if len(sums) > 1:
             sums[-2].block_until_ready()  # so that a stop is heard within two batches
     loss, accuracy = evaluate.mean_of(sums)

@@ -16,10 +16,13 @@ def load(name: str, argument: str = "") -> ConfigDict:
     return module.get_config(argument)
 
 
+TINY = (
+    "increase", "recipe.epochs=2", "recipe.falls=((0.7,2),(1.4,2))", "recipe.batch_size=48",
+    "limits.max_batch_size=192", "recipe.learning_rate=0.1", "log_every_epochs=0.1",
+    "eval_every_epochs=0.5", "checkpoint_every_epochs=0.25", "tensorboard=false",
+)
+
+
 def tiny(*settings: str) -> ConfigDict:
     """Two epochs of the digits in three phases (batches 48, 96, 192), with `key=value` settings."""
-    return load("digits", ",".join([
-        "increase", "recipe.epochs=2", "recipe.falls=((0.7,2),(1.4,2))", "recipe.batch_size=48",
-        "limits.max_batch_size=192", "recipe.learning_rate=0.1", "log_every_epochs=0.1",
-        "eval_every_epochs=0.5", "checkpoint_every_epochs=0.25", "tensorboard=false", *settings,
-    ]))
+    return load("digits", ",".join([*TINY, *settings]))

@@ -13,6 +13,9 @@ from bigbatch.config import make_phases
 from bigbatch.metrics import read_events
 from tests import configs
 
+# An evaluation takes three batches on each of the 8 devices, so that a stop can fall between.
+SMALL_BATCHES = ("eval_batch_size=20",)
+
 
 def run(config, workdir, **options):
     return train.train_and_evaluate(config, workdir, show=False, **options)
@@ -33,7 +36,7 @@ def assert_same_bits(state, other, what):
 def whole(tmp_path_factory):
     """A run of three phases that nothing interrupts: its state and its workdir."""
     folder = tmp_path_factory.mktemp("whole")
-    return run(configs.tiny(), folder), folder
+    return run(configs.tiny(*SMALL_BATCHES), folder), folder
 
 
 def terminate_at(monkeypatch, count):
@@ -56,12 +59,13 @@ def test_stopped_by_sigterm_again_and_again_it_ends_with_the_same_bits(
 ):
     """Each start gets a few updates or evaluation batches further, so that stops fall before, at
     and after each phase boundary and inside evaluations."""
-    config = configs.tiny("eval_batch_size=20")  # three batches on each of 8 devices
+    config = configs.tiny(*SMALL_BATCHES)
     state, folder = whole
     stops = []
     for attempt in range(40):
         with monkeypatch.context() as patch:
-            terminate_at(patch, 2 + 5 * (attempt % 3))
+            # The 16th is the first batch of the first evaluation, the next 2nd its second one.
+            terminate_at(patch, (16, 2, 5, 6, 1, 7)[attempt % 6])
             try:
                 ended = run(config, tmp_path)
                 break
@@ -84,7 +88,7 @@ def test_stopped_by_sigterm_again_and_again_it_ends_with_the_same_bits(
 @pytest.mark.parametrize("index", [0, 1])
 def test_stop_after_phase_hands_over_at_the_boundary(whole, tmp_path, index):
     state, folder = whole
-    config = configs.tiny()
+    config = configs.tiny(*SMALL_BATCHES)
     phase = make_phases(config)[index]
     with pytest.raises(train.StoppedAfterPhase, match=phase.name):
         run(config, tmp_path, stop_after_phase=phase.name)
@@ -106,7 +110,8 @@ def test_a_finished_run_is_left_as_it_is(whole):
     state, folder = whole
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")
               if path.is_file() and path.name not in ("lock", "timing.jsonl", "config.json")}
-    assert_same_bits(run(configs.tiny(), folder), state, "finished run, started again")
+    ended = run(configs.tiny(*SMALL_BATCHES), folder)
+    assert_same_bits(ended, state, "finished run, started again")
     after = {path: path.stat().st_mtime_ns for path in before}
     assert before == after
 
@@ -196,11 +201,12 @@ def test_what_cannot_alter_the_trajectory_may_change(whole, tmp_path):
 def test_an_interrupted_line_is_cut_and_written_again(whole, tmp_path):
     state, folder = whole
     with pytest.raises(train.StoppedAfterPhase):
-        run(configs.tiny(), tmp_path, stop_after_phase="0")
+        run(configs.tiny(*SMALL_BATCHES), tmp_path, stop_after_phase="0")
     log = tmp_path / "metrics.jsonl"
     later = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     log.write_text(log.read_text() + json.dumps(later) + "\n" + '{"updates": 3')
-    assert_same_bits(run(configs.tiny(), tmp_path), state, "after a half line")
+    ended = run(configs.tiny(*SMALL_BATCHES), tmp_path)
+    assert_same_bits(ended, state, "after a half line")
     assert log.read_bytes() == (folder / "metrics.jsonl").read_bytes()
 
 

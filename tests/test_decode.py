@@ -5,6 +5,7 @@ import math
 import statistics
 from functools import cache
 
+import cv2
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -212,6 +213,22 @@ def test_at_its_own_size_a_crop_is_the_decoded_pixels():
     got = decode.decode(encoded, (40, 30, 224, 224), 224, "bicubic")
     # Two builds of libjpeg-turbo may round the last bit differently.
     assert mean_difference(got, pixels[30:254, 40:264]) < 0.1
+
+
+def test_the_pixels_do_not_depend_on_opencvs_threads():
+    """So a run is the same whatever OpenCV was built or set to use."""
+    def decoded(threads: int) -> list[np.ndarray]:
+        cv2.setNumThreads(threads)
+        return [
+            decode.decode(encoded, (10, 20, 300, 280), size, resample)
+            for encoded in photographs()[:5] for size in (100, 600) for resample in decode.RESAMPLE
+        ]
+
+    try:
+        for several, one in zip(decoded(8), decoded(0), strict=True):
+            np.testing.assert_array_equal(several, one)
+    finally:
+        cv2.setNumThreads(0)
 
 
 @pytest.mark.parametrize("size", [48, 100, 112])

@@ -97,11 +97,14 @@ def as_png(pixels):
     return buffer.getvalue()
 
 
-def prepare(folder, images, name="cifar10", file_format="array_record", label="label"):
+def prepare(
+    folder, images, name="cifar10", file_format="array_record", label="label", channels=1
+):
     """A TFDS data set in `folder` as TFDS would write it: two splits with the same images.
 
     Args:
         images: encoded; image i has the label i % 10.
+        channels: of the images, as the features say.
     """
     version = folder / name / "3.0.2"
     version.mkdir(parents=True)
@@ -110,7 +113,7 @@ def prepare(folder, images, name="cifar10", file_format="array_record", label="l
         "image": {
             "pythonClassName": f"{kinds}.image_feature.Image",
             "image": {"dtype": "uint8", "encodingFormat": "png",
-                      "shape": {"dimensions": ["-1", "-1", "1"]}},
+                      "shape": {"dimensions": ["-1", "-1", str(channels)]}},
         },
         label: {
             "pythonClassName": f"{kinds}.class_label_feature.ClassLabel",
@@ -210,6 +213,49 @@ def test_faulty_tfds_data_is_named(tmp_path):
     assert "'train[:0]' of cifar10 is empty" in refusal(**good, train_split="train[:0]")
     assert "set --config.data.num_classes=10" in refusal(**good, num_classes=7)
     assert "have the splits 'train' and 'test' only" in refusal(train_split="train[:5]")
+
+
+# --- streamed ------------------------------------------------------------------------------------
+def streamed(**changes):
+    return data_config(**{
+        "name": "cifar10", "streaming": True, "train_examples": 3, "test_examples": 3,
+        "mean": (0.0,) * 3, "std": (1.0,) * 3, **changes,
+    })
+
+
+def test_streamed_records_are_opened_without_decoding_them(tmp_path):
+    prepare(tmp_path, [b"first", b"second", b"third"], channels=3)
+    train, test = sources.open_records(
+        streamed(dir=str(tmp_path), test_split="test[1:]", test_examples=2))
+    assert [(record["image"], record["label"]) for record in train] == [
+        (b"first", 0), (b"second", 1), (b"third", 2)]
+    assert [record["image"] for record in test] == [b"second", b"third"]
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"name": "digits"}, "digits is none: set --config.data.streaming=False"),
+    ({"name": "my_data.make"}, "my_data.make is none: set --config.data.streaming=False"),
+    ({"train_examples": 4}, "split 'train' of cifar10 has 3 .*set --config.data.train_examples=3"),
+    ({"test_examples": 2}, "set --config.data.test_examples=3"),
+    ({"test_split": "validation"}, "no split 'validation'; it has train, test"),
+    ({"mean": (0.0,)}, "config.data.mean is .0.0,., but .* 3 channels"),
+    ({"image_size": 8, "augment": {"crop": 6}}, "image_size is 8, but .* cropped to 6x6"),
+    ({"augment": {"crop": 8, "pad": 8}}, "a pad of at most 7"),
+])
+def test_streams_that_are_not_what_the_config_says_are_refused(tmp_path, changes, message):
+    prepare(tmp_path, [b""] * 3, channels=3)
+    with pytest.raises(ValueError, match=message):
+        sources.open_records(streamed(dir=str(tmp_path), **changes))
+
+
+def test_streams_of_grey_images_and_of_lost_files_are_refused(tmp_path):
+    prepare(tmp_path / "grey", [b""] * 3)
+    with pytest.raises(ValueError, match="only images of 3 channels can be streamed .* has 1"):
+        sources.open_records(streamed(dir=str(tmp_path / "grey")))
+    version = prepare(tmp_path / "lost", [b""] * 3, channels=3)
+    version.joinpath("cifar10-test.array_record-00000-of-00001").unlink()
+    with pytest.raises(ValueError, match="split 'test' of cifar10 cannot be read.*array_record"):
+        sources.open_records(streamed(dir=str(tmp_path / "lost")))
 
 
 # --- a function of the user's --------------------------------------------------------------------

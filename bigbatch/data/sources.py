@@ -22,6 +22,8 @@ from bigbatch.dotted import is_dotted, resolve
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 READ_AT_ONCE = 1000
 
+Records = Sequence[Mapping[str, Any]]  # see `tfds_records`
+
 
 class Dataset(NamedTuple):
     """A data set in memory, as NumPy arrays."""
@@ -54,18 +56,58 @@ def load(data: ConfigDict) -> Dataset:
     return _checked(Dataset(*train, *test), data.name, data.num_classes)
 
 
+def open_records(data: ConfigDict) -> tuple[Records, Records]:
+    """The records of both splits that `data` (config.data) names, to be streamed: (train, test).
+
+    They are what the config was planned with, as far as can be told without decoding them.
+
+    Raises:
+        ValueError: one message with the key to change, or what is wrong with the data.
+    """
+    if data.name == "digits" or is_dotted(data.name):
+        raise ValueError(
+            "config.data.streaming is True, but only a TFDS data set can be streamed and "
+            f"{data.name} is none: set --config.data.streaming=False."
+        )
+    builder = open_tfds(data)
+    channels = builder.info.features["image"].shape[-1]
+    if channels != 3:
+        raise ValueError(
+            "config.data.streaming is True, but only images of 3 channels can be streamed and "
+            f"{data.name} has {channels}: set --config.data.streaming=False."
+        )
+    train, test = (
+        tfds_records(builder, data.name, split) for split in (data.train_split, data.test_split)
+    )
+    _check_sizes(data, len(train), len(test), (data.image_size, data.image_size, channels))
+    for split, records in ((data.train_split, train), (data.test_split, test)):
+        _read(records, [0], f"split {split!r} of {data.name}")
+    return train, test
+
+
 def check(dataset: Dataset, data: ConfigDict) -> None:
     """Refuses a data set that is not what the config was planned with.
 
     Raises:
         ValueError: one line with the key to change and what to set it to.
     """
-    for key, split, images in (
-        ("train_examples", data.train_split, dataset.train_images),
-        ("test_examples", data.test_split, dataset.test_images),
+    train, test = dataset.train_images, dataset.test_images
+    _check_sizes(data, len(train), len(test), train.shape[1:])
+
+
+def _check_sizes(
+    data: ConfigDict, train: int, test: int, image_shape: tuple[int, int, int]
+) -> None:
+    """Refuses counts of examples, or images (height, width, channels), that do not fit `data`."""
+    for key, split, found in (
+        ("train_examples", data.train_split, train), ("test_examples", data.test_split, test),
     ):
-        check_examples(data, key, split, len(images))
-    _, height, width, channels = dataset.train_images.shape
+        if data[key] != found:
+            raise ValueError(
+                f"config.data.{key} is {data[key]} but split {split!r} of {data.name} has "
+                f"{found} examples: set --config.data.{key}={found}."
+            )
+    height, width, channels = image_shape
     for key in ("mean", "std"):
         if len(data[key]) != channels:
             raise ValueError(
@@ -88,25 +130,6 @@ def check(dataset: Dataset, data: ConfigDict) -> None:
             f"config.data.image_size is {data.image_size}, but the images of {data.name} are "
             f"{cut}: set --config.data.image_size={side}, or --config.data.augment.crop to what is "
             "meant."
-        )
-
-
-def check_examples(data: ConfigDict, key: str, split: str, found: int) -> None:
-    """Refuses a size that is not the one the schedule was planned with.
-
-    Args:
-        data: config.data.
-        key: "train_examples" or "test_examples".
-        split: the split it counts.
-        found: examples there are.
-
-    Raises:
-        ValueError: one line with the key and what to set it to.
-    """
-    if data[key] != found:
-        raise ValueError(
-            f"config.data.{key} is {data[key]} but split {split!r} of {data.name} has "
-            f"{found} examples: set --config.data.{key}={found}."
         )
 
 
@@ -141,7 +164,7 @@ def open_tfds(data: ConfigDict) -> Any:
     return builder
 
 
-def tfds_records(builder: Any, name: str, split: str) -> Sequence[Mapping[str, Any]]:
+def tfds_records(builder: Any, name: str, split: str) -> Records:
     """The records of a split by number: `image` (bytes, still encoded) and `label` (int).
 
     Args:
@@ -185,18 +208,20 @@ def decode(encoded: bytes, channels: int) -> np.ndarray:
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
-def _decode_all(
-    source: Sequence[Mapping[str, Any]], what: str, channels: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _read(records: Records, numbers: Sequence[int], what: str) -> list[Mapping[str, Any]]:
+    """The records with these numbers, still encoded."""
+    try:
+        return records.__getitems__(list(numbers))
+    except RuntimeError as error:  # ArrayRecord's, for absent or broken files
+        raise ValueError(f"{what} cannot be read: {error}") from error
+
+
+def _decode_all(source: Records, what: str, channels: int) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels of a split: CIFAR-10 takes about 7 seconds, and no less with threads."""
     images, labels = np.empty((0,), np.uint8), np.empty(len(source), np.int64)
     for start in range(0, len(source), READ_AT_ONCE):
         stop = min(start + READ_AT_ONCE, len(source))
-        try:
-            examples = source.__getitems__(list(range(start, stop)))
-        except RuntimeError as error:  # ArrayRecord's, for absent or broken files
-            raise ValueError(f"{what} cannot be read: {error}") from error
-        for record, example in enumerate(examples, start):
+        for record, example in enumerate(_read(source, range(start, stop), what), start):
             try:
                 pixels = decode(example["image"], channels)
             except ValueError as error:
