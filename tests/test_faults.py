@@ -1,0 +1,251 @@
+"""What a run does when it is killed, stopped, spoiled, crowded out or in the dark."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from bigbatch import checkpoint, program_cache, train
+from bigbatch.metrics import read_events
+from tests import configs, processes, soak
+from tests.test_continuing import assert_same_bits, run
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A tiny run that nothing interrupts, and all its checkpoints."""
+    folder = tmp_path_factory.mktemp("whole")
+    return run(configs.tiny("keep_checkpoints=9"), folder), folder
+
+
+def test_a_soak_of_kills_and_spoiled_checkpoints_loses_no_bit(tmp_path):
+    """The short form of `make soak`."""
+    found = soak.soak(tmp_path, kills=4, seed=1)
+    assert found.kills.total() == 4
+    assert found.bits_different == 0
+    assert found.same_metrics, "metrics.jsonl differs from that of a run never killed"
+    assert found.detected == found.spoiled
+
+
+def test_a_cut_cache_entry_costs_one_recompile(tmp_path):
+    """JAX itself would fail to load it at every start from now on."""
+    cache = tmp_path / "cache"
+
+    def one_run(name):
+        processes.end(processes.start(tmp_path / name, "recipe.epochs=1.5", cache=cache))
+        return {path.name: path.stat().st_mtime_ns for path in cache.glob("*-cache")}
+
+    written = one_run("a")
+    largest = max(cache.glob("*-cache"), key=lambda path: path.stat().st_size)
+    content = largest.read_bytes()
+    largest.write_bytes(content[: len(content) // 2])
+    again = one_run("b")
+    assert len(largest.read_bytes()) > len(content) // 2, "the cut entry is still there"
+    changed = {name for name in written if again[name] != written[name]}
+    assert changed == {largest.name}
+    assert one_run("c") == again
+    assert processes.bits_different(tmp_path / "a", tmp_path / "b") == 0
+
+
+def test_an_unusable_cache_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file/cache cannot be used.*--compilation_cache"):
+        program_cache.keep(str(tmp_path / "file" / "cache"))
+
+
+# --- spoiled checkpoints ----------------------------------------------------------------------
+def damage(kind: str, file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    if kind == "missing":
+        file.unlink()
+    elif kind == "truncated":
+        file.write_bytes(content[:-1])
+    else:
+        content[len(content) // 2] ^= 16
+        file.write_bytes(content)
+
+
+def test_any_damage_to_any_file_of_a_checkpoint_is_found_by_name(whole, tmp_path):
+    shutil.copytree(whole[1] / "checkpoints", tmp_path / "checkpoints")
+    newest, before, *_ = reversed(checkpoint.finished(tmp_path))
+    files = [file for file in newest.rglob("*") if file.is_file()]
+    assert {"run.json", "checksums.json"} < {file.name for file in files}
+    assert len(files) > 6
+    for file in files:
+        content = file.read_bytes()
+        for kind in ("missing", "truncated", "a flipped bit")[: 3 if content else 1]:
+            damage(kind, file)
+            found = checkpoint.find_newest(tmp_path)
+            assert found.path == before, f"{kind} in {file.name}: fell back to {found.path}"
+            assert any(str(file) in fault for fault in found.faults), (kind, found.faults)
+            file.write_bytes(content)
+    assert checkpoint.find_newest(tmp_path).path == newest
+
+
+def test_training_goes_on_from_the_newest_checkpoint_that_is_whole(whole, tmp_path):
+    state, folder = whole
+    shutil.copytree(folder, tmp_path / "run")
+    damaged = checkpoint.finished(tmp_path / "run")[-2:]
+    for path, kind in zip(damaged, ("truncated", "a flipped bit"), strict=True):
+        damage(kind, max(path.rglob("d/*"), key=lambda file: file.stat().st_size))
+    assert_same_bits(
+        run(configs.tiny("keep_checkpoints=9"), tmp_path / "run"), state, "after damage")
+    names = [path.name for path in checkpoint.finished(folder)]
+    assert [path.name for path in checkpoint.finished(tmp_path / "run")] == names
+    assert checkpoint.find_newest(tmp_path / "run").faults == []
+    log = "metrics.jsonl"
+    assert (tmp_path / "run" / log).read_bytes() == (folder / log).read_bytes()
+    notices = [e["text"] for e in read_events(tmp_path / "run/timing.jsonl")
+               if e["event"] == "notice"]
+    for path in damaged:
+        assert any(str(path) in text and "damaged" in text for text in notices), notices
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_deleted(whole, tmp_path):
+    shutil.copytree(whole[1], tmp_path / "run")
+    for path in checkpoint.finished(tmp_path / "run"):
+        damage("a flipped bit", path / "run.json")
+    before = sorted(path for path in (tmp_path / "run").rglob("*"))
+    with pytest.raises(ValueError, match="no checkpoint is whole.*nothing was deleted") as caught:
+        run(configs.tiny("keep_checkpoints=9"), tmp_path / "run")
+    for path in checkpoint.finished(whole[1]):
+        assert path.name + "/run.json is damaged" in str(caught.value)
+    assert sorted(path for path in (tmp_path / "run").rglob("*")) == before
+
+
+def test_the_newest_and_every_phase_boundary_are_kept(tmp_path):
+    config = configs.tiny("keep_checkpoints=2", "checkpoint_every_epochs=0.1")
+    run(config, tmp_path)
+    kept = [int(path.name) for path in checkpoint.finished(tmp_path)]
+    boundaries = [phase.end_example for phase in train.make_phases(config)]
+    saved = [event["examples_seen"] for event in read_events(tmp_path / "timing.jsonl")
+             if event["event"] == "save"]
+    assert len(saved) > 10
+    assert kept == sorted({*boundaries, *saved[-2:]})
+
+
+# --- stopped ----------------------------------------------------------------------------------
+def test_sigterm_while_training_ends_with_a_checkpoint_and_42(whole, tmp_path):
+    log = tmp_path / "run/metrics.jsonl"
+    first = processes.start(tmp_path / "run", "checkpoint_every_epochs=100", "recipe.epochs=40",
+                            "recipe.falls=((0.7,2),(39,2))")
+    processes.wait_until(lambda: len(read_events(log)) > 20, first, "20 events")
+    told = time.monotonic()
+    first.send_signal(signal.SIGTERM)
+    processes.end(first, status=42)
+    assert time.monotonic() - told < 15
+    found = checkpoint.find_newest(tmp_path / "run")
+    assert found.run["examples_seen"] >= read_events(log)[-1]["examples_seen"] > 0
+    assert not list((tmp_path / "run/checkpoints").glob("*.unfinished"))
+
+
+def test_sigterm_while_the_first_program_is_compiled_ends_at_once(tmp_path):
+    process = processes.start(tmp_path / "run", "model.depth=28", cache=None)
+    timing = tmp_path / "run/timing.jsonl"
+    processes.wait_until(lambda: len(read_events(timing)) > 0, process, "its first event")
+    process.send_signal(signal.SIGTERM)
+    told = time.monotonic()
+    processes.end(process, status=42)
+    assert time.monotonic() - told < 15
+    assert [event["event"] for event in read_events(timing)] == ["start"]
+    assert checkpoint.finished(tmp_path / "run") == []
+
+
+# --- crowded out, read-only, full ---------------------------------------------------------------
+def test_a_second_job_on_the_same_workdir_is_refused(tmp_path):
+    first = processes.start(tmp_path, "recipe.epochs=40", "recipe.falls=((0.7,2),(39,2))")
+    processes.wait_until((tmp_path / "timing.jsonl").exists, first, "its first event")
+    output = processes.end(processes.start(tmp_path), status=2)
+    assert f"held by another job (process {first.pid} on" in output
+    assert len(output.strip().splitlines()) == 1, output
+    first.kill()
+    first.communicate()
+    with pytest.raises(ValueError, match="another config"):  # the kill has freed it
+        run(configs.tiny("seed=5"), tmp_path)
+
+
+def test_a_workdir_that_cannot_be_made_is_refused_before_compiling(tmp_path):
+    (tmp_path / "file").write_text("")
+    output = processes.end(processes.start(tmp_path / "file" / "run"), status=2)
+    assert "file/run cannot be written: Not a directory; give --workdir" in output
+    assert len(output.strip().splitlines()) == 1, output
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB of its own."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs to mount a file system, which only root outside most containers may")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "log"])
+def test_a_full_disk_is_named_with_the_last_good_checkpoint(small_disk, tmp_path, what):
+    workdir = small_disk / "run"
+    long_run = ("recipe.epochs=200", "recipe.falls=((0.7,2),(199,2))", "keep_checkpoints=1",
+                "checkpoint_every_epochs=" + ("1" if what == "checkpoint" else "190"))
+    process = processes.start(workdir, *long_run)
+    wanted = 2 if what == "checkpoint" else 1
+    processes.wait_until(
+        lambda: len(checkpoint.finished(workdir)) >= wanted, process, "its first checkpoints")
+    with (small_disk / "filling").open("wb") as file:
+        try:
+            while True:
+                file.write(b"x" * 4096)
+                file.flush()
+        except OSError:
+            pass
+    output = processes.end(process, status=1)
+    assert "No space left on device" in output or "ENOSPC" in output.upper(), output
+    good = checkpoint.finished(workdir)[-1]
+    assert f"last good checkpoint is {good}" in output
+    assert str(workdir) in output.split("failed")[0]
+    (small_disk / "filling").unlink()
+    assert checkpoint.find_newest(workdir).path == good
+    checkpoint.load(workdir)
+
+
+def test_a_read_only_workdir_is_refused_before_compiling(small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(ValueError, match="cannot be written: Read-only file system"):
+        run(configs.tiny(), small_disk / "run")
+
+
+# --- saves in the background --------------------------------------------------------------------
+def test_a_save_blocks_the_loop_for_an_update_or_a_moment(whole, tmp_path):
+    """With 40 MB of state, whose writing takes many times longer than what the loop waits."""
+    config = configs.tiny("model.width=12", "recipe.epochs=1", "recipe.falls=((0.7,2),)",
+                          "checkpoint_every_epochs=0.3", "eval_every_epochs=1")
+    run(config, tmp_path)
+    events = read_events(tmp_path / "timing.jsonl")
+    blocked = [event["blocked_seconds"] for event in events if event["event"] == "save"]
+    update = max(1 / e["updates_per_second"] for e in events if e["event"] == "speed")
+    assert len(blocked) >= 4
+    assert sorted(blocked)[len(blocked) // 2] <= max(0.15, update), (blocked, update)
+
+
+def test_a_save_that_fails_in_the_background_is_raised(whole, tmp_path, monkeypatch):
+    """Its folder vanishes while Orbax writes: nothing the loop itself would notice."""
+    commit = checkpoint._commit
+
+    def without_its_folder(unfinished, path, run):
+        if run["examples_seen"] > 700:
+            shutil.rmtree(unfinished)
+        commit(unfinished, path, run)
+
+    monkeypatch.setattr(checkpoint, "_commit", without_its_folder)
+    with pytest.raises(checkpoint.WriteError, match="the last good checkpoint is") as caught:
+        run(configs.tiny("checkpoint_every_epochs=0.2"), tmp_path)
+    good = checkpoint.finished(tmp_path)[-1]
+    assert str(good) in str(caught.value)
+    json.loads((good / "run.json").read_text())
+    assert checkpoint.find_newest(tmp_path).path == good
