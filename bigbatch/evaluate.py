@@ -3,23 +3,27 @@
     python -m bigbatch.evaluate --workdir=DIR
 """
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import flags
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from bigbatch import checkpoint, command_line, network
 from bigbatch.data import augment
-from bigbatch.devices import AXIS
-from bigbatch.network import Network
+from bigbatch.data.feed import Feed, open_feed
+from bigbatch.devices import AXIS, make_mesh
 
 
-def make_evaluate(config: ConfigDict, network: Network, mesh: Mesh) -> Callable:
+def make_evaluate(config: ConfigDict, net: network.Network, mesh: Mesh) -> Callable:
     """The jitted function `(params, batch_stats, test, batch) -> float[3]`.
 
     The result is the sums of (cross entropy, correct, examples) over one batch of all devices.
@@ -40,7 +44,7 @@ def make_evaluate(config: ConfigDict, network: Network, mesh: Mesh) -> Callable:
             images, config.data.mean, config.data.std, jnp.dtype(config.dtype)
         )
         keys = jax.random.split(jax.random.key(0), len(record))  # drawn from by no one
-        logits, *_ = network.apply(params, batch_stats, images, False, keys)
+        logits, *_ = net.apply(params, batch_stats, images, False, keys)
         logits = logits.astype(dtype)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         seated = record >= 0
@@ -56,7 +60,69 @@ def make_evaluate(config: ConfigDict, network: Network, mesh: Mesh) -> Callable:
     ))
 
 
-def mean_of(sums: list[jax.Array]) -> tuple[float, float]:
-    """Mean cross entropy and accuracy from the sums of all batches."""
+def whole_test_set(
+    program: Callable, params: Any, batch_stats: Any, fed: Feed,
+    before_batch: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """`test_loss` (mean cross entropy) and `test_accuracy` over every test example, each once.
+
+    Args:
+        program: `make_evaluate`, jitted or compiled.
+        params: parameters.
+        batch_stats: running statistics.
+        fed: what the test set comes from.
+        before_batch: called before each batch; what it raises passes through.
+    """
+    sums = []
+    for batch in fed.evaluation():
+        before_batch()
+        sums.append(program(params, batch_stats, fed.test, batch))
+        if len(sums) > 1:
+            sums[-2].block_until_ready()  # two batches on the devices at most; a stop is heard soon
     loss, correct, examples = np.sum([np.asarray(part, np.float64) for part in sums], axis=0)
-    return float(loss / examples), float(correct / examples)
+    return {"test_loss": float(loss / examples), "test_accuracy": float(correct / examples)}
+
+
+def evaluate_run(workdir: Path, data_dir: str = "") -> dict[str, Any]:
+    """Evaluates the newest whole checkpoint in `workdir`; nothing is written.
+
+    Args:
+        workdir: of a run, finished or not.
+        data_dir: where the data set is now; "" for where the run found it.
+
+    Returns:
+        `updates`, `examples_seen`, `epoch`, `test_loss` and `test_accuracy`.
+
+    Raises:
+        ValueError: if there is no whole checkpoint, or the data is not that of the run.
+    """
+    found = checkpoint.find_newest(workdir)
+    if found.path is None:
+        raise ValueError(f"{workdir} has no checkpoint: no run was made there, or not so far.")
+    config = ConfigDict(found.run["config"])
+    if data_dir:
+        config.data.dir = data_dir
+    if config.dtype == "float64":
+        jax.config.update("jax_enable_x64", True)
+    mesh, net = make_mesh(), network.build(config)
+    seen = found.run["examples_seen"]
+    fed = open_feed(config, mesh, (), (), seen, [seen])
+    state = checkpoint.load(workdir)
+    program = make_evaluate(config, net, mesh)
+    result = whole_test_set(program, state["params"], state["batch_stats"], fed)
+    fed.close()
+    return {"updates": found.run["updates"], "examples_seen": seen,
+            "epoch": seen / config.data.train_examples, **result}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Prints the evaluation of --workdir as one JSON object."""
+    if not WORKDIR.value:
+        raise ValueError("--workdir is missing: the folder of the run to evaluate.")
+    print(json.dumps(evaluate_run(Path(WORKDIR.value), DATA_DIR.value)))
+
+
+if __name__ == "__main__":
+    WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run to evaluate.")
+    DATA_DIR = flags.DEFINE_string("data_dir", "", "TFDS data_dir, where it is no more the run's.")
+    command_line.run(main)

@@ -89,6 +89,19 @@ def decided_by_first(what: str, decide: Callable[[], Any]) -> Any:
     return told["decision"]
 
 
+def explain(error: jax.errors.JaxRuntimeError) -> str:
+    """One line on what JAX's runtime could not do, with what to change where that is known."""
+    text = str(error).strip().partition("\n")[0]
+    if "RESOURCE_EXHAUSTED" in text:
+        return f"out of device memory: {text}. A lower --config.max_per_device_batch needs less."
+    if jax.process_count() > 1:
+        return (
+            f"another process of the job has ended or is out of reach ({text}). Start all of them "
+            "again; the run goes on from its newest checkpoint."
+        )
+    return text
+
+
 def leave(status: int, text: str = "", together: bool = False) -> None:
     """Ends the process at once, without waiting for programs still being compiled.
 

@@ -45,8 +45,10 @@ def main(arguments: Sequence[str]) -> None:
         job.leave(STOPPED_STATUS, together=True)
     except train.Preempted:
         job.leave(preemption.EXIT_STATUS, together=True)
-    except (train.NotFinite, checkpoint.WriteError, jax.errors.JaxRuntimeError) as error:
+    except (train.NotFinite, checkpoint.WriteError) as error:
         job.leave(FAILED_STATUS, str(error))
+    except jax.errors.JaxRuntimeError as error:
+        job.leave(FAILED_STATUS, job.explain(error))
     job.leave(0, together=True)
 
 

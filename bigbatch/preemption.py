@@ -17,7 +17,7 @@ from jax._src import distributed  # the only way to the job's key-value store
 
 EXIT_STATUS = 42  # what GKE's and xpk's restart rules take for "start me again"
 LISTEN_SECONDS = 0.1
-_STOP, _COUNT = "bigbatch/stop", "bigbatch/reductions"
+_STOP, _COUNT = "bigbatch/stop", "bigbatch/reductions"  # folders of the key-value store
 
 
 class Stop(BaseException):
@@ -89,7 +89,7 @@ class Watch:
         """Passes a signal on to the other processes and theirs to this one."""
         while not self._closed.wait(LISTEN_SECONDS):
             if self._told.is_set():
-                self._client.key_value_set(_STOP, "1", allow_overwrite=True)
+                self._client.key_value_set(f"{_STOP}/told", "1", allow_overwrite=True)
             elif not self._client.key_value_dir_get(_STOP):
                 continue
             with self._lock:

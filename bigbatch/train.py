@@ -174,7 +174,8 @@ def train_and_evaluate(
             if event.pop("evaluate"):
                 with shares.spent_on("evaluation"):
                     program = programs[("evaluate",)].result().call
-                    event |= _evaluate(program, state, fed, watch)
+                    event |= evaluate.whole_test_set(
+                        program, state.params, state.batch_stats, fed, watch.before_reduction)
                 display.line(
                     f"epoch {event['epoch']:.2f}, update {updates}: train loss "
                     f"{event['train_loss']:.4f}, test accuracy {event['test_accuracy']:.4f}"
@@ -365,19 +366,6 @@ def _check_finite(taken: tuple[int, int, update.Metrics] | None) -> None:
             "parameters that are not all finite; the last checkpoint is from before it. A lower "
             "recipe.learning_rate or a warm-up usually helps."
         )
-
-
-def _evaluate(
-    program: Callable, state: update.State, fed: feed.Feed, watch: preemption.Watch
-) -> dict[str, float]:
-    sums = []
-    for batch in fed.evaluation():
-        watch.before_reduction()
-        sums.append(program(state.params, state.batch_stats, fed.test, batch))
-        if len(sums) > 1:
-            sums[-2].block_until_ready()  # so that a stop is heard within two batches
-    loss, accuracy = evaluate.mean_of(sums)
-    return {"test_loss": loss, "test_accuracy": accuracy}
 
 
 def _log(folder: Path, writing: bool, board: Any, kind: str, event: Mapping[str, Any]) -> None:
