@@ -14,6 +14,10 @@ demo: .venv/installed
 test: .venv/installed
 	$(BIN)/python -m pytest -n 2 --dist=worksteal tests
 
+# Kills a run at random moments, about 6 minutes on 2 cores; the short form is in the tests.
+soak: .venv/installed
+	$(BIN)/python -m tests.soak --kills=30 --seed=0
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 

@@ -7,7 +7,7 @@ after the colon in `--config=file.py:preset,key=value`.
 import ast
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -103,7 +103,7 @@ def from_argument(
     config: ConfigDict,
     argument: str,
     presets: Mapping[str, Mapping[str, Any]],
-    options: Mapping[str, Mapping[str, Mapping[str, Any]]] | None = None,
+    options: Mapping[str, Mapping[str, Mapping[str, Any] | Callable]] | None = None,
 ) -> ConfigDict:
     """`config` with a preset, then `key=value` settings, in the order of the text.
 
@@ -112,6 +112,7 @@ def from_argument(
         argument: "preset", "preset,key=value,...", or "" for the first preset.
         presets: settings (dotted key to value) by name.
         options: families of settings chosen by name, as `optimizer=adam`; not keys of the config.
+            Settings, or a function that gives them for the config so far.
 
     Raises:
         ValueError: for an unknown preset, option, key, or a value of the wrong kind.
@@ -127,7 +128,8 @@ def from_argument(
         if not separator:
             raise ValueError(f"{setting!r} is no setting; write key=value after the preset.")
         if key in options:
-            _set_all(config, _choose(key, text, options[key]))
+            chosen = _choose(key, text, options[key])
+            _set_all(config, chosen(config) if callable(chosen) else chosen)
         else:
             set_from_text(config, key, text)
     return config

@@ -24,9 +24,9 @@ from tests import processes
 
 # Three phases; evaluations and saves take about half of the time, so that kills hit them.
 CONFIG = (
-    "increase", "recipe.epochs=6", "recipe.falls=((2,3),(4,3))", "limits.max_batch_size=128",
+    "increase", "recipe.epochs=5", "recipe.falls=((2,3),(3.5,3))", "limits.max_batch_size=128",
     "log_every_epochs=0.05", "eval_every_epochs=0.1", "checkpoint_every_epochs=0.2",
-    "eval_batch_size=10", "keep_checkpoints=3", "tensorboard=false",
+    "eval_batch_size=20", "keep_checkpoints=3", "tensorboard=false",
 )
 
 
