@@ -80,7 +80,8 @@ def base_config() -> ConfigDict:
         "crop_style": "goyal",  # goyal, inception, none: see bigbatch/data/decode.py
         "eval_resize": 256.0,  # evaluation sees the centre's image_size/eval_resize
         "resample": "bicubic",  # bicubic, bilinear
-        "on_bad_image": "stop",  # stop, skip (and count)
+        # stop, skip (and count: it weighs nothing, but is black in its ghost batch's statistics)
+        "on_bad_image": "stop",
         "workers": 0,  # processes that decode; 0: threads of this one
         "read_threads": 2,  # in each of them
     })

@@ -222,6 +222,7 @@ def train_and_evaluate(
                             [program.call for program in compiled], state, sums, fed.resident,
                             fed.update(phase, seating, examples_seen),
                             (number(rate), number(phase.momentum)), watch,
+                            previous and previous[2].loss,
                         )
                     shares.move("update", "input", fed.waited_seconds - waited)
                     start, examples_seen = examples_seen, examples_seen + phase.batch_size
@@ -336,21 +337,24 @@ def _start_compiling(
 
 def _take_update(
     calls: Sequence[Callable], state: update.State, sums: update.Sums | None, resident: Mapping,
-    batches: Iterator[Mapping], hyper: tuple, watch: preemption.Watch,
+    batches: Iterator[Mapping], hyper: tuple, watch: preemption.Watch, before: jax.Array | None,
 ) -> tuple[update.State, update.Sums | None, update.Metrics]:
-    """Dispatches one update: one program, or a pass for each microbatch and the reduction."""
+    """Dispatches one update: one program, or a pass for each microbatch and the reduction.
+
+    `before` is something of the update before, to wait for: the devices hold two microbatches.
+    """
     if len(calls) == 1:
         batch = next(batches)
         watch.before_reduction()
         state, measured = calls[0](state, resident, batch, *hyper)
         return state, sums, measured
     accumulate, apply = calls
-    running = None
+    running = before
     for index, batch in enumerate(batches):
         watch.poll()
         sums, done = accumulate(state, sums, resident, batch, np.bool_(index == 0))
         if running is not None:
-            running.block_until_ready()  # never more than two microbatches on the device
+            running.block_until_ready()
         running = done
     watch.before_reduction()
     state, measured = apply(state, sums, *hyper)

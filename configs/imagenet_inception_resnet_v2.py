@@ -1,6 +1,6 @@
 """ImageNet with Inception-ResNet-V2 in 2 500 updates: Figures 6 and 7 of the paper.
 
-    python -m bigbatch.main --config=configs/imagenet_inception_resnet_v2.py:figure7_momentum_0.975 \
+    python -m bigbatch.main --config=configs/imagenet_inception_resnet_v2.py:figure7_momentum_0.9 \
         --config.data.dir=DIR --workdir=RUN
 
 90 epochs at rate 3 without a warm-up; the noise scale is divided by 10 at epochs 30, 60 and 80.
@@ -17,8 +17,8 @@ Accuracies are the paper's, two runs each where it gives two. It does not say on
 
 Ghost batches are of 32 in Figure 6, of 64 in Figure 7. The paper does not give weight decay, label
 smoothing, dropout, auxiliary head and crop of these runs. They are tf-slim's here: weight decay
-4e-5 but not on BN's bias, no label smoothing, dropout 0.2, the auxiliary head's loss at 0.4, BN decay
-0.9997 a ghost batch and without a scale, Inception's crop, inputs in [-1, 1], tested on the central
+4e-5 but not on BN's bias, no label smoothing, dropout 0.2, the auxiliary head's loss at 0.4, BN's
+decay 0.9997 a ghost batch and no scale, Inception's crop, inputs in [-1, 1], tested on the central
 87.5 % of each side.
 
 `smoke=true` keeps the phases and shrinks everything else: a sixteenth of the widths, one block of
@@ -57,7 +57,7 @@ def smoke(config: ConfigDict) -> dict[str, Any]:
         "data.train_split": "train[:400]", "data.train_examples": 400,
         "data.test_split": "validation[:100]", "data.test_examples": 100,
         "data.image_size": 80, "data.eval_resize": 80 / 0.875, "data.workers": 0,
-        "eval_batch_size": 25,
+        "eval_batch_size": 25, "max_per_device_batch": 16,
     }
 
 

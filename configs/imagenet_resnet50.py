@@ -3,14 +3,14 @@
     python -m bigbatch.main --config=configs/imagenet_resnet50.py:thirty_minutes \
         --config.data.dir=DIR --workdir=RUN
 
-90 epochs; the noise scale is divided by 10 at epochs 30, 60 and 80. Numbers are the paper's; a core
-is one of the two on a TPU v2 chip, and 256 of them half a pod.
+90 epochs; the noise scale is divided by 10 at epochs 30, 60 and 80. Accuracies and times are the
+paper's; a core is one of the two on a TPU v2 chip, and 256 of them half a pod.
 
-| preset | batch | rate, after the warm-up | hardware | updates | accuracy | time |
+| preset | batch | rate, after the warm-up | cores | updates | accuracy | time |
 |---|---|---|---|---|---|---|
-| batch_8k | 8192 | 3.2, 0.32, 0.032, 0.0032 | 256 cores | 14 076 | .761 | < 45 min |
-| thirty_minutes | 8192, from epoch 30 on 16 384 | 3.2, 0.64, 0.064, 0.0064 | 256, then 512 | 9 384 | .761 | < 30 min |
-| batch_16k | 16 384 | 6.4, 0.64, 0.064, 0.0064 | 512 cores | 7 038 | .750 | 22 min |
+| thirty_minutes | 8192, then 16 384 | 3.2, 0.64, 0.064, 0.0064 | 256, then 512 | 9 384 | .761 | < 30 min |
+| batch_8k | 8192 | 3.2, 0.32, 0.032, 0.0032 | 256 | 14 076 | .761 | < 45 min |
+| batch_16k | 16 384 | 6.4, 0.64, 0.064, 0.0064 | 512 | 7 038 | .750 | 22 min |
 
 For `thirty_minutes`, `--stop_after_phase=noise/1` ends the first slice's job at epoch 30 with a
 checkpoint and status 3; the same command without it goes on from there on the second slice.
@@ -20,8 +20,8 @@ rate 0.1 for each 256 examples, linear warm-up from 0.1 over 5 epochs, Nesterov 
 decay 1e-4 but not on BN's scale and bias, BN over 32 images, random-resized crop and flip; tested
 on the central 224 of the shorter side's 256. They take the median of the last 5 epochs.
 
-`smoke=true` keeps the phases and shrinks everything else: ResNet-18 an eighth as wide, 64x64 images,
-batches a 512th, 9 epochs of 400 photographs. About a minute on two CPU cores.
+`smoke=true` keeps the phases and shrinks everything else: ResNet-18 an eighth as wide, 64x64
+images, batches a 512th, 9 epochs of 400 photographs. About a minute on two CPU cores.
 
     python -m bigbatch.main --config=configs/imagenet_resnet50.py:thirty_minutes,smoke=true ...
 

@@ -242,6 +242,7 @@ class Stream:
         self._blocks = self._examples = None
         self._microbatches = iter(())
         gc.collect()  # Grain's shared memory is freed with its objects, and they form cycles
+        _wait_for_freeing()
 
 
 def _one_by_one(blocks: Iterator[tuple]) -> Iterator[tuple[np.ndarray, int, str]]:
@@ -299,6 +300,16 @@ def _check_shared_memory(wanted: int, workers: int) -> None:
             f"{SHARED_MEMORY}, which has {free / 1e6:.0f} MB free: give the container more "
             "(Docker: --shm-size), or set --config.data.workers=0 to decode in threads."
         )
+
+
+def _wait_for_freeing() -> None:
+    """Until this process maps no shared memory any more, or a second has passed.
+
+    Grain frees it in a thread, and where a process leaves at once Python would report it as leaked.
+    """
+    maps, until = Path("/proc/self/maps"), time.monotonic() + 1.0
+    while maps.exists() and "/psm_" in maps.read_text() and time.monotonic() < until:
+        time.sleep(0.01)
 
 
 def _begin_worker(index: int, count: int) -> None:

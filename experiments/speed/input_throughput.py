@@ -1,0 +1,238 @@
+"""How many images a second one core decodes, crops and resizes, beside TensorFlow's pipeline.
+
+    python -m experiments.speed.input_throughput --data_dir=FOLDER [--record=PATH]
+
+FOLDER is the TFDS data_dir that holds imagenet2012. TensorFlow's rows need `pip install
+tensorflow-cpu` beside the requirements; without it they say that it is not installed. The record in
+experiments/records/input_throughput.json is from this command.
+
+Every row gets the same photographs, in memory as they are encoded, and the same random-resized
+crops, and makes 224 x 224 pixels. TensorFlow does it as Flax's ImageNet example: decode the crop
+only, then resize without a low-pass filter, in a tf.data pipeline of one thread. Pillow decodes all
+and resizes with its filter. All run on one core, taking turns in each repeat, so that ratios
+within a repeat are paired; the table has medians and ranges over the repeats. Seconds are the
+process's processor time, all threads together, so that other work on the machine disturbs little.
+Measured apart, for it works ahead: the whole stream, from the files to a microbatch of images.
+"""
+
+import argparse
+import io
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
+
+from bigbatch.data import decode, sources, streaming
+
+SIZE = 224
+CLASSES = 1000
+BASIS = "TensorFlow, bicubic"
+
+
+def open_photographs(folder: str, count: int) -> sources.Records:
+    """The records of the first `count` training photographs."""
+    data = ConfigDict({"name": "imagenet2012", "dir": folder, "num_classes": CLASSES})
+    records = sources.tfds_records(sources.open_tfds(data), data.name, f"train[:{count}]")
+    records[0]  # opens the files
+    return records
+
+
+def measure_stream(records: sources.Records, repeats: int) -> list[float]:
+    """Images a second of processor time, read, decoded and dealt into microbatches of an epoch."""
+    reader = streaming.Reader(
+        records=records, split="train", train=True, seed=0, classes=CLASSES, size=SIZE,
+        style="goyal", eval_resize=256.0, resample="bicubic", skip=False,
+    )
+    count = len(records) // 50 * 50
+    seats = np.arange(count).reshape(-1, 50)
+    stretch = streaming.Stretch(reader, 0, repeats + 1, count, seats)
+    stream = streaming.Stream([stretch], workers=0, threads=1)
+    speeds = []
+    for repeat in range(repeats + 1):
+        began = time.process_time()
+        for _ in seats:
+            next(stream)
+        if repeat:
+            speeds.append(seats.size / (time.process_time() - began))
+    stream.close()
+    return speeds
+
+
+def draw_boxes(images: list[bytes]) -> list[tuple[int, int, int, int]]:
+    """A random-resized crop for each image."""
+    return [
+        decode.random_resized_crop_box(*decode.dimensions(image), decode.uniforms(0, 0, place))
+        for place, image in enumerate(images)
+    ]
+
+
+def ours(images: list[bytes], boxes: list, resample: str) -> Callable[[], None]:
+    """What `bigbatch.data.streaming` does with each record, but for drawing the box."""
+
+    def run() -> None:
+        for image, box in zip(images, boxes, strict=True):
+            decode.dimensions(image)
+            decode.decode(image, box, SIZE, resample)
+
+    return run
+
+
+def pillow(images: list[bytes], boxes: list) -> Callable[[], None]:
+    """A full decode, then Pillow's bicubic filter."""
+
+    def run() -> None:
+        for image, (left, top, width, height) in zip(images, boxes, strict=True):
+            picture = Image.open(io.BytesIO(image)).convert("RGB")
+            box = (left, top, left + width, top + height)
+            np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box))
+
+    return run
+
+
+def tensorflow(images: list[bytes], boxes: list, method: str) -> Callable[[], None] | None:
+    """decode_and_crop_jpeg and resize under tf.data; None where TensorFlow is not installed."""
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    try:
+        import tensorflow as tf
+    except ImportError:
+        return None
+    tf.config.threading.set_intra_op_parallelism_threads(1)
+    tf.config.threading.set_inter_op_parallelism_threads(1)
+    windows = np.array([(top, left, height, width) for left, top, width, height in boxes], np.int32)
+    options = tf.data.Options()
+    options.threading.private_threadpool_size = 1
+    options.threading.max_intra_op_parallelism = 1
+    options.deterministic = True
+
+    def example(image: tf.Tensor, window: tf.Tensor) -> tf.Tensor:
+        pixels = tf.image.decode_and_crop_jpeg(image, window, channels=3)
+        return tf.image.resize(pixels, (SIZE, SIZE), method=method)
+
+    pipeline = tf.data.Dataset.from_tensor_slices((images, windows)).map(example)
+    pipeline = pipeline.with_options(options)
+
+    def run() -> None:
+        for _ in pipeline:
+            pass
+
+    return run
+
+
+def measure(rows: dict[str, Callable[[], None] | None], count: int, repeats: int) -> dict:
+    """Images a second of processor time, of each row in each repeat."""
+    present = {name: run for name, run in rows.items() if run is not None}
+    for run in present.values():
+        run()  # warm
+    speeds: dict[str, list[float]] = {name: [] for name in present}
+    for repeat in range(repeats):
+        # Alternate the direction, so that no row is always after the same one.
+        for name in list(present)[:: 1 if repeat % 2 else -1]:
+            began = time.process_time()
+            present[name]()
+            speeds[name].append(count / (time.process_time() - began))
+    return speeds
+
+
+def versions() -> dict[str, str]:
+    """Of what decodes."""
+    found = {"python": platform.python_version()}
+    for package in ("numpy", "opencv-python-headless", "pillow", "tensorflow-cpu", "tensorflow"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def processor() -> str:
+    """What the machine calls its processor."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--data_dir", required=True, help="TFDS data_dir that holds imagenet2012")
+    parser.add_argument("--images", type=int, default=400, help="photographs in a repeat")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--record", default="", help="write the results to this JSON file")
+    options = parser.parse_args()
+    if options.images < 50:
+        parser.error("--images: at least 50 are needed")
+    if options.repeats < 5:
+        parser.error("--repeats: at least 5 are needed for a range that says something")
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # before TensorFlow's threads start
+    else:
+        print("This system cannot pin a process to a core: ratios only are to be trusted.",
+              file=sys.stderr)
+
+    try:
+        records = open_photographs(options.data_dir, options.images)
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
+    images = [record["image"] for record in records]
+    boxes = draw_boxes(images)
+    rows = {
+        "bigbatch, bicubic": ours(images, boxes, "bicubic"),
+        "bigbatch, bilinear": ours(images, boxes, "bilinear"),
+        BASIS: tensorflow(images, boxes, "bicubic"),
+        "TensorFlow, bilinear": tensorflow(images, boxes, "bilinear"),
+        "Pillow, bicubic": pillow(images, boxes),
+    }
+    stream = measure_stream(records, options.repeats)
+    speeds = measure(rows, len(images), options.repeats)
+
+    result = {
+        "date": time.strftime("%Y-%m-%d"), "processor": processor(), "versions": versions(),
+        "images": len(images), "mean_bytes": round(statistics.mean(map(len, images))),
+        "mean_pixels": round(statistics.mean(math.prod(decode.dimensions(i)) for i in images)),
+        "size": SIZE, "repeats": options.repeats, "load": round(os.getloadavg()[0], 1),
+        "whole_stream_images_per_second": rounded(stream, 1),
+        "images_per_second": {name: rounded(row, 1) for name, row in speeds.items()},
+    }
+    print(f"{len(images)} photographs of {result['mean_bytes'] / 1e3:.0f} kB to {SIZE} x {SIZE} on "
+          f"one core of {result['processor']}, {options.repeats} repeats; {result['versions']}")
+    print(f"{'':22}{'images/s a core':>24}{'against ' + BASIS:>32}")
+    for name in rows:
+        if name not in speeds:
+            print(f"{name:22}{'not installed':>24}")
+            continue
+        row = spread(speeds[name], ".0f")
+        if BASIS in speeds:
+            ratios = [a / b for a, b in zip(speeds[name], speeds[BASIS], strict=True)]
+            result.setdefault(f"against {BASIS}", {})[name] = rounded(ratios, 3)
+            print(f"{name:22}{row:>24}{spread(ratios, '.2f'):>32}")
+        else:
+            print(f"{name:22}{row:>24}")
+    print(f"{'bigbatch, whole stream':22}{spread(stream, '.0f'):>24}")
+    if options.record:
+        Path(options.record).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def rounded(values: list[float], digits: int) -> list[float]:
+    """With as many digits as mean anything."""
+    return [round(value, digits) for value in values]
+
+
+def spread(values: list[float], form: str) -> str:
+    """The median and the range."""
+    low, middle, high = min(values), statistics.median(values), max(values)
+    return f"{middle:{form}} ({low:{form}} to {high:{form}})"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""ImageNet's configs: the paper's counts, and their smoke form on real photographs, killed once."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from bigbatch import checkpoint, compilation, evaluate
+from bigbatch.config import make_phases, make_seatings
+from bigbatch.metrics import read_events
+from tests import configs, processes
+from tests.sample_data import data_dir
+
+# (config, preset): batches and rates of the phases, and updates, from the paper and its arithmetic.
+RECIPES = {
+    ("imagenet_resnet50", "batch_8k"): (
+        [8192] * 5, [3.2, 3.2, 0.32, 0.032, 0.0032], 14_075),
+    ("imagenet_resnet50", "thirty_minutes"): (
+        [8192] * 2 + [16_384] * 3, [3.2, 3.2, 0.64, 0.064, 0.0064], 9_384),
+    ("imagenet_resnet50", "batch_16k"): (
+        [16_384] * 5, [6.4, 6.4, 0.64, 0.064, 0.0064], 7_038),
+    ("imagenet_inception_resnet_v2", "figure6_decay"): (
+        [8192] * 4, [3.0, 0.3, 0.03, 0.003], 14_075),
+    ("imagenet_inception_resnet_v2", "figure6_increase"): (
+        [8192] + [81_920] * 3, [3.0, 3.0, 0.3, 0.03], 5_630),
+    ("imagenet_inception_resnet_v2", "figure7_momentum_0.9"): (
+        [8192] + [65_536] * 3, [3.0, 2.4, 0.24, 0.024], 5_865),
+    ("imagenet_inception_resnet_v2", "figure7_momentum_0.95"): (
+        [16_384] + [65_536] * 3, [3.0, 1.2, 0.12, 0.012], 3_519),
+    ("imagenet_inception_resnet_v2", "figure7_momentum_0.975"): (
+        [32_768] + [65_536] * 3, [3.0, 0.6, 0.06, 0.006], 2_346),
+}
+
+
+@pytest.mark.parametrize(("name", "preset"), RECIPES)
+def test_the_phases_are_the_papers(name, preset):
+    batches, rates, updates = RECIPES[name, preset]
+    phases = make_phases(configs.load(name, preset))
+    assert [phase.batch_size for phase in phases] == batches
+    assert [phase.learning_rate_end for phase in phases] == pytest.approx(rates, rel=1e-12)
+    assert abs(sum(phase.updates for phase in phases) - updates) <= 2
+    if name == "imagenet_resnet50":
+        assert (phases[0].name, phases[0].learning_rate) == ("warmup", 0.1)
+    first_ghosts = {"6": 32, "7": 64}.get(preset.removeprefix("figure")[0], 32)
+    assert configs.load(name, preset).ghost_size == first_ghosts
+
+
+@pytest.mark.parametrize(("name", "preset"), RECIPES)
+def test_the_smoke_form_keeps_the_phases(name, preset):
+    """The same names, and batches and rates that stand in the same proportions."""
+    full = make_phases(configs.load(name, preset))
+    small = make_phases(configs.load(name, f"{preset},smoke=true"))
+    assert [phase.name for phase in small] == [phase.name for phase in full]
+    for phase, like in zip(small, full, strict=True):
+        assert phase.batch_size * 512 == like.batch_size
+        ratio = phase.learning_rate_end / small[-1].learning_rate_end
+        assert ratio == pytest.approx(like.learning_rate_end / full[-1].learning_rate_end)
+
+
+@pytest.mark.parametrize(("name", "preset"), [
+    ("imagenet_resnet50", "thirty_minutes"),
+    ("imagenet_inception_resnet_v2", "figure7_momentum_0.95"),
+])
+def test_smoke_trains_through_all_phases_and_survives_a_kill(tmp_path, name, preset):
+    folder = data_dir("imagenet2012")
+    settings = [f"--config=configs/{name}.py:{preset},smoke=true", f"--config.data.dir={folder}",
+                "--config.checkpoint_every_epochs=0.5", "--config.eval_every_epochs=3",
+                f"--compilation_cache={processes.CACHE}", "--config.tensorboard=false"]
+
+    def start(workdir, *more):
+        return subprocess.Popen(
+            [sys.executable, "-m", "bigbatch.main", *settings, f"--workdir={workdir}", *more],
+            cwd=processes.REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        )
+
+    processes.end(start(tmp_path / "whole"))
+    killed = tmp_path / "killed"
+    process = start(killed)
+    log = killed / "metrics.jsonl"
+    processes.wait_until(
+        lambda: len({event["phase"] for event in read_events(log)}) > 2, process, "its third phase")
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    stood = checkpoint.find_newest(killed).run["examples_seen"]
+    # Other workers and threads, which change nothing.
+    processes.end(start(killed, "--config.data.workers=1", "--config.data.read_threads=3"))
+    assert [event["examples_seen"] for event in read_events(killed / "timing.jsonl")
+            if event["event"] == "start"] == [0, stood]
+    assert processes.bits_different(killed, tmp_path / "whole") == 0
+    assert log.read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+
+    events = read_events(log)
+    config = configs.load(name, f"{preset},smoke=true")
+    phases = [phase.name for phase in make_phases(config)]
+    assert list(dict.fromkeys(event["phase"] for event in events)) == phases
+    assert events[-1]["train_loss"] < events[0]["train_loss"]
+    speeds = [event for event in read_events(killed / "timing.jsonl") if event["event"] == "speed"]
+    assert all(0 <= event["time_share"]["input"] < 1 for event in speeds if event["updates"])
+    assert all(event["images_skipped"] == 0 for event in speeds)
+    evaluated = evaluate.evaluate_run(killed)
+    assert evaluated["test_loss"] == pytest.approx(events[-1]["test_loss"], rel=1e-5)
+
+
+def test_a_batch_of_65_536_runs_the_programs_of_a_smaller_one():
+    """On one device every phase of Figure 7 and of the 30-minute run takes the same passes."""
+    for (name, preset), (batches, *_) in RECIPES.items():
+        config = configs.load(name, preset)
+        seatings = make_seatings(config, make_phases(config), 1)
+        assert len({compilation.keys_of(seating) for seating in seatings}) == 1, preset
+        passes = [batch // config.max_per_device_batch for batch in batches]
+        assert [seating.microbatches for seating in seatings] == passes
+
+
+SETTINGS = (
+    "decay", "strategy=constant", "recipe.epochs=0.97", "max_per_device_batch=512",
+    "data.streaming=true", "data.crop_style=none", "data.eval_resize=32",
+    "data.test_split=test[:500]", "data.test_examples=500", "tensorboard=false",
+)
+SCRIPT = """
+import resource, sys
+from tests import configs
+from bigbatch import train
+workdir, argument = sys.argv[1:]
+config = configs.load("cifar10", argument)
+config.network, config.model = "tests.foreign_models.Regression", {"pixels": 3 * 32 * 32}
+train.train_and_evaluate(config, workdir, show=False)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_streamed_memory_does_not_grow_with_the_batch(tmp_path):
+    """Peak memory of whole processes at 1x and 16x the batch, in the same microbatches."""
+    folder = data_dir("cifar10")
+    peak = {}
+    for batch in (3_072, 49_152):
+        workdir = tmp_path / str(batch)
+        argument = ",".join([*SETTINGS, f"recipe.batch_size={batch}", f"data.dir={folder}"])
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT, str(workdir), argument], cwd=processes.REPOSITORY,
+            text=True, check=False, capture_output=True,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+        )
+        assert done.returncode == 0, done.stderr
+        peak[batch] = int(done.stdout.split()[-1]) / 1024  # MiB
+        assert read_events(workdir / "metrics.jsonl")[-1]["updates"] == 49_152 // batch
+    images = 49_152 * 32 * 32 * 3 / 2**20
+    print(f"peak MiB by batch: {peak}; the larger batch's images alone are {images:.0f} MiB")
+    assert peak[49_152] < peak[3_072] + images / 8, peak
