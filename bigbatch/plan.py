@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 from absl import flags
+from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from bigbatch import command_line, network, schedule
@@ -78,7 +79,7 @@ def count_parameters(config: ConfigDict) -> int:
     """Trainable numbers of the config's network; traces it and computes nothing."""
     with jax.enable_x64(config.dtype == "float64"):
         params, _ = jax.eval_shape(network.build(config).init, 0)
-    return sum(leaf.size for leaf in jax.tree.leaves(params))
+    return parameter_overview.count_parameters(params)
 
 
 def as_text(planned: Mapping[str, Any]) -> str:

@@ -35,8 +35,8 @@ def make_seating(
         ghost_size: examples in a ghost batch.
         devices: how many share the update.
         max_per_device_batch: examples a device takes in one pass at most.
-        microbatches: 0, or the number of passes wanted (there are fewer where a device has fewer
-            ghost batches); `max_per_device_batch` is then not read.
+        microbatches: 0, or the number of passes wanted (there are fewer where a device's ghost
+            batches fill fewer); `max_per_device_batch` is then not read.
 
     Raises:
         ValueError: if one ghost batch is over `max_per_device_batch`.

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -93,9 +94,15 @@ def make_optimizer(
 
 def init_state(config: ConfigDict, network: Network) -> State:
     """The state before the first update; follows from the seed alone."""
-    params, batch_stats = network.init(config.seed)
-    optimizer = make_optimizer(config, network.in_norm, jnp.zeros(()), jnp.zeros(()))
-    return State(params, batch_stats, optimizer.init(params))
+    def init(seed: jax.Array) -> State:
+        params, batch_stats = network.init(seed)
+        optimizer = make_optimizer(config, network.in_norm, jnp.zeros(()), jnp.zeros(()))
+        return State(params, batch_stats, optimizer.init(params))
+
+    # Drawn once, which is not worth the seconds that LLVM takes to optimise random generators.
+    on_cpu = jax.default_backend() == "cpu"
+    options = {"xla_backend_optimization_level": 0} if on_cpu else None
+    return jax.jit(init, compiler_options=options)(jnp.uint32(config.seed))
 
 
 def make_update(config: ConfigDict, network: Network, mesh: Mesh) -> Update:
@@ -167,23 +174,25 @@ def _microbatch_sums(
     ghosts_after_G = batch["examples"][:: config.ghost_size, 3]
     seated = (batch["examples"][:, 3] >= 0) & (labels >= 0)
     dtype = jnp.promote_types(config.dtype, jnp.float32)
-    weights = seated.astype(dtype)
     targets = optax.smooth_labels(
         jax.nn.one_hot(labels, config.data.num_classes, dtype=dtype), config.label_smoothing
     )
 
+    def own(logits_BxK: jax.Array) -> jax.Array:
+        # Before the loss too: where an empty seat's loss is not finite, 0 times its slope is nan.
+        return jnp.where(seated[:, None], logits_BxK.astype(dtype), 0.0)
+
     def summed(losses_B: jax.Array) -> jax.Array:
-        # where, not a product: an empty seat adds nothing whatever the network makes of it.
         return jnp.sum(jnp.where(seated, losses_B, 0.0))
 
     def objective(params: Tree) -> tuple[jax.Array, tuple]:
         logits, auxiliary, rows = network.apply(
             params, state.batch_stats, images, True, dropout_keys
         )
-        logits = logits.astype(dtype)
+        logits = own(logits)
         loss = summed(optax.softmax_cross_entropy(logits, targets))
         for weight, more in auxiliary:
-            loss += weight * summed(optax.softmax_cross_entropy(more.astype(dtype), targets))
+            loss += weight * summed(optax.softmax_cross_entropy(own(more), targets))
         return loss, (logits, rows)
 
     gradient, (logits, rows) = jax.grad(objective, has_aux=True)(state.params)
@@ -198,8 +207,8 @@ def _microbatch_sums(
         gradient=gradient,
         statistics=jax.tree.map(fold, rows, network.decays),
         loss=summed(plain),
-        correct=jnp.sum(weights * (jnp.argmax(logits, axis=1) == labels)),
-        examples=jnp.sum(weights),
+        correct=jnp.sum(seated & (jnp.argmax(logits, axis=1) == labels)).astype(dtype),
+        examples=jnp.sum(seated).astype(dtype),
         ghosts=jnp.sum(ghosts_after_G >= 0).astype(dtype),
     )
 
@@ -229,7 +238,9 @@ def _apply_sums(
     momentum: jax.Array
 ) -> tuple[State, Metrics]:
     """The one reduction, then the optimizer and the running statistics."""
-    sums = jax.lax.psum(sums, AXIS)
+    # As one vector: of a network's hundreds of arrays XLA would make several reductions.
+    vector, unravel = ravel_pytree(sums)
+    sums = unravel(jax.lax.psum(vector, AXIS))
     gradient = jax.tree.map(lambda leaf: leaf / sums.examples, sums.gradient)
     optimizer = make_optimizer(config, network.in_norm, rate, momentum)
     steps, opt_state = optimizer.update(gradient, state.opt_state, state.params)

@@ -8,7 +8,7 @@ paper's; a core is one of the two on a TPU v2 chip, and 256 of them half a pod.
 
 | preset | batch | rate, after the warm-up | cores | updates | accuracy | time |
 |---|---|---|---|---|---|---|
-| thirty_minutes | 8192, then 16 384 | 3.2, 0.64, 0.064, 0.0064 | 256, then 512 | 9 384 | .761 | < 30 min |
+| thirty_minutes | 8192, 16 384 | 3.2, 0.64, 0.064, 0.0064 | 256, 512 | 9 384 | .761 | < 30 min |
 | batch_8k | 8192 | 3.2, 0.32, 0.032, 0.0032 | 256 | 14 076 | .761 | < 45 min |
 | batch_16k | 16 384 | 6.4, 0.64, 0.064, 0.0064 | 512 | 7 038 | .750 | 22 min |
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from bigbatch import checkpoint, preemption, schedule, train
+from bigbatch import checkpoint, evaluate, preemption, schedule, train
 from bigbatch.config import make_phases
 from bigbatch.metrics import read_events
 from tests import configs
@@ -150,6 +150,26 @@ def test_metrics_hold_each_event_once_and_all_that_was_due(whole):
         assert event["updates"] == phase.start_update + made
         rate, b = event["learning_rate"], event["batch_size"]
         assert event["noise_scale"] == pytest.approx(rate / (1 - 0.9) * (n / b - 1), rel=1e-12)
+
+
+def test_evaluating_a_workdir_finds_its_last_event_again(whole, tmp_path):
+    last = read_events(whole[1] / "metrics.jsonl")[-1]
+    found = evaluate.evaluate_run(whole[1])
+    assert {name: last[name] for name in found} == pytest.approx(found, rel=1e-6)
+    assert found["test_accuracy"] == last["test_accuracy"]
+    with pytest.raises(ValueError, match="has no checkpoint: no run was made there"):
+        evaluate.evaluate_run(tmp_path)
+
+
+def test_a_loaded_checkpoint_is_the_state(whole):
+    """As README loads it: by name, without the config."""
+    state, folder = whole
+    loaded = checkpoint.load(folder)
+    for name in ("params", "batch_stats"):
+        for leaf, twin in zip(
+            jax.tree.leaves(loaded[name]), jax.tree.leaves(getattr(state, name)), strict=True
+        ):
+            np.testing.assert_array_equal(leaf, twin)
 
 
 def test_the_run_learns(whole):

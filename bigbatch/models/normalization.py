@@ -56,8 +56,10 @@ class GhostBatchNorm(nnx.Module):
             if use_scale
             else None
         )
-        self.mean = nnx.BatchStat(jnp.zeros((num_features,), param_dtype), decay=decay)
-        self.var = nnx.BatchStat(jnp.ones((num_features,), param_dtype), decay=decay)
+        # What the update has to know of a statistic goes with it.
+        known = {"decay": decay, "ghost_size": ghost_size}
+        self.mean = nnx.BatchStat(jnp.zeros((num_features,), param_dtype), **known)
+        self.var = nnx.BatchStat(jnp.ones((num_features,), param_dtype), **known)
 
     def __call__(self, inputs: jax.Array, train: bool) -> jax.Array:
         """Normalises `inputs` (batch, ..., features).

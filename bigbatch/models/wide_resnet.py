@@ -92,13 +92,22 @@ class WideResNet(nnx.Module):
                 self.blocks.append(Block(features, outputs, stride, dropout_rate, tag, conv, norm))
                 features = outputs
         self.norm = norm(features)
-        self.head = nnx.Linear(features, num_classes, dtype=dtype, param_dtype=param_dtype,
+        self.head = nnx.Linear(features, num_classes, dtype=param_dtype, param_dtype=param_dtype,
                                kernel_init=he_normal, rngs=rngs)
 
     def __call__(self, images_BxHxWxC: jax.Array, train: bool, keys_B: jax.Array) -> jax.Array:
-        """Logits (batch, classes), in the parameters' type."""
-        x = self.conv(images_BxHxWxC.astype(self.conv.dtype))
+        """Logits (batch, classes), in the parameters' type.
+
+        Raises:
+            ValueError: if the images have another number of channels.
+        """
+        if images_BxHxWxC.shape[-1] != self.conv.in_features:
+            raise ValueError(
+                f"model.channels is {self.conv.in_features}, but the images have "
+                f"{images_BxHxWxC.shape[-1]} (data.mean and data.std have one value a channel)."
+            )
+        x = self.conv(images_BxHxWxC)
         for block in self.blocks:
             x = block(x, train, keys_B)
-        x = nnx.relu(self.norm(x, train)).mean(axis=(1, 2))
-        return self.head(x).astype(self.head.param_dtype)
+        x = nnx.relu(self.norm(x, train)).mean(axis=(1, 2), dtype=self.head.dtype)
+        return self.head(x)
