@@ -78,7 +78,7 @@ def base_config() -> ConfigDict:
         "augment": {"pad": 0, "crop": 0, "flip": False},  # pixels reflected; side cut out (0: all)
         # Only read where streaming is on.
         "crop_style": "goyal",  # goyal, inception, none: see bigbatch/data/decode.py
-        "eval_resize": 256.0,  # evaluation sees the centre's image_size/eval_resize
+        "eval_share": 0.875,  # of the sides, around the centre, that evaluation sees
         "resample": "bicubic",  # bicubic, bilinear
         # stop, skip (and count: it weighs nothing, but is black in its ghost batch's statistics)
         "on_bad_image": "stop",
@@ -247,10 +247,9 @@ def check(config: ConfigDict) -> None:
             raise ValueError(
                 f"config.{key} is {group[name]}; it must be a finite number over 0."
             )
-    if config.data.streaming and not config.data.eval_resize >= config.data.image_size:
+    if not 0 < config.data.eval_share <= 1:
         raise ValueError(
-            f"config.data.eval_resize is {config.data.eval_resize:g}; it must be image_size, "
-            f"{config.data.image_size}, or more."
+            f"config.data.eval_share is {config.data.eval_share}; it must lie in (0, 1]."
         )
     if not 0 <= config.optimizer.weight_decay < math.inf:
         raise ValueError(

@@ -19,6 +19,7 @@ FREE = (
     "max_per_device_batch", "microbatches", "eval_batch_size", "log_every_epochs",
     "eval_every_epochs", "checkpoint_every_epochs", "keep_checkpoints", "tensorboard", "data.dir",
     "data.workers", "data.read_threads",
+    "data.on_bad_image",  # what is found bad from now on; that it was not before is settled
 )
 # Change it through the phases alone, which are compared themselves.
 THROUGH_PHASES = ("recipe", "strategy", "hybrid_falls", "scale_up", "limits")

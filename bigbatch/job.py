@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from bigbatch.preemption import EXIT_STATUS
 
 # Another process may be slower to start: to read and check a checkpoint, say.
 DECISION_SECONDS = 600
+LAST_SECONDS = 3
 
 
 def join(coordinator: str, processes: int, process: int, dead_peer_seconds: int) -> None:
@@ -113,8 +115,13 @@ def leave(status: int, text: str = "", together: bool = False) -> None:
     """
     if text:
         print(f"bigbatch: {' '.join(text.split())}", file=sys.stderr)
-    if together:
-        jax.distributed.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
+    job = distributed.global_state
+    if together:
+        jax.distributed.shutdown()
+    elif job.process_id == 0 and (job.num_processes or 1) > 1:
+        # The job's connections go with this process, and JAX then aborts the others: first let them
+        # hear of the same mistake, and end with a word of their own.
+        time.sleep(LAST_SECONDS)
     os._exit(status)

@@ -141,6 +141,7 @@ def train_and_evaluate(
             log("timing", {"event": "notice", "examples_seen": examples_seen, "text": text})
         if found.path:
             display.line(f"continuing at epoch {examples_seen / examples:.2f}, update {updates}")
+        display.line(f"{mesh.size} x {mesh.devices.flat[0].device_kind}")
 
         # What the loop does between updates.
         shares = metrics.TimeShares()
@@ -216,15 +217,14 @@ def train_and_evaluate(
                 while examples_seen < phase.end_example:
                     # One update.
                     rate = schedule.learning_rate_at(phase, examples_seen)
-                    waited = fed.waited_seconds
                     with shares.spent_on("update"):
-                        state, sums, measured = _take_update(
+                        state, sums, measured, waited = _take_update(
                             [program.call for program in compiled], state, sums, fed.resident,
                             fed.update(phase, seating, examples_seen),
                             (number(rate), number(phase.momentum)), watch,
                             previous and previous[2].loss,
                         )
-                    shares.move("update", "input", fed.waited_seconds - waited)
+                    shares.move("update", "input", waited)
                     start, examples_seen = examples_seen, examples_seen + phase.batch_size
                     updates += 1
 
@@ -257,7 +257,7 @@ def train_and_evaluate(
                         finish_saves(SAVES_AT_ONCE)
                         if saving:
                             save()
-        except NotFinite:
+        except (NotFinite, ValueError):  # the latter from an image that cannot be decoded
             finish_saves(0)
             raise
         except preemption.Stop:
@@ -337,28 +337,40 @@ def _start_compiling(
 
 def _take_update(
     calls: Sequence[Callable], state: update.State, sums: update.Sums | None, resident: Mapping,
-    batches: Iterator[Mapping], hyper: tuple, watch: preemption.Watch, before: jax.Array | None,
-) -> tuple[update.State, update.Sums | None, update.Metrics]:
+    batches: Iterator[Mapping], hyper: tuple, watch: preemption.Watch, running: jax.Array | None,
+) -> tuple[update.State, update.Sums | None, update.Metrics, float]:
     """Dispatches one update: one program, or a pass for each microbatch and the reduction.
 
-    `before` is something of the update before, to wait for: the devices hold two microbatches.
+    `running` is something of the update before, to wait for: the devices hold two microbatches.
+    The last of what is returned is how many seconds the devices had nothing to do but wait for
+    input, at most.
     """
+    waited = 0.0
+
+    def fetch() -> Mapping | None:
+        nonlocal waited
+        began = time.perf_counter()
+        batch = next(batches, None)
+        if running is None or running.is_ready():
+            waited += time.perf_counter() - began
+        return batch
+
     if len(calls) == 1:
-        batch = next(batches)
+        batch = fetch()
         watch.before_reduction()
         state, measured = calls[0](state, resident, batch, *hyper)
-        return state, sums, measured
+        return state, sums, measured, waited
     accumulate, apply = calls
-    running = before
-    for index, batch in enumerate(batches):
+    first = True
+    while (batch := fetch()) is not None:
         watch.poll()
-        sums, done = accumulate(state, sums, resident, batch, np.bool_(index == 0))
+        sums, done = accumulate(state, sums, resident, batch, np.bool_(first))
         if running is not None:
             running.block_until_ready()
-        running = done
+        running, first = done, False
     watch.before_reduction()
     state, measured = apply(state, sums, *hyper)
-    return state, sums, measured
+    return state, sums, measured, waited
 
 
 def _check_finite(taken: tuple[int, int, update.Metrics] | None) -> None:

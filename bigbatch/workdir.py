@@ -17,6 +17,11 @@ def open_workdir(workdir: Path) -> IO[str]:
     Raises:
         ValueError: if it cannot be made or written, or another job holds it.
     """
+    if "://" in str(workdir) or str(workdir).startswith(("gs:", "s3:")):
+        raise ValueError(
+            f"the workdir {workdir} is no folder of this machine; give --workdir a folder that all "
+            "hosts share, such as a mounted bucket or network disk."
+        )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = (workdir / "lock").open("a+", encoding="utf-8")

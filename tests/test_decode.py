@@ -169,12 +169,12 @@ def test_an_inception_crop_that_never_fits_is_the_whole_image():
 
 
 def test_the_evaluation_boxes():
-    assert decode.eval_box(500, 375, 224, 256, "goyal") == (86, 23, 328, 328)
-    assert decode.eval_box(375, 500, 224, 256, "goyal") == (23, 86, 328, 328)
-    assert decode.eval_box(256, 256, 224, 256, "goyal") == (16, 16, 224, 224)
-    assert decode.eval_box(400, 200, 299, 299 / 0.875, "inception") == (25, 12, 350, 175)
-    assert decode.eval_box(32, 32, 32, 32, "none") == (0, 0, 32, 32)
-    assert decode.eval_box(1, 1, 224, 256, "goyal") == (0, 0, 1, 1)
+    assert decode.eval_box(500, 375, 0.875, "goyal") == (86, 23, 328, 328)
+    assert decode.eval_box(375, 500, 0.875, "goyal") == (23, 86, 328, 328)
+    assert decode.eval_box(256, 256, 0.875, "goyal") == (16, 16, 224, 224)
+    assert decode.eval_box(400, 200, 0.875, "inception") == (25, 12, 350, 175)
+    assert decode.eval_box(32, 32, 0.5, "none") == (0, 0, 32, 32)
+    assert decode.eval_box(1, 1, 0.875, "goyal") == (0, 0, 1, 1)
 
 
 # The pixels.
@@ -258,7 +258,7 @@ def test_the_evaluation_crop_is_resize_shorter_side_then_centre_crop():
         whole = interpolated(pixels, (0, 0, width, height), high, wide)
         expected = whole[top : top + 224, left : left + 224]
         got = decode.decode(
-            encoded, decode.eval_box(width, height, 224, 256, "goyal"), 224, "bilinear")
+            encoded, decode.eval_box(width, height, 0.875, "goyal"), 224, "bilinear")
         # The box is in whole pixels of the photograph, so it may be off by half of one.
         differences.append(mean_difference(got, expected))
         moved = min(mean_difference(got, np.roll(expected, 4, axis)) for axis in (0, 1))

@@ -61,7 +61,7 @@ def make_config(folder: str, streaming: bool, **data):
         "name": "cifar10", "dir": folder, "streaming": streaming, "train_examples": EXAMPLES,
         "test_examples": TEST_EXAMPLES, "test_split": f"test[:{TEST_EXAMPLES}]",
         "image_size": SIDE, "mean": (120.0,) * 3, "std": (60.0,) * 3, "crop_style": "none",
-        "eval_resize": float(SIDE), "resample": "bicubic", "on_bad_image": "stop", "workers": 0,
+        "eval_share": 1.0, "resample": "bicubic", "on_bad_image": "stop", "workers": 0,
         "read_threads": 2, **data,
     })
     return config
@@ -274,7 +274,7 @@ def test_a_skipped_picture_is_an_empty_seat_and_counted(tmp_path):
 
 def test_the_devices_hold_two_microbatches_of_images_at_most(folder):
     """Fed as in training, where one pass is under way when the next is asked for."""
-    config = make_config(folder, True, image_size=19, eval_resize=19.0)  # as in no other test
+    config = make_config(folder, True, image_size=19, eval_share=1.0)  # as in no other test
     run = Run(config, microbatches=2, evaluated_at=(36, 132))
     held, under_way = [], None
     for phase, start in run.updates:
@@ -294,7 +294,7 @@ def test_the_devices_hold_two_microbatches_of_images_at_most(folder):
 
 def test_cifar10_is_the_same_streamed_and_resident():
     folder = data_dir("cifar10")
-    splits = {"train_split": f"train[:{EXAMPLES}]", "image_size": 32, "eval_resize": 32.0}
+    splits = {"train_split": f"train[:{EXAMPLES}]", "image_size": 32, "eval_share": 1.0}
     taken = {}
     for streaming in (False, True):
         run = Run(make_config(folder, streaming, **splits), 3, 2)
@@ -314,7 +314,7 @@ def test_a_photograph_has_the_same_crop_on_any_devices_and_passes():
     folder = data_dir("imagenet2012")
     settings = {
         "name": "imagenet2012", "train_split": f"train[:{EXAMPLES}]", "num_classes": 1000,
-        "test_split": f"validation[:{TEST_EXAMPLES}]", "image_size": 32, "eval_resize": 36.0,
+        "test_split": f"validation[:{TEST_EXAMPLES}]", "image_size": 32, "eval_share": 32 / 36,
         "crop_style": "goyal",
     }
     taken = []

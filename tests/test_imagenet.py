@@ -1,14 +1,17 @@
 """ImageNet's configs: the paper's counts, and their smoke form on real photographs, killed once."""
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
-from bigbatch import checkpoint, compilation, evaluate
+from bigbatch import checkpoint, compilation, evaluate, train
 from bigbatch.config import make_phases, make_seatings
+from bigbatch.data import decode
 from bigbatch.metrics import read_events
 from tests import configs, processes
 from tests.sample_data import data_dir
@@ -116,7 +119,7 @@ def test_a_batch_of_65_536_runs_the_programs_of_a_smaller_one():
 
 SETTINGS = (
     "decay", "strategy=constant", "recipe.epochs=0.97", "max_per_device_batch=512",
-    "data.streaming=true", "data.crop_style=none", "data.eval_resize=32",
+    "data.streaming=true", "data.crop_style=none", "data.eval_share=1.0",
     "data.test_split=test[:500]", "data.test_examples=500", "tensorboard=false",
 )
 SCRIPT = """
@@ -129,6 +132,30 @@ config.network, config.model = "tests.foreign_models.Regression", {"pixels": 3 *
 train.train_and_evaluate(config, workdir, show=False)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
+
+
+def test_a_slow_source_shows_as_time_spent_waiting_for_input(tmp_path, monkeypatch):
+    """And images that are of no use are counted, whatever the run then makes of them."""
+    config = configs.load("cifar10", ",".join([
+        *SETTINGS, "recipe.batch_size=128", f"data.dir={data_dir('cifar10')}",
+        "data.train_split=train[:512]", "data.train_examples=512", "recipe.epochs=1",
+        "data.on_bad_image=skip", "log_every_epochs=0.25",
+    ]))
+    config.network, config.model = "tests.foreign_models.Regression", {"pixels": 3 * 32 * 32}
+    decode_image, decoded = decode.decode, itertools.count()
+
+    def slow(*arguments):
+        time.sleep(0.005)
+        if next(decoded) % 64 == 0:
+            raise ValueError("is no image today")
+        return decode_image(*arguments)
+
+    monkeypatch.setattr(decode, "decode", slow)
+    train.train_and_evaluate(config, tmp_path, show=False)
+    speeds = [event for event in read_events(tmp_path / "timing.jsonl")
+              if event["event"] == "speed"]
+    assert max(event["time_share"]["input"] for event in speeds[1:-1]) > 0.5, speeds
+    assert speeds[-1]["images_skipped"] == -(-(512 + 500) // 64), speeds
 
 
 def test_streamed_memory_does_not_grow_with_the_batch(tmp_path):

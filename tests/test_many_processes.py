@@ -11,7 +11,7 @@ from bigbatch.metrics import read_events
 from tests import processes
 
 # 21 updates up to the first change of the batch, then 11 and 9.
-FLOAT64 = ("dtype=float64", "recipe.epochs=2.5")
+FLOAT64 = ("dtype=float64", "recipe.epochs=2.6")
 # For the tests that have to catch it running.
 LONG = ("recipe.epochs=60", "recipe.falls=((0.7,2),(59,2))", "checkpoint_every_epochs=2")
 

@@ -24,7 +24,7 @@ class Telling(Records):
 
 if __name__ == "__main__":
     jax.devices()
-    data = make_data(workers=2, image_size=100, eval_resize=100, num_classes=2**22)
+    data = make_data(workers=2, image_size=100, eval_share=1.0, num_classes=2**22)
     stream = open_stream(Telling(), data, dealt(0, 10**6, 40))
     workers = {int(pid) for _ in range(3) for pid in next(stream).labels_S}
     print("workers", *workers, flush=True)

@@ -120,18 +120,17 @@ def inception_crop_box(
 
 
 def eval_box(
-    width: int, height: int, size: int, resize: float, style: str
+    width: int, height: int, share: float, style: str
 ) -> tuple[int, int, int, int]:
-    """The part of the image a network is evaluated on, to be resized to `size` x `size`.
+    """The part of the image a network is evaluated on, to be resized to a square.
 
-    The share size/resize of the image's centre. Style "goyal": of the shorter side, a square, which
-    is the usual "resize the shorter side to `resize`, crop the central `size`" with both folded
-    into one step. Style "inception": of each side, so the aspect ratio is not kept; tf-slim's
-    central fraction 0.875 is resize = size/0.875. Style "none": the whole image.
+    The image's centre. Style "goyal": `share` of the shorter side, a square; "resize the shorter
+    side to 256, crop the central 224" is a share of 0.875, with both folded into one step. Style
+    "inception": of each side, so the aspect ratio is not kept; tf-slim's central fraction is 0.875
+    too. Style "none": the whole image.
     """
     if style == "none":
         return 0, 0, width, height
-    share = size / resize
     w, h = (width, height) if style == "inception" else (min(width, height),) * 2
     w, h = max(1, round(share * w)), max(1, round(share * h))
     return (width - w) // 2, (height - h) // 2, w, h

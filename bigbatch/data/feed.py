@@ -81,11 +81,6 @@ class Feed:
                 yield place({"record": record_DxS.reshape(-1)}, cut(self.mesh))
 
     @property
-    def waited_seconds(self) -> float:
-        """How long updates and evaluations have waited for images to be read, in all."""
-        return self.stream.waited_seconds if self.stream else 0.0
-
-    @property
     def skipped(self) -> int:
         """How many images were of no use and were skipped by this process, in all."""
         return self.stream.skipped if self.stream else 0

@@ -147,6 +147,11 @@ def open_tfds(data: ConfigDict) -> Any:
     from tensorflow_datasets.core import constants
     from tensorflow_datasets.core.read_only_builder import builder_from_files
 
+    if "://" in data.dir:
+        raise ValueError(
+            f"config.data.dir is {data.dir!r}; give it a folder of each host: a local copy, a "
+            "mounted bucket or a network disk."
+        )
     folder = epath.Path(data.dir or constants.DATA_DIR).expanduser()
     try:
         builder = builder_from_files(data.name, data_dir=folder)

@@ -17,6 +17,7 @@ import gc
 import logging
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import threading
@@ -60,7 +61,7 @@ class Reader:
     classes: int
     size: int
     style: str
-    eval_resize: float
+    eval_share: float
     resample: str
     skip: bool
 
@@ -98,7 +99,7 @@ class Reader:
 
     def _box(self, width: int, height: int, epoch: int, place: int) -> tuple[int, int, int, int]:
         if not self.train or self.style == "none":
-            return decode.eval_box(width, height, self.size, self.eval_resize, self.style)
+            return decode.eval_box(width, height, self.eval_share, self.style)
         return CROPS[self.style](width, height, decode.uniforms(self.seed, epoch, place))
 
 
@@ -116,7 +117,7 @@ def make_reader(
     return Reader(
         records=records, split=data.train_split if train else data.test_split, train=train,
         seed=seed, classes=data.num_classes, size=data.image_size, style=data.crop_style,
-        eval_resize=data.eval_resize, resample=data.resample, skip=data.on_bad_image == "skip",
+        eval_share=data.eval_share, resample=data.resample, skip=data.on_bad_image == "skip",
     )
 
 
@@ -190,7 +191,6 @@ class Stream:
     Drop a microbatch before asking for the next, or the host holds three.
 
     Attributes:
-        waited_seconds: how long the caller has waited for images, in all.
         skipped: images that were of no use and were skipped, in all.
     """
 
@@ -205,7 +205,6 @@ class Stream:
         Raises:
             ValueError: if what the workers pass on does not fit into shared memory.
         """
-        self.waited_seconds = 0.0
         self.skipped = 0
         self._microbatches = (
             (stretch.reader, stretch.start + update * stretch.batch_size, seats_S)
@@ -223,7 +222,6 @@ class Stream:
         return self
 
     def __next__(self) -> Microbatch:
-        began = time.perf_counter()
         reader, start, seats_S = next(self._microbatches)
         images = np.zeros((len(seats_S), reader.size, reader.size, 3), np.uint8)
         labels = np.full(len(seats_S), NO_LABEL, np.int32)
@@ -232,7 +230,6 @@ class Stream:
             if reason:
                 logging.warning("Skipped %s.", reason)
                 self.skipped += 1
-        self.waited_seconds += time.perf_counter() - began
         return Microbatch(reader.train, start, images, labels)
 
     def close(self) -> None:
@@ -276,6 +273,7 @@ def _background(
             "%d of %d config.data.%s read and decode: a microbatch of %d images has no room for "
             "more.", running, wanted, key, ahead,
         )
+    _allow_open_files()
     blocks = Blocks(stretches, max(1, min(LARGEST_BLOCK, ahead // in_flight)))
     dataset = grain.MapDataset.source(blocks).to_iter_dataset(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=read_ahead)
@@ -302,6 +300,13 @@ def _check_shared_memory(wanted: int, workers: int) -> None:
         )
 
 
+def _allow_open_files() -> None:
+    """As many as the system lets: each shard of a data set stays open, and ImageNet has a thousand,
+    where the usual limit of a process is 1024."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+
 def _wait_for_freeing() -> None:
     """Until this process maps no shared memory any more, or a second has passed.
 
@@ -319,6 +324,7 @@ def _begin_worker(index: int, count: int) -> None:
     saved: it ends its workers itself. Where it is killed, nobody tells them, and Grain's loop would
     wait for ever.
     """
+    _allow_open_files()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

@@ -51,7 +51,7 @@ def measure_stream(records: sources.Records, repeats: int) -> list[float]:
     """Images a second of processor time, read, decoded and dealt into microbatches of an epoch."""
     reader = streaming.Reader(
         records=records, split="train", train=True, seed=0, classes=CLASSES, size=SIZE,
-        style="goyal", eval_resize=256.0, resample="bicubic", skip=False,
+        style="goyal", eval_share=0.875, resample="bicubic", skip=False,
     )
     count = len(records) // 50 * 50
     seats = np.arange(count).reshape(-1, 50)
