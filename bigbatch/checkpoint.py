@@ -1,15 +1,16 @@
 """Checkpoints that are whole or not used: Orbax's arrays, what they belong to, and checksums.
 
 A checkpoint is a folder `checkpoints/<examples seen>` with `state/` (Orbax), `run.json` (position,
-config, phase table, versions) and, written last, `checksums.json`. It takes its name only when all
+config, phase table) and, written last, `checksums.json`. It takes its name only when all
 of it is there; until then the folder ends in `.unfinished`.
 """
 
+import contextlib
 import hashlib
 import json
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ import numpy as np
 from orbax.checkpoint.experimental import v1 as ocp
 
 from bigbatch.metrics import replace_text
+from bigbatch.workdir import local_folder
 
 CHECKSUMS = "checksums.json"
 UNFINISHED = ".unfinished"
@@ -85,8 +87,12 @@ def faults_of(path: Path) -> list[str]:
         file = path / name
         if not file.is_file():
             faults.append(f"{file} is missing")
-        elif _digest(file) != digest:
-            faults.append(f"{file} is damaged (its checksum differs)")
+            continue
+        try:
+            if _digest(file) != digest:
+                faults.append(f"{file} is damaged (its checksum differs)")
+        except OSError as error:
+            faults.append(f"{file} cannot be read: {error.strerror}")
     return faults
 
 
@@ -104,9 +110,23 @@ def load(workdir: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: if there is none.
     """
-    path = find_newest(Path(workdir)).path
-    if path is None:
+    return load_from(some_newest(workdir).path)
+
+
+def some_newest(workdir: str | Path) -> Found:
+    """As `find_newest`, where there must be one.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    found = find_newest(local_folder(workdir))
+    if found.path is None:
         raise ValueError(f"{workdir} has no checkpoint: no run was made there, or not so far.")
+    return found
+
+
+def load_from(path: Path) -> dict[str, Any]:
+    """The arrays of the checkpoint `path`; see `load`."""
     arrays = ocp.metadata(path / "state").metadata
     # Named, or Orbax would lay them out on the devices they were saved from.
     return ocp.load(
@@ -145,7 +165,7 @@ def save(
             if jax.process_index() == 0:
                 with _committing:
                     _commit(unfinished, path, run)
-                    _delete_old(workdir, keep, boundaries)
+                    _delete_old(path, keep, boundaries)
         except Exception as error:
             raise write_error(path, workdir, error) from error
         return path
@@ -154,6 +174,16 @@ def save(
     future = executor.submit(commit)
     executor.shutdown(wait=False)
     return future
+
+
+@contextlib.contextmanager
+def names_what_fails(path: Path) -> Iterator[None]:
+    """Makes an OSError inside, on writing `path` in a workdir (or the workdir), a WriteError."""
+    try:
+        yield
+    except OSError as error:
+        workdir = path.parent if path.suffix == ".jsonl" or path.name == "tensorboard" else path
+        raise write_error(Path(error.filename or path), workdir, error) from error
 
 
 def write_error(path: Path, workdir: Path, error: Exception) -> WriteError:
@@ -176,8 +206,10 @@ def _commit(unfinished: Path, path: Path, run: Mapping[str, Any]) -> None:
     unfinished.rename(path)
 
 
-def _delete_old(workdir: Path, keep: int, boundaries: set[int]) -> None:
-    for path in finished(workdir)[:-keep]:
+def _delete_old(newest: Path, keep: int, boundaries: set[int]) -> None:
+    """Leaves `keep` up to the one just written: what is further is damaged, or of no use now."""
+    written = [path for path in finished(newest.parents[1]) if path <= newest]
+    for path in written[:-keep]:
         if int(path.name) not in boundaries:
             shutil.rmtree(path)
 

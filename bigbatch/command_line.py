@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from bigbatch.config import set_from_text
 from bigbatch.job import leave
 
-USAGE_STATUS = 2
+USAGE_STATUS, FAILED_STATUS = 2, 1
 EXAMPLE = "--config=configs/digits.py:increase"
 flags.disclaim_key_flags()  # a program's --help shows --config among its own flags
 
@@ -58,10 +58,11 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
             for key, text in settings:
                 set_from_text(config(), key, text)
             main(arguments)
-        except (ValueError, OSError) as error:
-            if not said_here(error.__traceback__):
-                raise
-            refuse(str(error))
+        except Exception as error:
+            if isinstance(error, ValueError | OSError) and said_here(error.__traceback__):
+                refuse(str(error))
+            traceback.print_exc()
+            leave(FAILED_STATUS)  # at once: the interpreter's own end waits for compilations
 
     app.run(checked_main, flags_parser=parse)
 

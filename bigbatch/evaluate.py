@@ -3,6 +3,7 @@
     python -m bigbatch.evaluate --workdir=DIR
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -96,9 +97,8 @@ def evaluate_run(workdir: Path, data_dir: str = "") -> dict[str, Any]:
     Raises:
         ValueError: if there is no whole checkpoint, or the data is not that of the run.
     """
-    found = checkpoint.find_newest(workdir)
-    if found.path is None:
-        raise ValueError(f"{workdir} has no checkpoint: no run was made there, or not so far.")
+    found = checkpoint.some_newest(workdir)
+    state = checkpoint.load_from(found.path)
     config = ConfigDict(found.run["config"])
     if data_dir:
         config.data.dir = data_dir
@@ -107,10 +107,9 @@ def evaluate_run(workdir: Path, data_dir: str = "") -> dict[str, Any]:
     mesh, net = make_mesh(), network.build(config)
     seen = found.run["examples_seen"]
     fed = open_feed(config, mesh, (), (), seen, [seen])
-    state = checkpoint.load(workdir)
     program = make_evaluate(config, net, mesh)
-    result = whole_test_set(program, state["params"], state["batch_stats"], fed)
-    fed.close()
+    with contextlib.closing(fed):
+        result = whole_test_set(program, state["params"], state["batch_stats"], fed)
     return {"updates": found.run["updates"], "examples_seen": seen,
             "epoch": seen / config.data.train_examples, **result}
 

@@ -1,10 +1,12 @@
 """The processes of a job: how they find one another, let the first decide, and end."""
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -32,8 +34,7 @@ def join(coordinator: str, processes: int, process: int, dead_peer_seconds: int)
     Raises:
         ValueError: if only some of the three are given, or they do not fit together.
     """
-    # Until training listens for itself there is nothing to save.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_STATUS))
+    _leave_on_sigterm()
     # JAX's own handling would swallow a SIGTERM that arrives before training listens.
     jax.config.update("jax_enable_preemption_service", False)
     given = (bool(coordinator), processes > 0, process >= 0)
@@ -61,6 +62,26 @@ def join(coordinator: str, processes: int, process: int, dead_peer_seconds: int)
         jax.distributed.initialize(
             address, 1, 0, coordinator_bind_address=address, **options
         )
+
+
+def _leave_on_sigterm() -> None:
+    """Until training listens for itself there is nothing to save.
+
+    A thread reads of the signal from a socket, since a Python handler would not run while JAX waits
+    for other processes. `preemption.Watch` takes the signal over.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.set_wakeup_fd(writer.fileno())
+
+    def follow() -> None:
+        with writer:  # kept open
+            while reader.recv(1)[0] != signal.SIGTERM:
+                pass
+        os._exit(EXIT_STATUS)
+
+    threading.Thread(target=follow, name="sigterm", daemon=True).start()
 
 
 def decided_by_first(what: str, decide: Callable[[], Any]) -> Any:
@@ -119,7 +140,8 @@ def leave(status: int, text: str = "", together: bool = False) -> None:
     sys.stderr.flush()
     job = distributed.global_state
     if together:
-        jax.distributed.shutdown()
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # one that died after its last save
+            jax.distributed.shutdown()
     elif job.process_id == 0 and (job.num_processes or 1) > 1:
         # The job's connections go with this process, and JAX then aborts the others: first let them
         # hear of the same mistake, and end with a word of their own.

@@ -77,6 +77,12 @@ def open_tensorboard(workdir: Path, examples_seen: int) -> SummaryWriter:
     return SummaryWriter(str(workdir / "tensorboard"), purge_step=examples_seen + 1)
 
 
+def close_board(board: SummaryWriter) -> None:
+    """Closes the files. On a full disk they end early; metrics.jsonl has what they had."""
+    with contextlib.suppress(OSError):
+        board.close()
+
+
 def write_board(board: SummaryWriter, event: dict[str, Any]) -> None:
     """Puts the numbers of an event on the board."""
     for name, value in event.items():

@@ -79,7 +79,7 @@ def count_parameters(config: ConfigDict) -> int:
     """Trainable numbers of the config's network; traces it and computes nothing."""
     with jax.enable_x64(config.dtype == "float64"):
         params, _ = jax.eval_shape(network.build(config).init, 0)
-    return parameter_overview.count_parameters(params)
+    return int(parameter_overview.count_parameters(params))
 
 
 def as_text(planned: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Stopping in good order: SIGTERM to any process ends with one agreed position on all.
+"""Stopping in good order: SIGTERM (or Ctrl-C) to any process ends at one position on all.
 
 Programs with a reduction need every process, so all must dispatch the same ones. Each is counted
 (`before_reduction`). When one process is told to stop, all freeze and publish their counts; those
@@ -25,7 +25,7 @@ class Stop(BaseException):
 
 
 class Watch:
-    """Listens for SIGTERM, here and on the other processes of the job."""
+    """Listens for SIGTERM and Ctrl-C, here and on the other processes of the job."""
 
     def __init__(self, agreement_seconds: float = 10.0):
         """`agreement_seconds`: how long to wait for another process's count."""
@@ -41,13 +41,18 @@ class Watch:
             threading.Thread(target=self._listen, name="preemption", daemon=True).start()
         self._handles = threading.current_thread() is threading.main_thread()
         if self._handles:  # Python leaves signals to the main thread
-            self._previous = signal.signal(signal.SIGTERM, self._on_signal)
+            signal.set_wakeup_fd(-1)  # whoever followed signals by it (job.join) no longer does
+            self._previous = {
+                number: signal.signal(number, self._on_signal)
+                for number in (signal.SIGTERM, signal.SIGINT)
+            }
 
     def close(self) -> None:
-        """Gives SIGTERM back to whoever had it."""
+        """Gives the signals back to whoever had them."""
         self._closed.set()
         if self._handles:
-            signal.signal(signal.SIGTERM, self._previous)
+            for number, handler in self._previous.items():
+                signal.signal(number, handler)
 
     def poll(self) -> None:
         """To be called wherever it is safe to stop.
@@ -80,6 +85,8 @@ class Watch:
             pause = min(2 * pause, 0.05)
 
     def _on_signal(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT:  # a second Ctrl-C does not wait for a save
+            signal.signal(number, self._previous[number])
         # No lock here: the main thread, which runs this, may hold it.
         self._told.set()
         if self._client is None:

@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 import jax
+from jax._src.compilation_cache import decompress_executable
 
 ENTRIES = "*-cache"
 SEAL = ".whole"
@@ -49,11 +50,14 @@ def seal() -> None:
     if not folder:
         return
     for entry in Path(folder).glob(ENTRIES):
+        sealed = entry.with_name(entry.name + SEAL)
         try:
-            # "x": the seal of another process stands.
-            with entry.with_name(entry.name + SEAL).open("x", encoding="utf-8") as file:
-                file.write(_digest(entry))
-        except OSError:
+            if sealed.exists():
+                continue
+            content = entry.read_bytes()
+            decompress_executable(content)  # raises where another process is still writing, or died
+            sealed.write_text(hashlib.sha256(content).hexdigest(), encoding="utf-8")
+        except Exception:  # whatever the decompressor in use raises
             continue
 
 

@@ -49,8 +49,8 @@ def describe(phase: Phase, phases: Sequence[Phase]) -> str:
     if phase.learning_rate_end != phase.learning_rate:
         rate += f" to {phase.learning_rate_end:g}"
     return (
-        f"phase {phase.index + 1}/{len(phases)} {phase.name}: batch {phase.batch_size}, rate "
-        f"{rate}, momentum {phase.momentum:g}, {phase.updates} updates"
+        f"phase {phase.index} of 0 to {len(phases) - 1}, {phase.name}: batch {phase.batch_size}, "
+        f"rate {rate}, momentum {phase.momentum:g}, {phase.updates} updates"
     )
 
 

@@ -43,7 +43,7 @@ class NotFinite(ArithmeticError):
 
 
 class Preempted(Exception):
-    """The run was told to stop (SIGTERM) and did, with a checkpoint."""
+    """The run was told to stop (SIGTERM, Ctrl-C) and did, with a checkpoint."""
 
 
 class StoppedAfterPhase(Exception):
@@ -84,9 +84,7 @@ def train_and_evaluate(
 
     with contextlib.ExitStack() as at_end:
         # Where the run stands. The first process looks, so that all agree.
-        watch = preemption.Watch()
-        at_end.callback(watch.close)
-        folder, writing = Path(workdir_path), jax.process_index() == 0
+        folder, writing = workdir.local_folder(workdir_path), jax.process_index() == 0
 
         def open_run() -> list[Any]:
             at_end.enter_context(workdir.open_workdir(folder))
@@ -94,6 +92,8 @@ def train_and_evaluate(
             return [path and str(path), run, faults]
 
         found = checkpoint.Found(*job.decided_by_first("run", open_run))
+        watch = preemption.Watch()
+        at_end.callback(watch.close)
         allowed_changes: list[str] = []
         if found.path:
             refused, allowed_changes = continuing.changes(found.run, config, phases)
@@ -109,7 +109,7 @@ def train_and_evaluate(
 
         # The data and the state, on the devices.
         due = partial(_due, config, total)
-        evaluated_at = [examples_seen] if owed and owed["evaluate"] else []
+        evaluated_at = [examples_seen] if owed else []  # a stop between is inside an evaluation
         evaluated_at += [end for start, end in _spans(to_run, examples_seen)
                          if due("eval", start, end)]
         fed = feed.open_feed(config, mesh, to_run, seatings_to_run, examples_seen, evaluated_at)
@@ -123,11 +123,13 @@ def train_and_evaluate(
         describe_run = partial(continuing.describe_run, config, phases)
         board = None
         if writing:
-            workdir.write_config(folder, describe_run(examples_seen, updates, owed))
-            metrics.cut_events(folder / "metrics.jsonl", examples_seen, owed is not None)
-            metrics.cut_half_line(folder / "timing.jsonl")
+            with checkpoint.names_what_fails(folder):
+                workdir.write_config(folder, describe_run(examples_seen, updates, owed))
+                metrics.cut_events(folder / "metrics.jsonl", examples_seen, owed is not None)
+                metrics.cut_half_line(folder / "timing.jsonl")
             if config.tensorboard:
-                board = at_end.enter_context(metrics.open_tensorboard(folder, examples_seen))
+                board = metrics.open_tensorboard(folder, examples_seen)
+                at_end.callback(metrics.close_board, board)
         log = partial(_log, folder, writing, board)
         display = progress.Display(phases, examples, show and writing)
         at_end.callback(display.close)
@@ -151,6 +153,7 @@ def train_and_evaluate(
         saved_at = examples_seen
         last_speed = updates
         number = jax.tree.leaves(state.params)[0].dtype.type
+        previous: tuple[int, int, update.Metrics] | None = None  # not yet known to be finite
 
         def save() -> None:
             nonlocal saved_at
@@ -213,7 +216,6 @@ def train_and_evaluate(
                     "compile_seconds": [round(program.seconds, 3) for program in compiled],
                     "waited_seconds": round(time.perf_counter() - began, 3),
                 })
-                previous = None
                 while examples_seen < phase.end_example:
                     # One update.
                     rate = schedule.learning_rate_at(phase, examples_seen)
@@ -261,11 +263,13 @@ def train_and_evaluate(
             finish_saves(0)
             raise
         except preemption.Stop:
+            finish_saves(0)
+            _check_finite(previous)
             if examples_seen != saved_at:
                 save()
             finish_saves(0)
-            display.line(f"stopped by SIGTERM at example {examples_seen}, update {updates}")
-            raise Preempted(f"stopped by SIGTERM at example {examples_seen}") from None
+            display.line(f"told to stop: saved at example {examples_seen}, update {updates}")
+            raise Preempted(f"told to stop at example {examples_seen}") from None
 
         finish_saves(0)
         if examples_seen < total:
@@ -388,10 +392,8 @@ def _log(folder: Path, writing: bool, board: Any, kind: str, event: Mapping[str,
     """Adds a line to metrics.jsonl or timing.jsonl, and to TensorBoard, on the first process."""
     if not writing:
         return
-    path = folder / f"{kind}.jsonl"
-    try:
-        metrics.append_event(path, event)
-    except OSError as error:
-        raise checkpoint.write_error(path, folder, error) from error
+    with checkpoint.names_what_fails(folder / f"{kind}.jsonl"):
+        metrics.append_event(folder / f"{kind}.jsonl", event)
     if board and kind == "metrics":
-        metrics.write_board(board, event)
+        with checkpoint.names_what_fails(folder / "tensorboard"):
+            metrics.write_board(board, event)

@@ -9,6 +9,20 @@ from typing import IO, Any
 from bigbatch.metrics import replace_text
 
 
+def local_folder(path: str | Path) -> Path:
+    """`path` in full, so that it means the same to all libraries, with ~ expanded.
+
+    Raises:
+        ValueError: if it is no path of a file system, such as gs://bucket/run.
+    """
+    if "://" in str(path) or str(path).startswith("gs:/"):
+        raise ValueError(
+            f"{path} is no folder of this machine; give one that all hosts share, such as a "
+            "mounted bucket or a network disk."
+        )
+    return Path(path).expanduser().absolute()
+
+
 def open_workdir(workdir: Path) -> IO[str]:
     """Makes the folder and locks it for this job until the returned file is closed.
 
@@ -17,11 +31,6 @@ def open_workdir(workdir: Path) -> IO[str]:
     Raises:
         ValueError: if it cannot be made or written, or another job holds it.
     """
-    if "://" in str(workdir) or str(workdir).startswith(("gs:", "s3:")):
-        raise ValueError(
-            f"the workdir {workdir} is no folder of this machine; give --workdir a folder that all "
-            "hosts share, such as a mounted bucket or network disk."
-        )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         lock = (workdir / "lock").open("a+", encoding="utf-8")

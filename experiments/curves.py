@@ -77,6 +77,8 @@ def spread(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 def draw(schedules: Mapping[str, Sequence[Run]], path: Path, title: str = "") -> None:
     """The picture: rows are train loss and test accuracy, columns epochs and updates."""
+    if len(schedules) > len(COLOURS):
+        raise ValueError(f"{len(schedules)} schedules are more than the {len(COLOURS)} colours.")
     figure = Figure(figsize=(11, 7.2), layout="constrained")
     axes = figure.subplots(2, 2, sharey="row")
     for colour, (name, runs) in zip(COLOURS, schedules.items(), strict=False):

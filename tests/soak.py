@@ -52,7 +52,7 @@ def soak(folder: Path, kills: int, seed: int, say: Callable[[str], None] = print
 
     workdir, cache = folder / "killed", folder / "cache"
     moments: Counter[str] = Counter()
-    spoiled = half_lines = 0
+    spoiled = half_lines = detected = resumes = 0
     faults: list[str] = []
     while moments.total() < kills:
         moment = draw.choice(MOMENTS)
@@ -64,6 +64,9 @@ def soak(folder: Path, kills: int, seed: int, say: Callable[[str], None] = print
         output, _ = running.communicate()
         if not reached:
             if running.returncode == 0:  # its end came first: begin anew, with the same bits due
+                detected += _detected(workdir, faults)
+                resumes += _resumes(workdir)
+                faults = []
                 shutil.rmtree(workdir)
                 continue
             if running.returncode != -signal.SIGKILL:
@@ -77,14 +80,12 @@ def soak(folder: Path, kills: int, seed: int, say: Callable[[str], None] = print
             spoiled += 1
             say(f"  spoiled {faults[-1]}")
     processes.end(processes.start(workdir, config=CONFIG, cache=cache))
-    timing = read_events(workdir / "timing.jsonl")
-    notices = "\n".join(event["text"] for event in timing if event["event"] == "notice")
     logs = [(run / "metrics.jsonl").read_bytes() for run in (workdir, folder / "whole")]
     return Figures(
         kills=moments,
-        resumes=sum(e["event"] == "start" and e["examples_seen"] > 0 for e in timing),
+        resumes=resumes + _resumes(workdir),
         spoiled=spoiled,
-        detected=sum(fault in notices for fault in faults),
+        detected=detected + _detected(workdir, faults),
         bits_different=processes.bits_different(workdir, folder / "whole"),
         same_metrics=logs[0] == logs[1],
         half_lines=half_lines,
@@ -153,6 +154,18 @@ def evaluation(running, workdir, draw, seconds) -> bool:
 
 
 MOMENTS = (any_time, first_compile, during_a_save, after_a_save, phase_change, evaluation)
+
+
+def _detected(workdir: Path, faults: list[str]) -> int:
+    """How many of these files a start has reported."""
+    events = read_events(workdir / "timing.jsonl")
+    notices = "\n".join(event["text"] for event in events if event["event"] == "notice")
+    return sum(fault in notices for fault in faults)
+
+
+def _resumes(workdir: Path) -> int:
+    events = read_events(workdir / "timing.jsonl")
+    return sum(event["event"] == "start" and event["examples_seen"] > 0 for event in events)
 
 
 def _phases_begun(workdir: Path) -> int:

@@ -39,8 +39,8 @@ def whole(tmp_path_factory):
     return run(configs.tiny(*SMALL_BATCHES), folder), folder
 
 
-def terminate_at(monkeypatch, count):
-    """Sends this process a real SIGTERM before its `count`-th program with a reduction."""
+def terminate_at(monkeypatch, count, number=signal.SIGTERM):
+    """Sends this process a real signal before its `count`-th program with a reduction."""
     passed = 0
     dispatch = preemption.Watch.before_reduction
 
@@ -48,7 +48,7 @@ def terminate_at(monkeypatch, count):
         nonlocal passed
         passed += 1
         if passed == count:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         dispatch(watch)
 
     monkeypatch.setattr(preemption.Watch, "before_reduction", counting)
@@ -228,6 +228,21 @@ def test_an_interrupted_line_is_cut_and_written_again(whole, tmp_path):
     ended = run(configs.tiny(*SMALL_BATCHES), tmp_path)
     assert_same_bits(ended, state, "after a half line")
     assert log.read_bytes() == (folder / "metrics.jsonl").read_bytes()
+
+
+def test_a_state_that_is_not_finite_is_not_saved_on_sigterm(tmp_path, monkeypatch):
+    terminate_at(monkeypatch, 3)
+    with pytest.raises(train.NotFinite, match="update [12] "):
+        run(configs.tiny("recipe.learning_rate=1e20"), tmp_path)
+    assert checkpoint.finished(tmp_path) == []
+
+
+def test_ctrl_c_saves_first(tmp_path, monkeypatch):
+    terminate_at(monkeypatch, 3, signal.SIGINT)
+    with pytest.raises(train.Preempted):
+        run(configs.tiny(), tmp_path)
+    assert checkpoint.find_newest(tmp_path).run["updates"] == 2
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_at_its_update(tmp_path):

@@ -9,6 +9,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from flax import nnx
 from ml_collections import ConfigDict
@@ -131,6 +132,32 @@ def test_the_newest_and_every_phase_boundary_are_kept(tmp_path):
     assert kept == sorted({*boundaries, *saved[-2:]})
 
 
+def test_retention_counts_what_was_written_and_not_what_is_damaged(tmp_path):
+    state = {"weight": np.arange(3.0)}
+
+    def save(examples_seen):
+        return checkpoint.save(tmp_path, state, {"examples_seen": examples_seen}, 1, {100})
+
+    for examples_seen in (100, 200, 300, 400):
+        save(examples_seen).result()
+    assert [int(path.name) for path in checkpoint.finished(tmp_path)] == [100, 400]
+    damage("a flipped bit", checkpoint.finished(tmp_path)[-1] / "run.json")
+    save(150).result()  # the run went on from 100
+    assert int(checkpoint.find_newest(tmp_path).path.name) == 150
+
+
+def test_a_relative_workdir_and_one_that_is_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(configs.tiny("recipe.epochs=1.5", "tensorboard=true"), "runs/a")
+    assert checkpoint.load("runs/a")["params"]
+    written = b"".join(file.read_bytes() for file in (tmp_path / "runs/a/tensorboard").iterdir())
+    for name in (b"test_accuracy", b"noise_scale", b"train_loss"):
+        assert name in written
+    with pytest.raises(ValueError, match="gs://bucket/run is no folder of this machine"):
+        run(configs.tiny(), "gs://bucket/run")
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
 # --- stopped ----------------------------------------------------------------------------------
 def test_sigterm_while_training_ends_with_a_checkpoint_and_42(whole, tmp_path):
     log = tmp_path / "run/metrics.jsonl"
@@ -193,7 +220,8 @@ def small_disk(tmp_path):
 def test_a_full_disk_is_named_with_the_last_good_checkpoint(small_disk, tmp_path, what):
     workdir = small_disk / "run"
     long_run = ("recipe.epochs=200", "recipe.falls=((0.7,2),(199,2))", "keep_checkpoints=1",
-                "checkpoint_every_epochs=" + ("1" if what == "checkpoint" else "190"))
+                "checkpoint_every_epochs=" + ("1" if what == "checkpoint" else "190"),
+                "tensorboard=true")
     with (small_disk / "filling").open("wb", buffering=0) as filling:
         process = processes.start(workdir, *long_run)
         wanted = 2 if what == "checkpoint" else 1

@@ -43,25 +43,26 @@ def test_a_checkpoint_of_8_devices_goes_on_with_fewer(whole, tmp_path, devices):
     assert processes.relative_difference(workdir, whole / "run") < 1e-10
 
 
-def test_from_one_process_to_two_and_back(whole, tmp_path):
-    """Phase 0 on 8 devices of one process, 1 on two processes of 3, 2 on one device."""
+def test_from_one_process_to_two_and_from_one_device_to_six(whole, tmp_path):
+    """Phase 0 on 8 devices of one process, 1 on one device, 2 on two processes of 3."""
     workdir = handed_over(whole, tmp_path / "run")
-    job = processes.start_job(
-        workdir, *FLOAT64, processes=2, devices=3, flags=("--stop_after_phase=noise/2",)
+    processes.end(
+        processes.start(workdir, *FLOAT64, devices=1, flags=("--stop_after_phase=noise/2",)),
+        status=3,
     )
-    for process in job:
-        processes.end(process, status=3)
-    processes.end(processes.start(workdir, *FLOAT64, devices=1))
+    for process in processes.start_job(workdir, *FLOAT64, processes=2, devices=3):
+        processes.end(process)
     assert processes.relative_difference(workdir, whole / "run") < 1e-10
     starts = [e["devices"] for e in read_events(workdir / "timing.jsonl") if e["event"] == "start"]
-    assert starts == [8, 6, 1]
+    assert starts == [8, 1, 6]
 
 
 @pytest.mark.parametrize("told", ["one", "all"])
 def test_sigterm_ends_all_processes_with_one_agreed_checkpoint(tmp_path, told):
     """A job of two stopped so, and continued, has the bits of a job of two never stopped."""
     workdir = tmp_path / "run"
-    job = processes.start_job(workdir, *LONG, processes=2, devices=2)
+    passes = ["microbatches=2"] * (told == "one")  # a stop then falls between microbatches too
+    job = processes.start_job(workdir, *LONG, *passes, processes=2, devices=2)
     log = workdir / "metrics.jsonl"
     processes.wait_until(lambda: len(read_events(log)) > 8, job[0], "8 events")
     began = time.monotonic()
@@ -84,6 +85,13 @@ def test_sigterm_ends_all_processes_with_one_agreed_checkpoint(tmp_path, told):
             processes.end(process)
     assert processes.bits_different(workdir, tmp_path / "never") == 0
     assert log.read_bytes() == (tmp_path / "never/metrics.jsonl").read_bytes()
+
+
+def test_sigterm_while_waiting_for_the_others_ends_at_once(tmp_path):
+    alone = processes.start(tmp_path, process=(0, 2), port=processes.free_port())
+    time.sleep(8)  # imports take about 3 s; then it waits for a process that never comes
+    alone.send_signal(signal.SIGTERM)
+    processes.end(alone, status=42, seconds=10)
 
 
 @pytest.mark.parametrize("killed", [0, 1])

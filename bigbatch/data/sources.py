@@ -307,7 +307,7 @@ def _how_to_prepare(name: str, folder: str, downloads: str = "") -> str:
     """Two commands. `tfds build` would need more packages than TFDS installs."""
     reused = f"download_dir={downloads!r}" if downloads else ""
     return (
-        "    python -m pip install tensorflow tensorflow-datasets array_record\n"
+        "    python -m pip install tensorflow tensorflow-datasets array_record &&\n"
         f'    python -c "import tensorflow_datasets as tfds; tfds.builder({name!r}, '
         f"data_dir={folder!r}, file_format='array_record').download_and_prepare({reused})\""
     )
