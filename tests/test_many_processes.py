@@ -1,7 +1,9 @@
 """Real jobs of several processes on this machine's CPU: the same run, whatever happens to it."""
 
+import contextlib
 import shutil
 import signal
+import socket
 import time
 
 import pytest
@@ -88,8 +90,16 @@ def test_sigterm_ends_all_processes_with_one_agreed_checkpoint(tmp_path, told):
 
 
 def test_sigterm_while_waiting_for_the_others_ends_at_once(tmp_path):
-    alone = processes.start(tmp_path, process=(0, 2), port=processes.free_port())
-    time.sleep(8)  # imports take about 3 s; then it waits for a process that never comes
+    port = processes.free_port()
+    alone = processes.start(tmp_path, process=(0, 2), port=port)
+
+    def listens():
+        with contextlib.suppress(OSError):
+            socket.create_connection(("127.0.0.1", port), 0.2).close()
+            return True
+
+    # Then it waits for a process that never comes.
+    processes.wait_until(listens, alone, "its port", seconds=60)
     alone.send_signal(signal.SIGTERM)
     processes.end(alone, status=42, seconds=10)
 
