@@ -177,13 +177,12 @@ def save(
 
 
 @contextlib.contextmanager
-def names_what_fails(path: Path) -> Iterator[None]:
-    """Makes an OSError inside, on writing `path` in a workdir (or the workdir), a WriteError."""
+def names_what_fails(workdir: Path, name: str = "") -> Iterator[None]:
+    """Makes an OSError inside, on writing `name` in `workdir`, a WriteError."""
     try:
         yield
     except OSError as error:
-        workdir = path.parent if path.suffix == ".jsonl" or path.name == "tensorboard" else path
-        raise write_error(Path(error.filename or path), workdir, error) from error
+        raise write_error(Path(error.filename or workdir / name), workdir, error) from error
 
 
 def write_error(path: Path, workdir: Path, error: Exception) -> WriteError:

@@ -392,8 +392,8 @@ def _log(folder: Path, writing: bool, board: Any, kind: str, event: Mapping[str,
     """Adds a line to metrics.jsonl or timing.jsonl, and to TensorBoard, on the first process."""
     if not writing:
         return
-    with checkpoint.names_what_fails(folder / f"{kind}.jsonl"):
+    with checkpoint.names_what_fails(folder, f"{kind}.jsonl"):
         metrics.append_event(folder / f"{kind}.jsonl", event)
     if board and kind == "metrics":
-        with checkpoint.names_what_fails(folder / "tensorboard"):
+        with checkpoint.names_what_fails(folder, "tensorboard"):
             metrics.write_board(board, event)
