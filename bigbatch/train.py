@@ -23,6 +23,7 @@ from bigbatch import (
     metrics,
     network,
     preemption,
+    programs,
     progress,
     schedule,
     seats,
@@ -177,7 +178,7 @@ def train_and_evaluate(
             nonlocal last_speed
             if event.pop("evaluate"):
                 with shares.spent_on("evaluation"):
-                    program = programs[("evaluate",)].result().call
+                    program = futures[("evaluate",)].result().call
                     event |= evaluate.whole_test_set(
                         program, state.params, state.batch_stats, fed, watch.before_reduction)
                 display.line(
@@ -196,7 +197,7 @@ def train_and_evaluate(
         # The programs, and the loop. Everything due is a function of the examples seen.
         try:
             with shares.spent_on("compile"):
-                programs, sums = _start_compiling(
+                futures, sums = _start_compiling(
                     config, net, mesh, seatings_to_run,
                     jax.tree.map(shape_of, (state, fed.resident, fed.test)), watch,
                 )
@@ -209,8 +210,8 @@ def train_and_evaluate(
                 began = time.perf_counter()
                 with shares.spent_on("compile"):
                     keys = compilation.keys_of(seating)
-                    watch.wait(lambda keys=keys: all(programs[key].done() for key in keys))
-                    compiled = [programs[key].result() for key in keys]
+                    watch.wait(lambda keys=keys: all(futures[key].done() for key in keys))
+                    compiled = [futures[key].result() for key in keys]
                 log("timing", {
                     "event": "phase", "examples_seen": examples_seen, "phase": phase.name,
                     "compile_seconds": [round(program.seconds, 3) for program in compiled],
@@ -307,36 +308,23 @@ def _start_compiling(
 ) -> tuple[dict[compilation.Key, Future], update.Sums | None]:
     """Lowers all programs and starts compiling them; with room for the sums if they accumulate."""
     state, resident, test = shapes
-    functions = update.make_update(config, net, mesh)
-    dtype = jax.tree.leaves(state.params)[0].dtype
-    number = jax.ShapeDtypeStruct((), dtype, sharding=replicated(mesh))
-    first_pass = jax.ShapeDtypeStruct((), np.bool_, sharding=replicated(mesh))
-    sums = update.abstract_sums(state, mesh)
-
-    def lower(key: compilation.Key) -> jax.stages.Lowered:
-        watch.poll()
-        kind, *rows = key
-        if kind == "evaluate":
-            return evaluate.make_evaluate(config, net, mesh).lower(
-                state.params, state.batch_stats, test, feed.evaluation_shapes(config, mesh))
-        if kind == "apply":
-            return functions.apply.lower(state, sums, number, number)
-        batch = feed.update_shapes(config, mesh, *rows)
-        if kind == "update":
-            return functions.update.lower(state, resident, batch, number, number)
-        return functions.accumulate.lower(state, sums, resident, batch, first_pass)
-
+    lower = programs.lowering(config, net, mesh, state, resident, test)
     first, later = compilation.compile_order(seatings)
-    programs = compilation.compile_ahead({key: lower(key) for key in first + later}, first + later)
-    watch.wait(lambda: all(programs[key].done() for key in first))
+    lowered = {}
+    for key in first + later:
+        watch.poll()
+        lowered[key] = lower(key)
+    futures = compilation.compile_ahead(lowered, first + later)
+    watch.wait(lambda: all(futures[key].done() for key in first))
     for key in first:
-        programs[key].result()
+        futures[key].result()
+    sums = update.abstract_sums(state, mesh)
     accumulates = any(seating.microbatches > 1 for seating in seatings)
     room = jax.jit(
         lambda: jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), sums),
         out_shardings=cut(mesh),
     )
-    return programs, room() if accumulates else None
+    return futures, room() if accumulates else None
 
 
 def _take_update(

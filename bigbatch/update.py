@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from bigbatch.data import augment
-from bigbatch.devices import AXIS, cut
+from bigbatch.devices import AXIS, cut, replicated
 from bigbatch.models.normalization import fold_weights
 from bigbatch.network import AUGMENTATION, DROPOUT, Network
 
@@ -94,15 +94,25 @@ def make_optimizer(
 
 def init_state(config: ConfigDict, network: Network) -> State:
     """The state before the first update; follows from the seed alone."""
-    def init(seed: jax.Array) -> State:
-        params, batch_stats = network.init(seed)
-        optimizer = make_optimizer(config, network.in_norm, jnp.zeros(()), jnp.zeros(()))
-        return State(params, batch_stats, optimizer.init(params))
-
     # Drawn once, which is not worth the seconds that LLVM takes to optimise random generators.
     on_cpu = jax.default_backend() == "cpu"
     options = {"xla_backend_optimization_level": 0} if on_cpu else None
+    init = partial(_init, config, network)
     return jax.jit(init, compiler_options=options)(jnp.uint32(config.seed))
+
+
+def abstract_state(config: ConfigDict, network: Network, mesh: Mesh) -> State:
+    """Shapes of the state, replicated over `mesh`; computes nothing."""
+    shapes = jax.eval_shape(partial(_init, config, network), jnp.uint32(config.seed))
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)), shapes
+    )
+
+
+def _init(config: ConfigDict, network: Network, seed: jax.Array) -> State:
+    params, batch_stats = network.init(seed)
+    optimizer = make_optimizer(config, network.in_norm, jnp.zeros(()), jnp.zeros(()))
+    return State(params, batch_stats, optimizer.init(params))
 
 
 def make_update(config: ConfigDict, network: Network, mesh: Mesh) -> Update:

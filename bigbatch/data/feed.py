@@ -168,6 +168,29 @@ def evaluation_shapes(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtyp
     return _shapes(config, mesh, rows) | {"record": _shape((rows,), np.int32, mesh)}
 
 
+def resident_shapes(
+    config: ConfigDict, mesh: Mesh
+) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
+    """The shapes of `Feed.resident` and `Feed.test`, as far as a config without its data tells.
+
+    Images that are cropped are taken to have the size that is cut out.
+    """
+    if config.data.streaming:
+        return {}, {}
+    size, channels = config.data.image_size, len(config.data.mean)
+
+    def split(examples: int) -> dict[str, jax.ShapeDtypeStruct]:
+        return {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))
+            for name, shape, dtype in (
+                ("images", (examples, size, size, channels), np.uint8),
+                ("labels", (examples,), np.int32),
+            )
+        }
+
+    return split(config.data.train_examples), split(config.data.test_examples)
+
+
 def _shapes(config: ConfigDict, mesh: Mesh, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
     if not config.data.streaming:
         return {}
