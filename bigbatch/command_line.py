@@ -11,9 +11,9 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from bigbatch.config import set_from_text
-from bigbatch.job import leave
+from bigbatch.job import FAILED_STATUS, leave
 
-USAGE_STATUS, FAILED_STATUS = 2, 1
+USAGE_STATUS = 2
 EXAMPLE = "--config=configs/digits.py:increase"
 flags.disclaim_key_flags()  # a program's --help shows --config among its own flags
 

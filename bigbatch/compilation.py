@@ -7,6 +7,7 @@ it begins with and for the largest microbatch, so that running out of memory sho
 others follow, in the order in which they are needed, while it goes on.
 """
 
+import atexit
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -43,9 +44,12 @@ def compile_ahead(
     What the compiler raises is raised by the future's `result`.
     """
     futures = {key: Future() for key in order}
+    ended = threading.Event()
 
     def compile_all() -> None:
         for key in order:
+            if ended.is_set():
+                return
             started = time.perf_counter()
             try:
                 program = lowered[key].compile()
@@ -55,8 +59,11 @@ def compile_ahead(
             else:
                 futures[key].set_result(Compiled(program, time.perf_counter() - started))
 
-    # A daemon: a run that stops does not wait for programs it no longer needs.
-    threading.Thread(target=compile_all, name="compile", daemon=True).start()
+    # A daemon: a run that stops does not wait for programs it no longer needs. Where Python itself
+    # ends (a script, a notebook) it has to, as a thread stopped inside the compiler aborts it.
+    thread = threading.Thread(target=compile_all, name="compile", daemon=True)
+    thread.start()
+    atexit.register(lambda: (ended.set(), thread.join()))
     return futures
 
 

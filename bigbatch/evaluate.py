@@ -1,6 +1,6 @@
 """Loss and accuracy over the whole test set; as a program, those of a run's last checkpoint.
 
-    python -m bigbatch.evaluate --workdir=DIR
+    python -m bigbatch.evaluate --workdir=DIR    (or gs://bucket/path)
 """
 
 import contextlib
@@ -84,7 +84,7 @@ def whole_test_set(
     return {"test_loss": float(loss / examples), "test_accuracy": float(correct / examples)}
 
 
-def evaluate_run(workdir: Path, data_dir: str = "") -> dict[str, Any]:
+def evaluate_run(workdir: str | Path, data_dir: str = "") -> dict[str, Any]:
     """Evaluates the newest whole checkpoint in `workdir`; nothing is written.
 
     Args:
@@ -97,20 +97,19 @@ def evaluate_run(workdir: Path, data_dir: str = "") -> dict[str, Any]:
     Raises:
         ValueError: if there is no whole checkpoint, or the data is not that of the run.
     """
-    found = checkpoint.some_newest(workdir)
-    state = checkpoint.load_from(found.path)
-    config = ConfigDict(found.run["config"])
+    run, state = checkpoint.load_newest(workdir)
+    config = ConfigDict(run["config"])
     if data_dir:
         config.data.dir = data_dir
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     mesh, net = make_mesh(), network.build(config)
-    seen = found.run["examples_seen"]
+    seen = run["examples_seen"]
     fed = open_feed(config, mesh, (), (), seen, [seen])
     program = make_evaluate(config, net, mesh)
     with contextlib.closing(fed):
         result = whole_test_set(program, state["params"], state["batch_stats"], fed)
-    return {"updates": found.run["updates"], "examples_seen": seen,
+    return {"updates": run["updates"], "examples_seen": seen,
             "epoch": seen / config.data.train_examples, **result}
 
 
@@ -118,7 +117,7 @@ def main(arguments: Sequence[str]) -> None:
     """Prints the evaluation of --workdir as one JSON object."""
     if not WORKDIR.value:
         raise ValueError("--workdir is missing: the folder of the run to evaluate.")
-    print(json.dumps(evaluate_run(Path(WORKDIR.value), DATA_DIR.value)))
+    print(json.dumps(evaluate_run(WORKDIR.value, DATA_DIR.value)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """The processes of a job: how they find one another, let the first decide, and end."""
 
 import contextlib
+import itertools
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -13,20 +15,33 @@ from typing import Any
 
 import jax
 from jax._src import distributed  # the only way to the job's key-value store
+from jax._src.cloud_tpu_init import running_in_cloud_tpu_vm
 
 from bigbatch.preemption import EXIT_STATUS
 
 # Another process may be slower to start: to read and check a checkpoint, say.
 DECISION_SECONDS = 600
 LAST_SECONDS = 3
+FAILED_STATUS = 1
+# In the texts of what JAX raises when a process it needs is gone: gRPC's codes, gloo's words.
+LOST_PEER = r"UNAVAILABLE|DEADLINE_EXCEEDED|CANCELLED|gloo|connection|heartbeat"
+# How long the first process waits for the others at the end, and then for their exits.
+END_SECONDS = 30
+AFTER_YOU_SECONDS = 1
+# The firewall rule that Google makes for a TPU pod opens 8476 between its hosts, and not the 8482
+# that JAX takes since 0.8.1 (https://github.com/jax-ml/jax/issues/35905).
+TPU_COORDINATOR_PORT = 8476
+
+_decisions = itertools.count()
 
 
 def join(coordinator: str, processes: int, process: int, dead_peer_seconds: int) -> None:
     """Makes this process one of the job's; to be called once, before anything touches JAX.
 
     Args:
-        coordinator: host:port of the first process; "" where the platform knows (Cloud TPU), and
-            for a job of one process.
+        coordinator: host:port of the first process; "" where the platform knows (Cloud TPU, where
+            the port is then 8476 unless JAX_COORDINATOR_PORT says another), and for a job of one
+            process.
         processes: how many there are; 0 where the platform knows.
         process: which one this is, from 0; -1 where the platform knows.
         dead_peer_seconds: how long a process may be silent before the others end.
@@ -50,6 +65,8 @@ def join(coordinator: str, processes: int, process: int, dead_peer_seconds: int)
             )
         jax.distributed.initialize(coordinator, processes, process, **options)
         return
+    if running_in_cloud_tpu_vm:
+        os.environ.setdefault("JAX_COORDINATOR_PORT", str(TPU_COORDINATOR_PORT))
     try:
         jax.distributed.initialize(**options)
     except ValueError as error:
@@ -88,16 +105,23 @@ def decided_by_first(what: str, decide: Callable[[], Any]) -> Any:
     """What `decide` returns on the first process, on all of them.
 
     Args:
-        what: names the decision; each is made once in a job.
+        what: names the decision. All processes ask for the same ones in the same order.
         decide: called on the first process only; returns what JSON can hold.
 
     Raises:
-        ValueError: on every process, if `decide` raises one.
+        ValueError: on every process, if `decide` raises one, or if the processes have no way to
+            tell one another.
     """
     if jax.process_count() == 1:
         return decide()
     client = distributed.global_state.client
-    key = f"bigbatch/{what}"
+    if client is None:
+        raise ValueError(
+            f"JAX sees {jax.process_count()} processes, but they were never joined, so they cannot "
+            "agree on where the run stands: start them with python -m bigbatch.main, or call "
+            "jax.distributed.initialize() in each, before anything else that touches JAX."
+        )
+    key = f"bigbatch/{what}/{next(_decisions)}"
     if jax.process_index() == 0:
         try:
             decision = decide()
@@ -112,17 +136,23 @@ def decided_by_first(what: str, decide: Callable[[], Any]) -> Any:
     return told["decision"]
 
 
-def explain(error: jax.errors.JaxRuntimeError) -> str:
-    """One line on what JAX's runtime could not do, with what to change where that is known."""
+def explain(error: jax.errors.JaxRuntimeError) -> tuple[int, str]:
+    """(exit status, one line) on what JAX's runtime could not do, with what to change if known.
+
+    The status is 42 where only another process or the way to it was lost: started again, the same
+    command goes on.
+    """
     text = str(error).strip().partition("\n")[0]
     if "RESOURCE_EXHAUSTED" in text:
-        return f"out of device memory: {text}. A lower --config.max_per_device_batch needs less."
-    if jax.process_count() > 1:
-        return (
+        return FAILED_STATUS, (
+            f"out of device memory: {text}. A lower --config.max_per_device_batch needs less."
+        )
+    if jax.process_count() > 1 and re.search(LOST_PEER, text, re.IGNORECASE):
+        return EXIT_STATUS, (
             f"another process of the job has ended or is out of reach ({text}). Start all of them "
             "again; the run goes on from its newest checkpoint."
         )
-    return text
+    return FAILED_STATUS, text
 
 
 def leave(status: int, text: str = "", together: bool = False) -> None:
@@ -139,11 +169,28 @@ def leave(status: int, text: str = "", together: bool = False) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     job = distributed.global_state
-    if together:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # one that died after its last save
-            jax.distributed.shutdown()
-    elif job.process_id == 0 and (job.num_processes or 1) > 1:
+    if together and job.num_processes > 1:
+        _end_together(job.client, job.process_id, job.num_processes)
+    elif job.process_id == 0 and job.num_processes > 1:
         # The job's connections go with this process, and JAX then aborts the others: first let them
         # hear of the same mistake, and end with a word of their own.
         time.sleep(LAST_SECONDS)
     os._exit(status)
+
+
+def _end_together(client: Any, process: int, processes: int) -> None:
+    """Returns once all have come here; on the first, when the others have gone or are overdue.
+
+    Not JAX's own shutdown, in which a process that dies now would take the others' status with it.
+    """
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # of one that died after its last save
+        if process:
+            client.blocking_key_value_get("bigbatch/end/0", 1000 * DECISION_SECONDS)
+            client.key_value_set(f"bigbatch/end/{process}", "")
+            return
+        client.key_value_set("bigbatch/end/0", "")
+        until = time.monotonic() + END_SECONDS
+        for other in range(1, processes):
+            milliseconds = max(1, int(1000 * (until - time.monotonic())))
+            client.blocking_key_value_get(f"bigbatch/end/{other}", milliseconds)
+        time.sleep(AFTER_YOU_SECONDS)

@@ -3,7 +3,8 @@
     python -m bigbatch.main --config=configs/digits.py:increase --workdir=DIR
 
 Exit status: 0 at the end of the run, 2 for a mistake in what was asked, 3 after
---stop_after_phase, 42 after SIGTERM (start the same command again), 1 for anything else.
+--stop_after_phase, 42 where the same command wants to be started again: after SIGTERM, or when
+another process of the job was lost. 1 for anything else.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from absl import flags
 from bigbatch import checkpoint, command_line, job, preemption, program_cache, train
 
 command_line.define_config()
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder for logs and checkpoints.")
+WORKDIR = flags.DEFINE_string("workdir", None, "For logs and checkpoints: a folder, or gs://bucket/path.")
 STOP_AFTER_PHASE = flags.DEFINE_string(
     "stop_after_phase", "", "Stop with a checkpoint after this phase (name or number)."
 )
@@ -28,7 +29,6 @@ DEAD_PEER_SECONDS = flags.DEFINE_integer(
     "dead_peer_seconds", 100, "End when another process of the job was silent for so long."
 )
 STOPPED_STATUS = 3
-FAILED_STATUS = 1
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -46,9 +46,9 @@ def main(arguments: Sequence[str]) -> None:
     except train.Preempted:
         job.leave(preemption.EXIT_STATUS, together=True)
     except (train.NotFinite, checkpoint.WriteError) as error:
-        job.leave(FAILED_STATUS, str(error))
+        job.leave(job.FAILED_STATUS, str(error))
     except jax.errors.JaxRuntimeError as error:
-        job.leave(FAILED_STATUS, job.explain(error))
+        job.leave(*job.explain(error))
     job.leave(0, together=True)
 
 

@@ -10,6 +10,7 @@ without a reduction (a pass of an unfinished update) is abandoned at once.
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable
 
 import jax
@@ -28,7 +29,10 @@ class Watch:
     """Listens for SIGTERM and Ctrl-C, here and on the other processes of the job."""
 
     def __init__(self, agreement_seconds: float = 10.0):
-        """`agreement_seconds`: how long to wait for another process's count."""
+        """`agreement_seconds`: how long to wait for another process's count.
+
+        Warns if signals cannot be heard, which Python gives to the main thread alone.
+        """
         self._told = threading.Event()  # here, by a signal
         self._stopping = threading.Event()  # all of the job; this one's count is frozen
         self._lock = threading.Lock()  # over the count and its freezing
@@ -40,12 +44,17 @@ class Watch:
         if self._client:
             threading.Thread(target=self._listen, name="preemption", daemon=True).start()
         self._handles = threading.current_thread() is threading.main_thread()
-        if self._handles:  # Python leaves signals to the main thread
+        if self._handles:
             signal.set_wakeup_fd(-1)  # whoever followed signals by it (job.join) no longer does
             self._previous = {
                 number: signal.signal(number, self._on_signal)
                 for number in (signal.SIGTERM, signal.SIGINT)
             }
+        else:
+            warnings.warn(
+                "SIGTERM is not handled: it ends this process without a checkpoint, since training "
+                "was not called from the main thread.", stacklevel=3,
+            )
 
     def close(self) -> None:
         """Gives the signals back to whoever had them."""

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from bigbatch import (
+    bucket,
     checkpoint,
     compilation,
     continuing,
@@ -58,7 +59,8 @@ def train_and_evaluate(
 
     Args:
         config: see `config.base_config`.
-        workdir_path: logs and checkpoints go here; a run that was begun here is continued.
+        workdir_path: a folder, or gs://bucket/path. Logs and checkpoints go there; a run that was
+            begun there is continued.
         stop_after_phase: "", or the name or number of a phase to stop after.
         show: whether to print progress.
 
@@ -76,7 +78,9 @@ def train_and_evaluate(
     check(config)
     phases = make_phases(config)
     examples, total = config.data.train_examples, phases[-1].end_example
-    last_phase = _find_phase(stop_after_phase, phases) if stop_after_phase else phases[-1]
+    last_phase = phases[-1]
+    if stop_after_phase:
+        last_phase = find_phase(stop_after_phase, phases, "--stop_after_phase")
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     mesh = make_mesh()
@@ -85,12 +89,13 @@ def train_and_evaluate(
 
     with contextlib.ExitStack() as at_end:
         # Where the run stands. The first process looks, so that all agree.
-        folder, writing = workdir.local_folder(workdir_path), jax.process_index() == 0
+        folder, mirror = at_end.enter_context(bucket.opened(workdir_path))
+        writing = jax.process_index() == 0
 
         def open_run() -> list[Any]:
-            at_end.enter_context(workdir.open_workdir(folder))
-            path, run, faults = checkpoint.find_newest(folder)
-            return [path and str(path), run, faults]
+            at_end.enter_context(mirror.held() if mirror else workdir.open_workdir(folder))
+            path, run, faults = checkpoint.find_newest(folder, mirror)
+            return [path and str(path.relative_to(folder)), run, faults]
 
         found = checkpoint.Found(*job.decided_by_first("run", open_run))
         watch = preemption.Watch()
@@ -100,7 +105,7 @@ def train_and_evaluate(
             refused, allowed_changes = continuing.changes(found.run, config, phases)
             if refused:
                 raise ValueError(
-                    f"{folder} holds a run of another config, which this one cannot continue: "
+                    f"{workdir_path} holds a run of another config, which this cannot continue: "
                     f"{'; '.join(refused)}. Give this one another --workdir, or set the keys back."
                 )
         examples_seen, updates, owed = continuing.position_of(found.run)
@@ -109,29 +114,33 @@ def train_and_evaluate(
         seatings_to_run = [seatings[phase.index] for phase in to_run]
 
         # The data and the state, on the devices.
-        due = partial(_due, config, total)
+        is_due = partial(due, config, total)
         evaluated_at = [examples_seen] if owed else []  # a stop between is inside an evaluation
-        evaluated_at += [end for start, end in _spans(to_run, examples_seen)
-                         if due("eval", start, end)]
+        evaluated_at += [end for start, end in spans(to_run, examples_seen)
+                         if is_due("eval", start, end)]
         fed = feed.open_feed(config, mesh, to_run, seatings_to_run, examples_seen, evaluated_at)
         at_end.callback(fed.close)
-        state = place(
-            jax.tree.map(np.asarray, update.init_state(config, net)), replicated(mesh))
+        state = jax.tree.map(np.asarray, update.init_state(config, net))
         if found.path:
-            state = checkpoint.restore(Path(found.path), jax.tree.map(shape_of, state))
+            state = checkpoint.restore(folder / found.path, state, mirror)
+        state = place(state, replicated(mesh))
 
         # The logs, cut back to where the run stands.
         describe_run = partial(continuing.describe_run, config, phases)
         board = None
+        saves: deque[Future] = deque()
+        names_what_fails = partial(checkpoint.names_what_fails, folder, mirror)
         if writing:
-            with checkpoint.names_what_fails(folder):
+            if mirror:
+                at_end.enter_context(checkpoint.sending_last_logs(folder, mirror, saves))
+            with names_what_fails():
                 workdir.write_config(folder, describe_run(examples_seen, updates, owed))
                 metrics.cut_events(folder / "metrics.jsonl", examples_seen, owed is not None)
                 metrics.cut_half_line(folder / "timing.jsonl")
             if config.tensorboard:
                 board = metrics.open_tensorboard(folder, examples_seen)
                 at_end.callback(metrics.close_board, board)
-        log = partial(_log, folder, writing, board)
+        log = partial(_log, folder, writing, board, names_what_fails)
         display = progress.Display(phases, examples, show and writing)
         at_end.callback(display.close)
         log("timing", {
@@ -150,7 +159,6 @@ def train_and_evaluate(
         shares = metrics.TimeShares()
         seconds_per_update: dict[int, float] = {}
         boundaries = {phase.end_example for phase in phases}
-        saves: deque[Future] = deque()
         saved_at = examples_seen
         last_speed = updates
         number = jax.tree.leaves(state.params)[0].dtype.type
@@ -162,7 +170,7 @@ def train_and_evaluate(
             finish_saves(SAVES_AT_ONCE - 1)
             saves.append(checkpoint.save(
                 folder, state, describe_run(examples_seen, updates, owed),
-                config.keep_checkpoints, boundaries,
+                config.keep_checkpoints, boundaries, mirror,
             ))
             saved_at = examples_seen
             log("timing", {"event": "save", "examples_seen": examples_seen,
@@ -233,9 +241,9 @@ def train_and_evaluate(
 
                     # What is due after it.
                     ends = examples_seen == phase.end_example
-                    evaluating = due("eval", start, examples_seen)
-                    saving = ends or due("checkpoint", start, examples_seen)
-                    logging = ends or evaluating or due("log", start, examples_seen)
+                    evaluating = is_due("eval", start, examples_seen)
+                    saving = ends or is_due("checkpoint", start, examples_seen)
+                    logging = ends or evaluating or is_due("log", start, examples_seen)
                     with shares.spent_on("update"):
                         # The update before, while this one runs; this one too if something is due.
                         _check_finite(previous)
@@ -280,21 +288,22 @@ def train_and_evaluate(
         return state
 
 
-def _find_phase(name: str, phases: Sequence[schedule.Phase]) -> schedule.Phase:
+def find_phase(name: str, phases: Sequence[schedule.Phase], flag: str) -> schedule.Phase:
+    """The phase of this name or number; a ValueError naming `flag` if there is none."""
     for phase in phases:
         if name in (phase.name, str(phase.index)):
             return phase
     named = ", ".join(f"{phase.index} or {phase.name}" for phase in phases)
-    raise ValueError(f"--stop_after_phase is {name!r}; this run's phases are {named}.")
+    raise ValueError(f"{flag} names the phase {name!r}; this run's phases are {named}.")
 
 
-def _due(config: ConfigDict, total: int, what: str, start: int, end: int) -> bool:
+def due(config: ConfigDict, total: int, what: str, start: int, end: int) -> bool:
     """Whether the update from example `start` to `end` reaches a multiple of an interval."""
     every = max(1, round(config[f"{what}_every_epochs"] * config.data.train_examples))
     return end // every > start // every or end == total
 
 
-def _spans(phases: Sequence[schedule.Phase], examples_seen: int) -> Iterator[tuple[int, int]]:
+def spans(phases: Sequence[schedule.Phase], examples_seen: int) -> Iterator[tuple[int, int]]:
     """The first example and the end of each update still to come."""
     for phase in phases:
         first = max(phase.start_example, examples_seen)
@@ -376,12 +385,15 @@ def _check_finite(taken: tuple[int, int, update.Metrics] | None) -> None:
         )
 
 
-def _log(folder: Path, writing: bool, board: Any, kind: str, event: Mapping[str, Any]) -> None:
+def _log(
+    folder: Path, writing: bool, board: Any, names_what_fails: Callable, kind: str,
+    event: Mapping[str, Any],
+) -> None:
     """Adds a line to metrics.jsonl or timing.jsonl, and to TensorBoard, on the first process."""
     if not writing:
         return
-    with checkpoint.names_what_fails(folder, f"{kind}.jsonl"):
+    with names_what_fails(f"{kind}.jsonl"):
         metrics.append_event(folder / f"{kind}.jsonl", event)
     if board and kind == "metrics":
-        with checkpoint.names_what_fails(folder, "tensorboard"):
+        with names_what_fails("tensorboard"):
             metrics.write_board(board, event)

@@ -13,12 +13,12 @@ def local_folder(path: str | Path) -> Path:
     """`path` in full, so that it means the same to all libraries, with ~ expanded.
 
     Raises:
-        ValueError: if it is no path of a file system, such as gs://bucket/run.
+        ValueError: if it is no path of a file system, such as s3://bucket/run.
     """
-    if "://" in str(path) or str(path).startswith("gs:/"):
+    if "://" in str(path) or str(path).startswith("gs:/"):  # a bucket's, as pathlib writes it
         raise ValueError(
             f"{path} is no folder of this machine; give one that all hosts share, such as a "
-            "mounted bucket or a network disk."
+            "network disk, or a path in a bucket, as the text gs://BUCKET/PATH."
         )
     return Path(path).expanduser().absolute()
 

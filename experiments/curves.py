@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from matplotlib.figure import Figure
 
+from bigbatch import bucket
 from bigbatch.metrics import read_events
 
 COLOURS = ("#3b6fb6", "#d9822b", "#3a9a5b", "#8a4fa3", "#b6403b", "#6b6b6b", "#c2a415")
@@ -31,23 +32,28 @@ class Run(NamedTuple):
     phases: list[dict[str, Any]]
 
 
-def read_run(workdir: Path) -> Run:
-    """The logs of a finished run.
+def read_run(workdir: str | Path) -> Run:
+    """The logs of a finished run, in a folder or in a bucket (gs://).
 
     Raises:
         ValueError: if the workdir holds none, or a run that has not come to its end.
     """
-    events = read_events(workdir / "metrics.jsonl")
-    if not events:
-        raise ValueError(f"{workdir} has no metrics.jsonl with events in it: no run was made here.")
-    phases = json.loads((workdir / "config.json").read_text(encoding="utf-8"))["phases"]
+    with bucket.opened(workdir) as (folder, mirror):
+        if mirror:
+            mirror.bring_down_logs()
+        events = read_events(folder / "metrics.jsonl")
+        if not events:
+            raise ValueError(
+                f"{workdir} has no metrics.jsonl with events in it: no run was made here.")
+        phases = json.loads((folder / "config.json").read_text(encoding="utf-8"))["phases"]
+        timing = read_events(folder / "timing.jsonl")
     if events[-1]["examples_seen"] != phases[-1]["end_example"]:
         raise ValueError(
             f"{workdir} holds a run that stands at example {events[-1]['examples_seen']} of "
             f"{phases[-1]['end_example']}: give its command again until it has finished."
         )
-    timing = [event for event in read_events(workdir / "timing.jsonl") if "seconds" in event]
-    return Run(events, sum(event["seconds"] for event in timing) or None, phases)
+    seconds = [event["seconds"] for event in timing if "seconds" in event]
+    return Run(events, sum(seconds) or None, phases)
 
 
 def epoch_means(events: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -156,7 +162,7 @@ def main() -> None:
             name, equals, folders = text.partition("=")
             if not (name and equals and folders):
                 raise ValueError(f"{text!r} is no NAME=DIR,DIR.")
-            schedules[name] = [read_run(Path(folder)) for folder in folders.split(",")]
+            schedules[name] = [read_run(folder) for folder in folders.split(",")]
     except ValueError as error:
         sys.exit(f"experiments.curves: {error}")
     options.output.mkdir(parents=True, exist_ok=True)

@@ -16,14 +16,17 @@ from bigbatch import checkpoint
 from tests.configs import TINY
 
 REPOSITORY = Path(__file__).parents[1]
+# For `start`: a run whose processes are ready to train in a few seconds.
+SMALL = {"file": "tests/small_config.py", "config": ("resident",)}
 # Kept between test runs, and apart from the cache that the test processes themselves fill.
 CACHE = REPOSITORY / ".jax_cache" / "main"
 
 
 def start(
     workdir: Path, *settings: str, devices: int = 1, flags: tuple[str, ...] = (),
-    cache: Path | None = CACHE, config: tuple[str, ...] = TINY, process: tuple[int, int] = (0, 1),
-    port: int = 0,
+    cache: Path | None = CACHE, file: str = "configs/digits.py", config: tuple[str, ...] = TINY,
+    process: tuple[int, int] = (0, 1), port: int = 0, host: str = "127.0.0.1",
+    on: tuple[str, ...] = (),
 ) -> subprocess.Popen:
     """Starts `python -m bigbatch.main` on the tiny config with `key=value` settings.
 
@@ -32,25 +35,34 @@ def start(
         devices: CPU devices of this process.
         flags: more of the command line.
         cache: for compiled programs; None for none.
-        config: preset and settings of configs/digits.py.
+        file: the config's.
+        config: preset and settings of that file.
         process: which process of how many; `port` of the first one is then needed.
         port: see `free_port`.
+        host: of the first one.
+        on: the command that runs this one on its host.
     """
+    index, count = process
+    job = (f"--coordinator={host}:{port}", f"--processes={count}", f"--process={index}")
+    return start_python(
+        "-m", "bigbatch.main", f"--config={file}:{','.join([*config, *settings])}",
+        f"--workdir={workdir}", f"--compilation_cache={cache or ''}",
+        *(job if count > 1 else ()), *flags, devices=devices, on=on,
+    )
+
+
+def start_python(
+    *arguments: str, devices: int = 1, on: tuple[str, ...] = (), **environment: str
+) -> subprocess.Popen:
+    """Starts Python with CPU devices; see `start`. `environment` is added to this process's."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
+    } | environment
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-    index, count = process
-    job = (f"--coordinator=127.0.0.1:{port}", f"--processes={count}", f"--process={index}")
-    command = [
-        sys.executable, "-m", "bigbatch.main",
-        f"--config=configs/digits.py:{','.join([*config, *settings])}", f"--workdir={workdir}",
-        f"--compilation_cache={cache or ''}", *(job if count > 1 else ()), *flags,
-    ]
     return subprocess.Popen(
-        command, cwd=REPOSITORY, env=environment, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        [*on, sys.executable, *arguments], cwd=REPOSITORY, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )
 
 

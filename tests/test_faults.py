@@ -153,8 +153,8 @@ def test_a_relative_workdir_and_one_that_is_no_folder(tmp_path, monkeypatch):
     written = b"".join(file.read_bytes() for file in (tmp_path / "runs/a/tensorboard").iterdir())
     for name in (b"test_accuracy", b"noise_scale", b"train_loss"):
         assert name in written
-    with pytest.raises(ValueError, match="gs://bucket/run is no folder of this machine"):
-        run(configs.tiny(), "gs://bucket/run")
+    with pytest.raises(ValueError, match="s3://bucket/run is no folder of this machine"):
+        run(configs.tiny(), "s3://bucket/run")
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 

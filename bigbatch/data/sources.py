@@ -1,6 +1,6 @@
 """Where images and labels come from: the digits, a TFDS data set, or a function of the user's.
 
-TFDS data sets are read from ArrayRecord files, without TensorFlow and without a download. Opening
+TFDS data sets are read from ArrayRecord files, without TensorFlow and prepared beforehand. Opening
 them is shared with streaming input; `load` decodes everything, to live in device memory.
 """
 
@@ -15,6 +15,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, UnidentifiedImageError
 
+from bigbatch import bucket
+from bigbatch.data import local_copy
 from bigbatch.data.augment import check_window
 from bigbatch.dotted import is_dotted, resolve
 
@@ -136,8 +138,9 @@ def _check_sizes(
 def open_tfds(data: ConfigDict) -> Any:
     """The read-only TFDS builder of `data.name`, prepared as ArrayRecord files in `data.dir`.
 
-    Nothing is downloaded or written (`tfds.data_source` would begin to prepare what is absent),
-    and the data set's own code is not needed: everything is in the folder's metadata.
+    Nothing is prepared (`tfds.data_source` would begin to, where it is absent), and the data set's
+    own code is not needed: everything is in the folder's metadata. From a bucket (gs://) the files
+    are copied first, once; see `local_copy`.
 
     Raises:
         ValueError: if it is unknown, not prepared, or in another file format, with the command
@@ -147,11 +150,14 @@ def open_tfds(data: ConfigDict) -> Any:
     from tensorflow_datasets.core import constants
     from tensorflow_datasets.core.read_only_builder import builder_from_files
 
-    if "://" in data.dir:
+    remote = bucket.in_bucket(data.dir)
+    if "://" in data.dir and not remote:
         raise ValueError(
-            f"config.data.dir is {data.dir!r}; give it a folder of each host: a local copy, a "
-            "mounted bucket or a network disk."
+            f"config.data.dir is {data.dir!r}; it must be a folder of each host, or in a bucket: "
+            "gs://BUCKET/PATH."
         )
+    if remote:
+        bucket.check(data.dir)
     folder = epath.Path(data.dir or constants.DATA_DIR).expanduser()
     try:
         builder = builder_from_files(data.name, data_dir=folder)
@@ -166,7 +172,8 @@ def open_tfds(data: ConfigDict) -> Any:
             + _how_to_prepare(data.name, "FOLDER", str(folder / "downloads"))
         )
     _check_features(builder, data)
-    return builder
+    splits = (data.train_split, data.test_split)
+    return local_copy.bring_down(builder, splits) if remote else builder
 
 
 def tfds_records(builder: Any, name: str, split: str) -> Records:

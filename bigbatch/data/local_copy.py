@@ -1,0 +1,89 @@
+"""A TFDS data set in a bucket, brought down to this machine's disk once.
+
+ArrayRecord's own reader does take gs:// paths. But it opens a request for the rest of the file at
+every record and gives it up after that record (one request and one broken connection for each of
+40 random records of CIFAR-10), and an absent file it takes for one without records.
+"""
+
+import fcntl
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from bigbatch import bucket
+
+
+def bring_down(builder: Any, splits: tuple[str, ...]) -> Any:
+    """A TFDS builder of the same data set, with the files of `splits` on this machine.
+
+    They lie under `bigbatch/data` in $XDG_CACHE_HOME (by default ~/.cache), where the next start
+    finds them. The processes of a host share them: one brings them down, the others wait.
+
+    Args:
+        builder: of a data set in a bucket.
+        splits: as 'train' or 'train[:90%]'; one that is not there is passed over.
+
+    Raises:
+        ValueError: if they do not fit on the disk, or cannot be read.
+    """
+    from tensorflow_datasets.core.read_only_builder import builder_from_directory
+
+    url = os.fspath(builder.data_path)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    folder = cache / "bigbatch" / "data" / url.removeprefix(bucket.SCHEME)
+    files, root = bucket.connect(url)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("w") as lock, bucket.explained(url):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            missing = {
+                name: size for name, size in _wanted(files, root, builder, splits).items()
+                if not _has(folder / name, size)
+            }
+            total, free = sum(missing.values()), shutil.disk_usage(folder).free
+            if total > free:
+                raise ValueError(
+                    f"{url} is copied to {folder} before it is read, and {total / 1e9:.1f} GB do "
+                    f"not fit there ({free / 1e9:.1f} GB are free): set XDG_CACHE_HOME to a folder "
+                    "on a larger disk, or --config.data.dir to where the bucket is mounted."
+                )
+            if missing:
+                print(f"bigbatch: copying {len(missing)} files, {total / 1e9:.3f} GB, from {url} "
+                      f"to {folder} ...", file=sys.stderr, flush=True)
+            for name in missing:
+                part = folder / (name + ".part")
+                files.get_file(f"{root}/{name}", str(part))
+                if part.stat().st_size != missing[name]:
+                    raise ValueError(
+                        f"{url}/{name} has {missing[name]} bytes, of which "
+                        f"{part.stat().st_size} came: start again."
+                    )
+                part.replace(folder / name)
+    except OSError as error:
+        raise ValueError(
+            f"{url} cannot be copied to {folder}: {error.strerror}; set XDG_CACHE_HOME to a folder "
+            "that can be written."
+        ) from error
+    return builder_from_directory(folder)
+
+
+def _wanted(files: Any, root: str, builder: Any, splits: tuple[str, ...]) -> dict[str, int]:
+    """The sizes of the data set's files, without those of other splits; by name."""
+    shards = set()
+    for split in splits:
+        try:
+            instructions = builder.info.splits[split].file_instructions
+        except (ValueError, KeyError):  # it is refused by name where its records are asked for
+            continue
+        shards |= {os.path.basename(instruction.filename) for instruction in instructions}
+    found = files.find(root, maxdepth=1, detail=True)
+    sizes = {path.removeprefix(root + "/"): entry["size"] for path, entry in found.items()}
+    # What is no shard is metadata.
+    return {name: size for name, size in sizes.items()
+            if name in shards or name.endswith((".json", ".txt"))}
+
+
+def _has(file: Path, size: int) -> bool:
+    return file.is_file() and file.stat().st_size == size
