@@ -12,10 +12,13 @@ from bigbatch import checkpoint
 from bigbatch.metrics import read_events
 from tests import processes
 
-# 21 updates up to the first change of the batch, then 11 and 9.
-FLOAT64 = ("dtype=float64", "recipe.epochs=2.6")
+SMALL = processes.SMALL
+# 14 updates of 24 examples, 7 of 48 and 3 of 96.
+FLOAT64 = ("dtype=float64", "recipe.batch_size=24", "recipe.falls=((2,2),(4,2))",
+           "recipe.epochs=6")
 # For the tests that have to catch it running.
-LONG = ("recipe.epochs=60", "recipe.falls=((0.7,2),(59,2))", "checkpoint_every_epochs=2")
+LONG = ("recipe.epochs=5000", "log_every_epochs=2", "eval_every_epochs=20",
+        "checkpoint_every_epochs=20")
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +27,12 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     handed = folder / "handed"
     processes.end(
-        processes.start(handed, *FLOAT64, devices=8, flags=("--stop_after_phase=0",)), status=3
+        processes.start(
+            handed, *FLOAT64, **SMALL, devices=8, flags=("--stop_after_phase=0",)),
+        status=3,
     )
-    assert checkpoint.find_newest(handed).run["updates"] == 21
-    processes.end(processes.start(folder / "run", *FLOAT64, devices=8))
+    assert checkpoint.find_newest(handed).run["updates"] == 14
+    processes.end(processes.start(folder / "run", *FLOAT64, **SMALL, devices=8))
     return folder
 
 
@@ -40,8 +45,8 @@ def handed_over(whole, folder):
 @pytest.mark.parametrize("devices", [1, 2, 4])
 def test_a_checkpoint_of_8_devices_goes_on_with_fewer(whole, tmp_path, devices):
     workdir = handed_over(whole, tmp_path / "run")
-    processes.end(processes.start(workdir, *FLOAT64, devices=devices))
-    assert checkpoint.find_newest(workdir).run["updates"] == 41
+    processes.end(processes.start(workdir, *FLOAT64, **SMALL, devices=devices))
+    assert checkpoint.find_newest(workdir).run["updates"] == 24
     assert processes.relative_difference(workdir, whole / "run") < 1e-10
 
 
@@ -49,10 +54,11 @@ def test_from_one_process_to_two_and_from_one_device_to_six(whole, tmp_path):
     """Phase 0 on 8 devices of one process, 1 on one device, 2 on two processes of 3."""
     workdir = handed_over(whole, tmp_path / "run")
     processes.end(
-        processes.start(workdir, *FLOAT64, devices=1, flags=("--stop_after_phase=noise/2",)),
+        processes.start(
+            workdir, *FLOAT64, **SMALL, devices=1, flags=("--stop_after_phase=noise/2",)),
         status=3,
     )
-    for process in processes.start_job(workdir, *FLOAT64, processes=2, devices=3):
+    for process in processes.start_job(workdir, *FLOAT64, **SMALL, processes=2, devices=3):
         processes.end(process)
     assert processes.relative_difference(workdir, whole / "run") < 1e-10
     starts = [e["devices"] for e in read_events(workdir / "timing.jsonl") if e["event"] == "start"]
@@ -64,7 +70,7 @@ def test_sigterm_ends_all_processes_with_one_agreed_checkpoint(tmp_path, told):
     """A job of two stopped so, and continued, has the bits of a job of two never stopped."""
     workdir = tmp_path / "run"
     passes = ["microbatches=2"] * (told == "one")  # a stop then falls between microbatches too
-    job = processes.start_job(workdir, *LONG, *passes, processes=2, devices=2)
+    job = processes.start_job(workdir, *LONG, *passes, **SMALL, processes=2, devices=2)
     log = workdir / "metrics.jsonl"
     processes.wait_until(lambda: len(read_events(log)) > 8, job[0], "8 events")
     began = time.monotonic()
@@ -78,11 +84,11 @@ def test_sigterm_ends_all_processes_with_one_agreed_checkpoint(tmp_path, told):
     assert not list((workdir / "checkpoints").glob("*.unfinished"))
     if told == "one":
         return
-    short = ("recipe.epochs=6", "recipe.falls=((0.7,2),(5,2))")
-    assert found.run["examples_seen"] < 5 * 1437, "stopped too late for the comparison below"
+    short = ("recipe.epochs=100",)
+    assert found.run["examples_seen"] < 100 * 160, "stopped too late for the comparison below"
     for folder in (workdir, tmp_path / "never"):
         for process in processes.start_job(
-            folder, *LONG, *short, processes=2, devices=2
+            folder, *LONG, *short, **SMALL, processes=2, devices=2
         ):
             processes.end(process)
     assert processes.bits_different(workdir, tmp_path / "never") == 0
@@ -91,7 +97,7 @@ def test_sigterm_ends_all_processes_with_one_agreed_checkpoint(tmp_path, told):
 
 def test_sigterm_while_waiting_for_the_others_ends_at_once(tmp_path):
     port = processes.free_port()
-    alone = processes.start(tmp_path, process=(0, 2), port=port)
+    alone = processes.start(tmp_path, **SMALL, process=(0, 2), port=port)
 
     def listens():
         with contextlib.suppress(OSError):
@@ -107,7 +113,7 @@ def test_sigterm_while_waiting_for_the_others_ends_at_once(tmp_path):
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_dead_peer_ends_the_job_which_says_why_and_goes_on_together(tmp_path, killed):
     job = processes.start_job(
-        tmp_path, *LONG, processes=2, devices=2, flags=("--dead_peer_seconds=10",)
+        tmp_path, *LONG, **SMALL, processes=2, devices=2, flags=("--dead_peer_seconds=10",)
     )
     log = tmp_path / "timing.jsonl"
     processes.wait_until(
@@ -117,12 +123,12 @@ def test_a_dead_peer_ends_the_job_which_says_why_and_goes_on_together(tmp_path, 
     job[killed].communicate()
     output, _ = job[1 - killed].communicate(timeout=60)
     assert time.monotonic() - began < 30
-    assert job[1 - killed].returncode not in (0, 3, 42), output
+    assert job[1 - killed].returncode in (42, -6), output  # ours; JAX's own
     # Ours where an update fails first, JAX's own where the first process, which holds the job
     # together, is the dead one.
     assert "another process of the job" in output or "another task died" in output, output
     seen = checkpoint.find_newest(tmp_path).run["examples_seen"]
-    job = processes.start_job(tmp_path, *LONG, processes=2, devices=2)
+    job = processes.start_job(tmp_path, *LONG, **SMALL, processes=2, devices=2)
     processes.wait_until(
         lambda: [event["examples_seen"] for event in read_events(log)
                  if event["event"] == "start"] == [0, seen], job[0], "its second start")
@@ -133,7 +139,7 @@ def test_a_dead_peer_ends_the_job_which_says_why_and_goes_on_together(tmp_path, 
 
 
 def test_what_the_first_process_refuses_all_refuse(whole):
-    job = processes.start_job(whole / "run", *FLOAT64, "seed=4", processes=2)
+    job = processes.start_job(whole / "run", *FLOAT64, "seed=4", **SMALL, processes=2)
     for process in job:
         output = processes.end(process, status=2, seconds=120)
         assert "seed: 0 saved, 4 now" in output
