@@ -1,0 +1,35 @@
+"""What the exit statuses of a job's processes say together (see bigbatch/main.py)."""
+
+from collections.abc import Iterable
+
+FINISHED, FAILED, MISTAKE, STOPPED_AFTER_PHASE, AGAIN = 0, 1, 2, 3, 42
+# A process of which nothing is known any more, as after a restart of its machine, counts as killed.
+LOST = 128 + 9
+# How JAX ends a process whose job has fallen apart: a consequence, the cause is another process's.
+ABORTED = 128 + 6
+SUCCESS = (FINISHED, STOPPED_AFTER_PHASE)
+
+
+def of_job(statuses: Iterable[int]) -> int:
+    """The one status of a job.
+
+    Where processes differ the cause has to be found: a mistake is one on every host; one process
+    that was killed makes the others fail; and a failure outweighs processes that ended in peace.
+
+    Args:
+        statuses: of the processes; 128 + n for one ended by signal n.
+    """
+    found = set(statuses)
+    if MISTAKE in found:
+        return MISTAKE
+    causes = found - {ABORTED} or found
+    if ended := [status for status in causes if wants_restart(status)]:
+        return max(ended)
+    if failed := causes - set(SUCCESS):
+        return max(failed)
+    return max(found)
+
+
+def wants_restart(status: int) -> bool:
+    """Whether the same command, started again, goes on: saved and left, killed, or lost."""
+    return status == AGAIN or status > 128
