@@ -6,17 +6,22 @@ PYTHON ?= $(shell for python in $(CANDIDATES); do \
 	if $$python -c '$(IN_RANGE)' 2>/dev/null; then echo $$python; break; fi; done)
 BIN := .venv/bin
 
-.PHONY: demo test lint soak clean
+.PHONY: demo test lint soak slices clean
 
 demo: .venv/installed
 	$(BIN)/python -m experiments.demo --output=runs/demo
 
-test: .venv/installed
+test: .venv/installed .tpu/installed
 	$(BIN)/python -m pytest -n 2 --dist=worksteal tests
 
 # Kills a run at random moments, about 6 minutes on 2 cores; the short form is in the tests.
 soak: .venv/installed
 	$(BIN)/python -m tests.soak --kills=30 --seed=0
+
+# Compiles every ImageNet preset for slices of TPU; more than an hour the first time on 2 cores.
+slices: .venv/installed .tpu/installed
+	TPU_LIBRARY_PATH=$(CURDIR)/.tpu/libtpu/libtpu.so \
+		$(BIN)/python -m experiments.slices --output=experiments/records/slices.json
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -28,5 +33,12 @@ lint: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
+# The TPU compiler, for the tests of bigbatch.plan. Not in the .venv, where JAX would look for a TPU
+# at each start and say at length that there is none.
+.tpu/installed: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target .tpu libtpu || echo "no libtpu for this machine: what needs it will be skipped"
+	mkdir -p .tpu && touch $@
+
 clean:
-	rm -rf .venv .jax_cache runs
+	rm -rf .venv .tpu .jax_cache runs

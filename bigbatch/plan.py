@@ -3,12 +3,20 @@
     python -m bigbatch.plan --config=configs/cifar10.py:increase --devices=8
 
 Needs neither an accelerator nor the data. `--format=json` prints the same for programs.
+
+    python -m bigbatch.plan --config=configs/imagenet_resnet50.py --topology=v2-256,noise/10=v2-512
+
+compiles every program for these slices of Cloud TPU with the TPU's own compiler, on a machine that
+has none (`pip install libtpu`): from the start on 256 cores, from the phase noise/10 on 512. Exit
+status 1 if a phase does not fit.
 """
 
 import dataclasses
 import json
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,28 +24,41 @@ from absl import flags
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from bigbatch import command_line, network, schedule
+from bigbatch import command_line, job, network, schedule, slices, topology
 from bigbatch.config import check, make_phases, make_recipe, make_seatings
+from bigbatch.progress import format_seconds
 
 command_line.define_config()
-DEVICES = flags.DEFINE_integer("devices", 1, "How many devices share an update.", lower_bound=1)
+DEVICES = flags.DEFINE_integer("devices", None, "How many devices share an update.", lower_bound=1)
+TOPOLOGY = flags.DEFINE_string(
+    "topology", "", "A slice to compile for, as v2-256 or v2:8x16; SLICE,PHASE=SLICE,... to change."
+)
+CACHE = flags.DEFINE_string(
+    "plan_cache", "~/.cache/bigbatch/plans",
+    "Folder that remembers what compiling has shown; empty for none.",
+)
 FORMAT = flags.DEFINE_enum("format", "table", ["table", "json"], "What to print.")
 
 
-def plan(config: ConfigDict, devices: int) -> dict[str, Any]:
+NO_FIT_STATUS = 1
+
+
+def plan(config: ConfigDict, devices: int | Sequence[int]) -> dict[str, Any]:
     """Everything that is known of a run before it starts, ready for JSON.
 
     Args:
         config: see `config.base_config`.
-        devices: how many share each update; changes how it is dealt and nothing that is learned.
+        devices: how many share each update, in all phases or one number a phase; changes how it is
+            dealt and nothing that is learned.
 
     Returns:
         `phases` (the fields of `schedule.Phase`; `shift` in examples; `start_epoch`, `end_epoch`;
-        and how an update is dealt: `ghost_batches`, `microbatches`, `seats` a device has in one
-        pass, `idle_share`), `total_updates`, `total_examples`, `total_epochs`, `parameters`,
+        and how an update is dealt: `devices`, `ghost_batches`, `microbatches`, `seats` a device has
+        in one pass, `idle_share`, and `fills_devices`, the largest power of 2 of devices that
+        leaves no seat idle), `total_updates`, `total_examples`, `total_epochs`, `parameters`,
         `notes`, `constant_batch` (`batch_size` before any scale-up and the `updates` it would take
-        if it never changed, as under "decay"), and of the config `strategy`, `train_examples`,
-        `ghost_size` and `devices`.
+        if it never changed, as under "decay"), and of the config `strategy`, `train_examples` and
+        `ghost_size`.
 
     Raises:
         ValueError: for anything in the config that cannot be right.
@@ -45,25 +66,28 @@ def plan(config: ConfigDict, devices: int) -> dict[str, Any]:
     check(config)
     phases = make_phases(config)
     n, last = config.data.train_examples, phases[-1]
+    counts = [devices] * len(phases) if isinstance(devices, int) else devices
     rows = [
         {
             **dataclasses.asdict(phase),
             "shift": phase.shift,
             "start_epoch": phase.start_example / n,
             "end_epoch": phase.end_example / n,
+            "devices": seating.devices,
             "ghost_batches": seating.ghosts,
             "microbatches": seating.microbatches,
             "seats": seating.seats,
             "idle_share": seating.idle_share,
+            "fills_devices": _fills_devices(config, phase),
         }
-        for phase, seating in zip(phases, make_seatings(config, phases, devices), strict=True)
+        for phase, count in zip(phases, counts, strict=True)
+        for seating in make_seatings(config, [phase], count)
     ]
     batch = config.recipe.batch_size
     return {
         "strategy": config.strategy,
         "train_examples": n,
         "ghost_size": config.ghost_size,
-        "devices": devices,
         "phases": rows,
         "total_updates": sum(phase.updates for phase in phases),
         "total_examples": last.end_example,
@@ -73,6 +97,14 @@ def plan(config: ConfigDict, devices: int) -> dict[str, Any]:
         "constant_batch": {"batch_size": batch, "updates": -(-last.nominal_end_example // batch)},
         "notes": schedule.notes(make_recipe(config), phases),
     }
+
+
+def _fills_devices(config: ConfigDict, phase: schedule.Phase) -> int:
+    """The largest power of 2 of devices on which `phase` leaves no seat idle; 0 if none."""
+    devices = 1 << ((phase.batch_size // config.ghost_size).bit_length() - 1)
+    while devices and make_seatings(config, [phase], devices)[0].idle_share:
+        devices //= 2
+    return devices
 
 
 def count_parameters(config: ConfigDict) -> int:
@@ -99,8 +131,9 @@ def as_text(planned: Mapping[str, Any]) -> str:
     dealing_rows = [
         [
             phase["index"], _grouped(phase["start_example"]), _grouped(phase["end_example"]),
-            _grouped(phase["shift"]), _grouped(phase["ghost_batches"]), phase["microbatches"],
-            phase["seats"], f"{phase['idle_share']:.1%}" if phase["idle_share"] else "",
+            _grouped(phase["shift"]), _grouped(phase["ghost_batches"]), phase["devices"],
+            phase["microbatches"], phase["seats"],
+            f"{phase['idle_share']:.1%}" if phase["idle_share"] else "",
         ]
         for phase in phases
     ]
@@ -110,13 +143,14 @@ def as_text(planned: Mapping[str, Any]) -> str:
              "approx.", "epochs lost"],
             schedule_rows,
         ),
-        f"An update is dealt in ghost batches of {planned['ghost_size']} to {planned['devices']} "
-        f"device{'s' * (planned['devices'] > 1)}; a seat takes one ghost batch in one pass.",
+        f"An update is dealt to devices in ghost batches of {planned['ghost_size']}; a seat takes "
+        "one ghost batch in one pass.",
         _table(
-            ["", "from example", "to example", "past nominal", "ghost batches", "passes",
+            ["", "from example", "to example", "past nominal", "ghost batches", "devices", "passes",
              "seats a device", "idle seats"],
             dealing_rows,
         ),
+        *_idle_paragraph(phases),
         f"{_grouped(updates)} updates, {_grouped(planned['total_examples'])} examples, "
         f"{planned['total_epochs']:.2f} epochs of {_grouped(planned['train_examples'])}; "
         f"{_grouped(planned['parameters'])} parameters.",
@@ -128,7 +162,56 @@ def as_text(planned: Mapping[str, Any]) -> str:
             "as many."
         )
     paragraphs += [textwrap.fill(f"Note: {note}", 100) for note in planned["notes"]]
+    if "compiled" in planned:
+        paragraphs += _compiled_paragraphs(planned["compiled"])
     return "\n\n".join(paragraphs)
+
+
+def _idle_paragraph(phases: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Which slices would leave no seat idle, if some are."""
+    idle = [phase for phase in phases if phase["idle_share"]]
+    if not idle:
+        return []
+    fills = "; ".join(
+        f"phase {phase['index']} fills {_grouped(phase['fills_devices'])}" for phase in idle)
+    least = _grouped(min(phase["fills_devices"] for phase in phases))
+    return [textwrap.fill(
+        f"Of 1, 2, 4, 8, ... devices, {fills}; so the largest slice that is never idle has "
+        f"{least}.", 100)]
+
+
+def _compiled_paragraphs(compiled: Mapping[str, Any]) -> list[str]:
+    """What `slices.compile_for` returned, for a person."""
+    named = [*((str(index), row) for index, row in enumerate(compiled["phases"])),
+             *((f"evaluation on {row['slice']}", row) for row in compiled["evaluations"])]
+    rows = [
+        [
+            name, row["slice"], row["devices"], f"{row['compile_seconds']:.0f}",
+            *(f"{row[key] / topology.GIB:.2f}" for key in ("memory_bytes", "memory_limit_bytes")),
+            f"{row['flops'] / 1e9:.4g}",
+            *(sum(pair[at] for pair in row["collectives"].values()) / scale
+              for at, scale in ((0, 1), (1, 1e6))),
+            "" if row["seconds"] is None else f"{1000 * row['seconds']:.4g}",
+            "" if row["fits"] else "no",
+        ]
+        for name, row in named
+    ]
+    for row in rows:
+        row[7:9] = f"{row[7]:.0f}", f"{row[8]:.4g}"
+    lines = [
+        "Compiled for each slice, of one update or evaluation on one device:",
+        _table(["", "slice", "devices", "compile s", "memory GiB", "of GiB", "Gflop", "collectives",
+                "MB reduced", "estimated ms", "fits"], rows),
+    ]
+    lines += [textwrap.fill(f"{name} does not fit on {row['slice']}: {row['advice']}.", 100)
+              for name, row in named if not row["fits"]]
+    seconds = compiled["seconds_at_least"]
+    if seconds is not None and compiled["fits"]:
+        lines.append(textwrap.fill(
+            f"By the compiler's own estimates the run takes {format_seconds(seconds)} or "
+            f"more, {compiled['chip_hours_at_least']:.3g} chip-hours. A lower bound: without "
+            "reductions between chips, input, saves and compiling.", 100))
+    return lines
 
 
 def _rate(phase: Mapping[str, Any]) -> str:
@@ -152,10 +235,27 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 def main(arguments: Sequence[str]) -> None:
     """Prints the plan of the command line's config."""
-    # A machine whose accelerators train something else can still plan.
-    jax.config.update("jax_platforms", "cpu")
-    planned = plan(command_line.config(), DEVICES.value)
+    topology.compile_elsewhere()
+    config = command_line.config()
+    if not TOPOLOGY.value:
+        planned, fits = plan(config, DEVICES.value or 1), True
+    else:
+        if DEVICES.value:
+            raise ValueError(
+                f"--topology={TOPOLOGY.value} and --devices={DEVICES.value}: a slice says how many "
+                "devices it has; give one of the two."
+            )
+        check(config)
+        phases = make_phases(config)
+        found = slices.parse(TOPOLOGY.value, phases)
+        planned = plan(config, [one.devices for one in found])
+        folder = Path(CACHE.value).expanduser() if CACHE.value else None
+        planned["compiled"] = slices.compile_for(
+            config, phases, found, folder, lambda text: print(text, file=sys.stderr, flush=True))
+        fits = planned["compiled"]["fits"]
     print(json.dumps(planned) if FORMAT.value == "json" else as_text(planned))
+    if not fits:
+        job.leave(NO_FIT_STATUS)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,237 @@
+"""What a config's programs need of the TPU slices that a plan names, told by the TPU compiler."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from bigbatch import compilation, compiled, network, programs, topology, train, update
+from bigbatch.compiled import Program
+from bigbatch.config import make_seatings
+from bigbatch.data import feed
+from bigbatch.schedule import Phase
+from bigbatch.seats import Seating, make_seating
+
+
+def parse(text: str, phases: Sequence[Phase]) -> list[topology.Slice]:
+    """The slice of each phase, from "slice" or "slice,phase=slice,...": each from its phase on.
+
+    Raises:
+        ValueError: if there is no such slice or phase.
+    """
+    first, *changes = text.split(",")
+    slices = [topology.parse(first)] * len(phases)
+    for change in changes:
+        name, separator, slice_name = change.partition("=")
+        if not separator:
+            raise ValueError(
+                f"--topology has {change!r} after its first slice; write from which phase on, as "
+                f"{phases[-1].name}={change}."
+            )
+        start = train.find_phase(name, phases, "--topology").index
+        slices[start:] = [topology.parse(slice_name)] * (len(phases) - start)
+    return slices
+
+
+def compile_for(
+    config: ConfigDict, phases: Sequence[Phase], slices: Sequence[topology.Slice],
+    folder: Path | None, show: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Compiles the programs of every phase for its slice.
+
+    Args:
+        config: see `config.base_config`.
+        phases: of the config.
+        slices: one a phase.
+        folder: where results are remembered; None for nowhere.
+        show: told what is being compiled, since that takes minutes.
+
+    Returns:
+        `phases`, of each what `_describe` returns; `evaluations`, how many there are on each slice
+        and what one needs; `seconds_at_least` the run takes by the compiler's estimates (None where
+        it made none) and `chip_hours_at_least`; `fits`; `compiler`, its version.
+
+    Raises:
+        ValueError: if the TPU compiler is not there, or knows no such slice.
+    """
+    with jax.enable_x64(config.dtype == "float64"):
+        net = network.build(config)
+        on = {
+            found: _Compiler(config, net, found, topology.make_mesh(found), folder, show)
+            for found in dict.fromkeys(slices)
+        }
+        seatings = [make_seatings(config, [phase], found.devices)[0]
+                    for phase, found in zip(phases, slices, strict=True)]
+        for seating, found in zip(seatings, slices, strict=True):
+            on[found].accumulates |= seating.microbatches > 1
+        rows = [on[found].describe(seating)
+                for seating, found in zip(seatings, slices, strict=True)]
+        evaluations = [
+            {"slice": found.name, "count": _count_evaluations(
+                config, phases, [other == found for other in slices]),
+             **compiler.describe_evaluation()}
+            for found, compiler in on.items()
+        ]
+    seconds, chip_seconds = 0.0, 0.0
+    for times, row, found in [
+        *((phase.updates, row, found)
+          for phase, row, found in zip(phases, rows, slices, strict=True)),
+        *((one["count"], one, found) for one, found in zip(evaluations, on, strict=True)),
+    ]:
+        if row["seconds"] is None:
+            seconds = None
+            break
+        seconds += times * row["seconds"]
+        chip_seconds += times * row["seconds"] * found.chips
+    return {
+        "phases": rows,
+        "evaluations": evaluations,
+        "seconds_at_least": seconds,
+        "chip_hours_at_least": None if seconds is None else chip_seconds / 3600,
+        "fits": all(row["fits"] for row in rows + evaluations),
+        "compiler": compiled.version(on[slices[0]].mesh),
+    }
+
+
+@dataclasses.dataclass
+class _Compiler:
+    """The compiler of one slice for one config."""
+
+    config: ConfigDict
+    net: network.Network
+    slice: topology.Slice
+    mesh: Mesh
+    folder: Path | None
+    show: Callable[[str], None]
+    accumulates: bool = False  # whether a phase on this slice keeps sums
+
+    def __post_init__(self):
+        self.state = update.abstract_state(self.config, self.net, self.mesh)
+        self.resident, self.test = feed.resident_shapes(self.config, self.mesh)
+        self.known: dict[compilation.Key, Program] = {}
+
+    def measure(self, key: compilation.Key) -> Program:
+        """The program of a key, compiled."""
+        if key not in self.known:
+            self.show(f"{self.slice.name}: {' '.join(map(str, key))}")
+            # No device hears of another in a pass that only accumulates, so its program is the same
+            # on all slices of a kind, and compiled once for all.
+            mesh = topology.make_mesh(self.slice.one_host) if key[0] == "accumulate" else self.mesh
+            state = update.abstract_state(self.config, self.net, mesh)
+            resident, test = feed.resident_shapes(self.config, mesh)
+            lower = programs.lowering(self.config, self.net, mesh, state, resident, test)
+            self.known[key] = compiled.measure(lower(key), self.slice.kind, mesh, self.folder)
+        return self.known[key]
+
+    def memory(self, key: compilation.Key) -> int:
+        """Bytes on a device while the program runs: its own, and what else the run keeps there."""
+        program = self.measure(key)
+        if not program.fits:
+            return program.extra_bytes
+        kind, *seats_each = key
+        beside = 0
+        if kind == "evaluate":
+            beside += _bytes(self.state.opt_state) + _bytes(self.resident)
+        else:
+            beside += _bytes(self.test)
+        if kind == "apply":
+            beside += _bytes(self.resident)
+        if kind in ("update", "evaluate") and self.accumulates:
+            beside += _bytes(update.abstract_sums(self.state, self.mesh)) // self.mesh.size
+        if kind in ("update", "accumulate"):  # the next microbatch is there before its turn
+            shapes = feed.update_shapes(self.config, self.mesh, *seats_each)
+            beside += _bytes(shapes) // self.mesh.size
+        return program.argument_bytes + program.extra_bytes + beside
+
+    def fits(self, key: compilation.Key) -> bool:
+        """Whether the program and what the run keeps beside it have room on a device."""
+        return self.measure(key).fits and self.memory(key) <= self.slice.kind.memory_bytes
+
+    def describe(self, seating: Seating) -> dict[str, Any]:
+        """Of an update: see `_describe`; with `advice` where it does not fit."""
+        keys = compilation.keys_of(seating)
+        times = [seating.microbatches if key[0] == "accumulate" else 1 for key in keys]
+        described = self._describe(keys, times)
+        if not described["fits"]:
+            described["advice"] = self._advice(seating)
+        return described
+
+    def describe_evaluation(self) -> dict[str, Any]:
+        """Of one evaluation of the whole test set: see `_describe`; with `advice`."""
+        rows = feed.evaluation_shapes(self.config, self.mesh)["record"].shape[0]
+        batches = -(-self.config.data.test_examples // rows)
+        described = self._describe([("evaluate",)], [batches])
+        if not described["fits"]:
+            described["advice"] = (
+                f"a --config.eval_batch_size below {rows // self.mesh.size} needs less")
+        return described
+
+    def _describe(self, keys: Sequence[compilation.Key], times: Sequence[int]) -> dict[str, Any]:
+        """Programs that are run so many times in a row, of one device's part.
+
+        Returns:
+            `slice`, its `devices` and `chips`; `fits`, `memory_bytes` (the most at any time) and
+            `memory_limit_bytes`; of all runs together `flops`, `seconds` (the compiler's estimate),
+            `collectives` {kind: [how many, bytes]}; `compile_seconds`, `programs`.
+        """
+        runs = [(self.measure(key), count) for key, count in zip(keys, times, strict=True)]
+        reduced: dict[str, list[int]] = {}
+        for program, count in runs:
+            for kind, (number, size) in program.collectives.items():
+                had = reduced.get(kind, [0, 0])
+                reduced[kind] = [had[0] + count * number, had[1] + count * size]
+        known = all(program.seconds is not None for program, _ in runs)
+        return {
+            "slice": self.slice.name,
+            "devices": self.slice.devices,
+            "chips": self.slice.chips,
+            "fits": all(self.fits(key) for key in keys),
+            "memory_bytes": max(self.memory(key) for key in keys),
+            "memory_limit_bytes": self.slice.kind.memory_bytes,
+            "flops": sum(count * program.flops for program, count in runs),
+            "seconds": sum(count * program.seconds for program, count in runs) if known else None,
+            "collectives": reduced,
+            "compile_seconds": sum(program.compile_seconds for program, _ in runs),
+            "programs": [" ".join(map(str, key)) for key in keys],
+        }
+
+    def _advice(self, seating: Seating) -> str:
+        """The smallest change under which an update would fit."""
+        ghost, limit = self.config.ghost_size, self.slice.kind.memory_bytes
+        self.accumulates = True
+        # As if memory grew with the seats; then one by one.
+        needed = max(self.memory(key) for key in compilation.keys_of(seating))
+        seats = min(seating.seats - 1, seating.seats * limit // max(needed, 1))
+        while seats > 0 and not self.fits(("accumulate", seats)):
+            seats -= 1
+        while 0 < seats < seating.seats - 1 and self.fits(("accumulate", seats + 1)):
+            seats += 1
+        if seats < 1:
+            return (f"not even one ghost batch of {ghost} has room on a device: a kind of TPU with "
+                    "more memory, or a smaller network, is needed")
+        passes = make_seating(
+            seating.ghosts * ghost, ghost, seating.devices, seats * ghost, 0).microbatches
+        setting = (f"--config.microbatches={passes}" if self.config.microbatches
+                   else f"--config.max_per_device_batch={seats * ghost}")
+        return (f"{setting} fits ({passes} passes an update), or a slice of "
+                f"{-(-seating.ghosts // seats)} devices or more")
+
+
+def _count_evaluations(
+    config: ConfigDict, phases: Sequence[Phase], chosen: Sequence[bool]
+) -> int:
+    """How often a run evaluates, in those of its phases that are `chosen`."""
+    total = phases[-1].end_example
+    return sum(
+        train.due(config, total, "eval", start, end)
+        for phase, taken in zip(phases, chosen, strict=True) if taken
+        for start, end in train.spans([phase], 0)
+    )
+
+
+def _bytes(shapes: Mapping | Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))

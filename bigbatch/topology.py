@@ -1,0 +1,154 @@
+"""Slices of Cloud TPU by name, as devices that programs can be compiled for where there are none.
+
+The compiler is libtpu's own (`pip install libtpu`), which compiles for every slice on any x86 Linux
+machine. Names are those of Cloud TPU (v2-256, v5litepod-16), or the shape of the chips (v2:8x16).
+"""
+
+import os
+import re
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from bigbatch.devices import AXIS
+
+
+class Kind(NamedTuple):
+    """A generation of TPU.
+
+    `clock_hertz` is what the published peak gives with the size and number of its matrix units, as
+    22.5e12 / (2 x 128 x 128) for v2; `memory_bytes` is what the compiler says a program may use.
+    """
+
+    version: str  # as libtpu spells it
+    dimensions: int  # of the network between chips
+    cores_a_chip: int  # in names: v2-8 has 8 cores on 4 chips, v5litepod-8 has 8 chips
+    devices_a_chip: int  # two cores of v4 and v5p work as one
+    clock_hertz: float
+    memory_bytes: int  # of a device
+    chip_config: str = ""  # as libtpu spells it, where its default is not what JAX runs on
+
+
+GIB = 2**30
+KINDS = {
+    "v2": Kind("v2", 2, 2, 2, 0.70e9, int(7.48 * GIB)),
+    "v3": Kind("v3", 2, 2, 2, 0.94e9, int(15.48 * GIB)),
+    "v4": Kind("v4", 3, 2, 1, 1.05e9, int(30.75 * GIB), "megacore"),
+    "v5litepod": Kind("v5e", 2, 1, 1, 1.50e9, int(15.75 * GIB)),
+    "v5p": Kind("v5p", 3, 2, 1, 1.75e9, int(95.73 * GIB)),
+    "v6e": Kind("v6e", 2, 1, 1, 1.75e9, int(31.24 * GIB)),
+}
+SPELLINGS = {"v5e": "v5litepod", "v5lite": "v5litepod"}
+EXAMPLES = "v2-256, v3-32, v4-64, v5litepod-16, v6e-64, or the shape of its chips, as v2:8x16"
+
+
+class Slice(NamedTuple):
+    """A slice, by the name it was asked for."""
+
+    name: str
+    shape: tuple[int, ...]  # of the chips
+    kind: Kind
+
+    @property
+    def chips(self) -> int:
+        """How many it has."""
+        return int(np.prod(self.shape))
+
+    @property
+    def devices(self) -> int:
+        """How many devices JAX sees: cores, or for v4 and v5p chips."""
+        return self.chips * self.kind.devices_a_chip
+
+    @property
+    def one_host(self) -> "Slice":
+        """The slice of the same kind that has one host."""
+        shape = (2, 2) if self.kind.dimensions == 2 else (2, 2, 1)
+        return Slice(f"{self.kind.version}:{'x'.join(map(str, shape))}", shape, self.kind)
+
+
+def parse(name: str) -> Slice:
+    """The slice of a name; nothing is asked of the compiler.
+
+    Raises:
+        ValueError: if there is no such slice.
+    """
+    match = re.fullmatch(r"([a-z0-9]+)(?:-(\d+)|:(\d+(?:x\d+)+))", name)
+    kind_name = match and SPELLINGS.get(match[1], match[1])
+    if kind_name not in KINDS:
+        raise ValueError(
+            f"--topology names {name!r}; a slice is {EXAMPLES}. Known are {', '.join(KINDS)}."
+        )
+    kind = KINDS[kind_name]
+    if match[3]:
+        shape = tuple(map(int, match[3].split("x")))
+        if len(shape) != kind.dimensions or not all(shape):
+            raise ValueError(
+                f"--topology names {name!r}, but the chips of {kind_name} lie in "
+                f"{kind.dimensions} dimensions, as {_shape_text(kind, 16)}."
+            )
+        return Slice(name, shape, kind)
+    cores = int(match[2])
+    chips, rest = divmod(cores, kind.cores_a_chip)
+    if rest or chips < 1 or chips & (chips - 1):
+        least, unit = kind.cores_a_chip, "cores" if kind.cores_a_chip > 1 else "chips"
+        raise ValueError(
+            f"--topology names {name!r}, but {kind_name} comes in {unit} of {least * 4}, "
+            f"{least * 8}, {least * 16} and so on; for another shape write it out, as "
+            f"{match[1]}:{_shape_text(kind, 16)}."
+        )
+    return Slice(name, _shape(kind, chips), kind)
+
+
+def compile_elsewhere() -> None:
+    """To be called before JAX is used where programs are compiled for slices that are not here."""
+    # A machine whose accelerators train something else can still plan.
+    jax.config.update("jax_platforms", "cpu")
+    # JAX cannot load what it compiled for devices that are not there, and would say so each time.
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
+def make_mesh(found: Slice) -> Mesh:
+    """The slice's devices on one axis, to compile for.
+
+    Raises:
+        ValueError: if libtpu is not there, or knows no such slice.
+    """
+    # Else libtpu asks the network and the environment which TPU this machine has, and says at
+    # length that it has none.
+    for key, value in (
+        ("TPU_SKIP_MDS_QUERY", "1"), ("TPU_ACCELERATOR_TYPE", "v2-8"),
+        ("TPU_WORKER_HOSTNAMES", "localhost"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+    ):
+        os.environ.setdefault(key, value)
+    shape = "x".join(map(str, found.shape))
+    config = found.kind.chip_config
+    options = {"chip_config_name": config} if config else {}
+    try:
+        topology = topologies.get_topology_desc(f"{found.kind.version}:{shape}", "tpu", **options)
+    except (jax.errors.JaxRuntimeError, RuntimeError, OSError) as error:
+        text = str(error).partition("\n")[0]
+        if "TPU support not installed" in text or "libtpu" in text or "open" in text:
+            raise ValueError(
+                "--topology needs the TPU compiler: pip install libtpu (x86 Linux; no TPU is "
+                f"needed). JAX says: {text}"
+            ) from None
+        raise ValueError(f"--topology names {found.name!r}; the compiler says: {text}") from None
+    return Mesh(
+        np.array(topology.devices), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,)
+    )
+
+
+def _shape(kind: Kind, chips: int) -> tuple[int, ...]:
+    """The shape of a slice of so many chips, a power of 2: near to a square or a cube."""
+    if kind.dimensions == 3 and chips <= 4:
+        return (1, 1, 1) if chips == 1 else (chips // 2, 2, 1)
+    halvings = chips.bit_length() - 1
+    parts = [(halvings + at) // kind.dimensions for at in range(kind.dimensions)]
+    return tuple(2**part for part in parts)
+
+
+def _shape_text(kind: Kind, chips: int) -> str:
+    return "x".join(map(str, _shape(kind, chips)))

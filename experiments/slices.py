@@ -1,0 +1,99 @@
+"""Does every ImageNet preset fit on slices of Cloud TPU? Asked of the TPU compiler, without a TPU.
+
+    python -m experiments.slices --output=experiments/records/slices.json
+
+Plans each preset for each slice (`bigbatch.plan`, `pip install libtpu`), keeps the results, and
+prints the table of launch/README.md. What was compiled before is remembered.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax
+
+from bigbatch import slices, topology
+from bigbatch.config import make_phases
+from bigbatch.plan import plan
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+FAMILIES = ("imagenet_resnet50", "imagenet_inception_resnet_v2")
+# Half and all of the paper's pod, and a small slice of later generations.
+SLICES = ("v2-256", "v2-512", "v3-32", "v5litepod-32", "v6e-32")
+# The paper's own way to run this one: the second slice takes over at the first fall.
+ON_TWO = {"imagenet_resnet50:thirty_minutes": "v2-256,noise/10=v2-512"}
+
+
+def load(family: str) -> ModuleType:
+    """configs/`family`.py."""
+    spec = importlib.util.spec_from_file_location(family, CONFIGS / f"{family}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def plan_on(family: str, preset: str, name: str, folder: Path) -> dict[str, Any]:
+    """The plan of configs/`family`.py:`preset`, compiled for the slice `name`."""
+    config = load(family).get_config(preset)
+    phases = make_phases(config)
+    found = slices.parse(name, phases)
+    planned = plan(config, [one.devices for one in found])
+    planned["compiled"] = slices.compile_for(
+        config, phases, found, folder, lambda text: print(text, file=sys.stderr, flush=True))
+    return {"config": f"{family}:{preset}", "topology": name, **planned}
+
+
+def table(plans: Sequence[dict[str, Any]]) -> str:
+    """A line of markdown a plan; figures of several phases are the least and the most."""
+    def span(values: Sequence[float], form: str) -> str:
+        texts = [format(value, form) for value in (min(values), max(values))]
+        return texts[0] if texts[0] == texts[1] else " to ".join(texts)
+
+    lines = [
+        "| preset | slice | passes | memory, GiB | of | all-reduces | MB reduced | update, ms | "
+        "run, hours | chip-hours |", "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for planned in plans:
+        rows, compiled = planned["compiled"]["phases"], planned["compiled"]
+        sums = [row["collectives"]["all-reduce"] for row in rows]
+        cells = [
+            planned["config"].partition(":")[2], planned["topology"],
+            span([phase["microbatches"] for phase in planned["phases"]], "d"),
+            span([row["memory_bytes"] / topology.GIB for row in rows], ".1f")
+            if compiled["fits"] else "does not fit",
+            span([row["memory_limit_bytes"] / topology.GIB for row in rows], ".1f"),
+            span([count for count, _ in sums], "d"), span([size / 1e6 for _, size in sums], ".0f"),
+            span([1000 * row["seconds"] for row in rows], ".3g"),
+            f"{compiled['seconds_at_least'] / 3600:.2g}", f"{compiled['chip_hours_at_least']:.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Plans everything and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--output", required=True, help="file for the record, JSON")
+    parser.add_argument("--slices", nargs="+", default=SLICES, help="slices to plan for")
+    parser.add_argument("--plan_cache", default="~/.cache/bigbatch/plans")
+    arguments = parser.parse_args()
+    topology.compile_elsewhere()
+    folder, plans = Path(arguments.plan_cache).expanduser(), []
+    presets = [(family, preset) for family in FAMILIES for preset in load(family).PRESETS]
+    for family, preset in presets:
+        on_two = ON_TWO.get(f"{family}:{preset}")
+        for name in [*([on_two] if on_two else []), *arguments.slices]:
+            plans.append(plan_on(family, preset, name, folder))
+    command = " ".join(["python -m experiments.slices", *sys.argv[1:]])
+    record = {"command": command, "jax": jax.__version__, "plans": plans}
+    Path(arguments.output).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(table(plans))
+
+
+if __name__ == "__main__":
+    main()

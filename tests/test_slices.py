@@ -1,0 +1,230 @@
+"""Plans for slices of Cloud TPU, by the TPU's own compiler."""
+
+import contextlib
+import math
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from clu import parameter_overview
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from bigbatch import compiled, network, slices, topology
+from bigbatch.config import make_phases
+from bigbatch.plan import plan
+from tests import configs
+from tests.conftest import REPOSITORY
+
+LIBTPU = REPOSITORY / ".tpu" / "libtpu" / "libtpu.so"  # see the Makefile
+
+
+@pytest.fixture
+def libtpu(monkeypatch):
+    """The TPU compiler, for this process and those that it starts."""
+    if not LIBTPU.exists():
+        pytest.skip(f"needs the TPU compiler as {LIBTPU} (make .tpu/installed)")
+    monkeypatch.setenv("TPU_LIBRARY_PATH", str(LIBTPU))
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache")
+
+
+# Cloud TPU's documentation: chips, shape; and how many devices JAX shows.
+@pytest.mark.parametrize(("name", "shape", "devices"), (
+    ("v2-8", (2, 2), 8), ("v2-256", (8, 16), 256), ("v2-512", (16, 16), 512),
+    ("v3-32", (4, 4), 32), ("v3-2048", (32, 32), 2048), ("v4-8", (2, 2, 1), 4),
+    ("v4-16", (2, 2, 2), 8), ("v4-32", (2, 2, 4), 16), ("v4-128", (4, 4, 4), 64),
+    ("v5litepod-1", (1, 1), 1), ("v5litepod-8", (2, 4), 8), ("v5litepod-256", (16, 16), 256),
+    ("v5p-8", (2, 2, 1), 4), ("v6e-64", (8, 8), 64), ("v2:16x16", (16, 16), 512),
+    ("v5e:4x8", (4, 8), 32), ("v4:2x2x1", (2, 2, 1), 4),
+))
+def test_a_name_is_a_slice(libtpu, name, shape, devices):
+    found = topology.parse(name)
+    assert (found.shape, found.devices) == (shape, devices)
+    assert topology.make_mesh(found).size == devices
+
+
+@pytest.mark.parametrize(("name", "said"), (
+    ("v2", "'v2'; a slice is v2-256"), ("v9-8", "Known are v2, v3"), ("v2-6", "8, 16, 32"),
+    ("v5p:4x4", "3 dimensions"), ("v2-256,512", "noise/4=512"), ("v2-8,noise/7=v2-16", "noise/7"),
+))
+def test_what_is_no_slice_is_refused(name, said):
+    with pytest.raises(ValueError, match=said):
+        slices.parse(name, make_phases(configs.tiny()))
+
+
+def test_a_slice_holds_from_its_phase_on():
+    phases = make_phases(configs.tiny())
+    found = slices.parse("v2-8,noise/2=v2-32,2=v3-8", phases)
+    assert [one.name for one in found] == ["v2-8", "v2-32", "v3-8"]
+
+
+@pytest.mark.parametrize("name", topology.KINDS)
+def test_a_devices_memory_and_clock_are_the_compilers(libtpu, name):
+    """It says how much there is when it refuses; and it counts a matrix product near the peak."""
+    found = topology.Slice("", (2, 2) if topology.KINDS[name].dimensions == 2 else (2, 2, 1),
+                           topology.KINDS[name])
+    sharding = NamedSharding(topology.make_mesh(found), P())
+
+    def compile_product(dtype, *shape):
+        array = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        return jax.jit(lambda array: array @ array).lower(array).compile()
+
+    with pytest.raises(jax.errors.JaxRuntimeError) as error:
+        compile_product(np.float32, 2**17, 2**17)
+    available = float(str(error.value).partition("available HBM (")[2].partition("G")[0])
+    assert found.kind.memory_bytes == int(available * topology.GIB)
+    peak = {"v2": 22.5, "v3": 61.5, "v4": 275, "v5litepod": 197, "v5p": 459, "v6e": 918}[name]
+    text = compile_product(jnp.bfloat16, 2048, 2048).as_text()
+    seconds = compiled.estimated_seconds(text, found.kind.clock_hertz)
+    assert 0.5 < 2 * 2048**3 / (peak * 1e12) / seconds < 1.05, "the share of the published peak"
+
+
+def test_text_of_a_program_is_read():
+    text = (
+        "%a = f32[8,4]{1,0:T(8)} all-reduce(%x), channel_id=1\n"
+        "%b = (f32[3]{0}, bf16[5]{0}) all-reduce-start(%x, %y), channel_id=2\n"
+        "%c = (f32[3]{0}, bf16[5]{0}) all-reduce-done(%b)\n"
+        "%d = pred[7]{0} all-gather(%z), dimensions={0}\n"
+        "ROOT %e = f32[] add(%all-reduce, %all-gather)\n"
+    )
+    assert compiled.collectives(text) == {"all-reduce": [2, 128 + 12 + 10], "all-gather": [1, 7]}
+
+
+def numbers_reduced(config):
+    """Gradients, statistics, and loss, correct, examples, ghost batches."""
+    params, statistics = jax.eval_shape(network.build(config).init, 0)
+    return (parameter_overview.count_parameters(params)
+            + parameter_overview.count_parameters(statistics) + 4)
+
+
+def test_an_update_is_one_reduction_on_half_a_pod_and_a_whole_one(libtpu, tmp_path):
+    """Of gradients, statistics and scalars; `make slices` asks the same of ImageNet's networks."""
+    config = configs.tiny()
+    phases = make_phases(config)
+    found = slices.parse("v2-256,1=v2-512", phases)
+    told = slices.compile_for(config, phases, found, tmp_path)
+    assert [row["devices"] for row in told["phases"]] == [256, 512, 512]
+    assert {tuple(row["programs"]) for row in told["phases"]} == {("update 1",)}
+    size = 4 * numbers_reduced(config)
+    assert [row["collectives"] for row in told["phases"]] == [{"all-reduce": [1, size]}] * 3
+    assert [row["collectives"] for row in told["evaluations"]] == [{"all-reduce": [1, 12]}] * 2
+    assert told["fits"] and told["seconds_at_least"] > 0
+
+
+def test_passes_multiply_the_work_and_not_the_reductions(libtpu, tmp_path):
+    one, four = (
+        configs.tiny(f"max_per_device_batch={16 * seats}", "limits.max_batch_size=128",
+                     "recipe.batch_size=128", "recipe.falls=()") for seats in (4, 1)
+    )
+    phases = make_phases(one)
+    found = slices.parse("v2:1x1", phases)
+    whole, cut = (
+        slices.compile_for(config, phases, found, tmp_path)["phases"][0] for config in (one, four)
+    )
+    assert (whole["programs"], cut["programs"]) == (["update 4"], ["accumulate 1", "apply"])
+    assert cut["collectives"] == whole["collectives"]
+    assert cut["collectives"]["all-reduce"][0] == 1
+    assert cut["flops"] == pytest.approx(whole["flops"], rel=0.1)
+
+
+def run_plan(*arguments):
+    """(status, output, errors) of the command."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bigbatch.plan", *arguments], cwd=REPOSITORY, text=True,
+        capture_output=True, timeout=300, env=os.environ | {"XLA_FLAGS": ""},
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_a_change_that_makes_it_fit_is_found(libtpu, tmp_path, monkeypatch):
+    """Where a device had room for 2 ghost batches and a half, of 4."""
+    config = configs.tiny("ghost_size=256", "recipe.batch_size=2048", "recipe.falls=()",
+                          "limits.max_batch_size=2048", "data.train_examples=10000")
+    config.network = "tests.foreign_models.ConvNet"
+    config.model = ConfigDict({"ghost_size": 256})
+    phases = make_phases(config)
+
+    def told(*settings):
+        other = config.copy_and_resolve_references()
+        other.max_per_device_batch = settings[0] if settings else 1024
+        found = slices.parse("v2:1x1", phases)
+        return slices.compile_for(other, phases, found, tmp_path)["phases"][0]
+
+    assert told()["fits"]
+    room = (told(512)["memory_bytes"] + told(768)["memory_bytes"]) // 2
+    kind = topology.KINDS["v2"]._replace(memory_bytes=room)
+    monkeypatch.setitem(topology.KINDS, "v2", kind)
+    assert told()["advice"] == (
+        "--config.max_per_device_batch=512 fits (2 passes an update), or a slice of 4 devices or "
+        "more")
+    assert told(512)["fits"]
+    monkeypatch.setitem(topology.KINDS, "v2", kind._replace(memory_bytes=1000))
+    assert told()["advice"].startswith("not even one ghost batch of 256 has room")
+
+
+def test_a_plan_that_does_not_fit_ends_with_status_1(libtpu, tmp_path):
+    """Too many digits to live in the memory of a core; the compiler refuses it."""
+    status, output, _ = run_plan(
+        "--config=configs/digits.py:increase", "--config.data.train_examples=200000000",
+        "--topology=v2:1x1", f"--plan_cache={tmp_path}")
+    words = " ".join(output.split())
+    assert status == 1
+    assert "0 does not fit on v2:1x1: not even one ghost batch of 16 has room" in words
+    (row,) = [line.split() for line in output.splitlines() if line.split()[:2] == ["0", "v2:1x1"]]
+    assert 200e6 * 64 / topology.GIB < float(row[4]) < 1.1 * 200e6 * 64 / topology.GIB
+
+
+def test_a_second_plan_compiles_nothing(libtpu, tmp_path):
+    compilations = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compilations.append(event) if "backend_compile" in event else None)
+    config = configs.tiny()
+    phases = make_phases(config)
+    found = slices.parse("v2-8", phases)
+    first = slices.compile_for(config, phases, found, tmp_path)
+    count = len(compilations)
+    assert count > 0
+    assert slices.compile_for(config, phases, found, tmp_path) == first
+    assert len(compilations) == count
+    assert slices.compile_for(config, phases, slices.parse("v3-8", phases), tmp_path) != first
+    assert len(compilations) > count, "another kind of TPU was not asked"
+
+
+def test_the_totals_are_the_sums_of_their_parts(libtpu, tmp_path):
+    config = configs.tiny()
+    phases = make_phases(config)
+    told = slices.compile_for(config, phases, slices.parse("v2-8,2=v2-32", phases), tmp_path)
+    seconds = [phase.updates * row["seconds"]
+               for phase, row in zip(phases, told["phases"], strict=True)]
+    seconds += [row["count"] * row["seconds"] for row in told["evaluations"]]
+    chips = [row["chips"] for row in told["phases"] + told["evaluations"]]
+    assert chips == [4, 4, 16, 4, 16]
+    assert told["seconds_at_least"] == pytest.approx(math.fsum(seconds))
+    assert 3600 * told["chip_hours_at_least"] == pytest.approx(
+        math.fsum(one * count for one, count in zip(seconds, chips, strict=True)))
+    # Every half epoch of two: as a run writes them, one at each.
+    assert sum(row["count"] for row in told["evaluations"]) == 4
+
+
+def test_seats_that_stay_idle_are_counted_and_the_largest_slice_without_any_is_named():
+    config = configs.load("imagenet_inception_resnet_v2", "figure7_momentum_0.9")
+    first = plan(config, 256)["phases"][0]
+    assert (first["batch_size"], first["idle_share"], first["fills_devices"]) == (8192, 0.5, 128)
+
+
+def test_without_the_compiler_it_is_one_line(monkeypatch):
+    monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+    with contextlib.suppress(ImportError):
+        import libtpu  # noqa: F401
+
+        pytest.skip("libtpu is installed here")
+    status, output, errors = run_plan("--config=configs/digits.py", "--topology=v2-8")
+    assert (status, output) == (2, "")
+    assert errors.count("\n") == 1 and "pip install libtpu" in errors, errors
