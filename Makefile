@@ -20,8 +20,7 @@ soak: .venv/installed
 
 # Compiles every ImageNet preset for slices of TPU; more than an hour the first time on 2 cores.
 slices: .venv/installed .tpu/installed
-	TPU_LIBRARY_PATH=$(CURDIR)/.tpu/libtpu/libtpu.so \
-		$(BIN)/python -m experiments.slices --output=experiments/records/slices.json
+	$(BIN)/python -m experiments.slices --output=experiments/records/slices.json
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -33,7 +32,7 @@ lint: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-# The TPU compiler, for the tests of bigbatch.plan. Not in the .venv, where JAX would look for a TPU
+# The TPU compiler, for bigbatch.plan --topology. Not in the .venv, where JAX would look for a TPU
 # at each start and say at length that there is none.
 .tpu/installed: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \

@@ -10,6 +10,7 @@ gcsfs is used directly, and not through etils.epath, which has no writes with a 
 """
 
 import contextlib
+import errno
 import logging
 import os
 import shutil
@@ -78,8 +79,14 @@ def explained(url: str) -> Iterator[None]:
 
 
 def reason(url: str, error: Exception) -> str:
-    """What went wrong with the bucket of `url`, and what to do."""
+    """What went wrong with the bucket of `url`, or with its mirror here, and what to do."""
     bucket = url.removeprefix(SCHEME).partition("/")[0]
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)  # names no file, as a rule
+    if full or getattr(error, "filename", None):
+        return (
+            f"{error.strerror}, on this machine's own disk. TMPDIR sets where a run works, and "
+            "XDG_CACHE_HOME where data is copied to."
+        )
     text = " ".join((str(error) or type(error).__name__).split())
     if isinstance(error, FileNotFoundError):
         return f"there is no bucket {bucket!r}, or not for this account ({text})."

@@ -116,7 +116,12 @@ def restore(path: Path, like: Any, mirror: bucket.Mirror | None = None) -> Any:
     Raises:
         ValueError: if a checkpoint that was just found whole is not so for this process.
     """
-    if mirror and not (path / CHECKSUMS).exists():  # it was another process that found it
+    if not (path / CHECKSUMS).exists():  # it was another process that found it
+        if not mirror:
+            raise ValueError(
+                f"the job's first process has {path}, and this one has not: --workdir must be a "
+                "folder that all hosts share, such as a network disk, or gs://BUCKET/PATH."
+            )
         mirror.fetch(path)
         if wrong := faults_of(path):
             raise ValueError(mirror.named("; ".join(wrong)) + ": start the job again.")

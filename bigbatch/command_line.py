@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import signal
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -58,6 +59,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
             for key, text in settings:
                 set_from_text(config(), key, text)
             main(arguments)
+        except KeyboardInterrupt:  # the second one, where training listens: it waits for nothing
+            leave(128 + signal.SIGINT, "interrupted.")
         except Exception as error:
             if isinstance(error, ValueError | OSError) and said_here(error.__traceback__):
                 refuse(str(error))

@@ -47,7 +47,8 @@ def join(coordinator: str, processes: int, process: int, dead_peer_seconds: int)
         dead_peer_seconds: how long a process may be silent before the others end.
 
     Raises:
-        ValueError: if only some of the three are given, or they do not fit together.
+        ValueError: if only some of the three are given, or they do not fit together, or the
+            coordinator has no port.
     """
     _leave_on_sigterm()
     # JAX's own handling would swallow a SIGTERM that arrives before training listens.
@@ -57,7 +58,7 @@ def join(coordinator: str, processes: int, process: int, dead_peer_seconds: int)
     if dead_peer_seconds < 1:
         raise ValueError(f"--dead_peer_seconds is {dead_peer_seconds}; it must be 1 or more.")
     if any(given):
-        if not all(given) or process >= processes:
+        if not all(given) or process >= processes or not re.search(r".:\d+$", coordinator):
             raise ValueError(
                 f"--coordinator={coordinator!r}, --processes={processes} and --process={process}: "
                 "all three are needed, on every host the same coordinator (the first process's "

@@ -62,14 +62,14 @@ class Lease:
                 raise Lost(self._taken())
 
     def check(self) -> None:
-        """Looks whether the lease is still this job's, without a write: a bucket takes about one a
-        second of the same object.
+        """Looks whether the lease is still this job's, without a write if it is as this job knows
+        it: a bucket takes about one a second of the same object.
 
         Raises:
             Lost: if another job has taken it.
         """
         with self._lock:
-            if self._find() != self._generation:
+            if self._find() != self._generation and not self._write_over(self._generation):
                 raise Lost(self._taken())
 
     def release(self) -> None:
@@ -103,7 +103,9 @@ class Lease:
         return True
 
     def _write_over(self, generation: str) -> bool:
-        """Writes the lease if it is of this generation ("0": absent); whether it was."""
+        """Writes the lease if it is of this generation ("0": absent), or of another that is this
+        holder's own; whether it was.
+        """
         self._beats += 1
         mine = json.dumps({"holder": self._id, "beat": self._beats, "process": os.getpid(),
                            "host": os.uname().nodename}).encode()
@@ -116,10 +118,13 @@ class Lease:
             )
             self._generation = written["generation"]
         except FileExistsError:
-            # It may be this very write, made anew after its answer was lost on the way.
-            found = self._find()
-            if found is None or self._read() != mine:
+            # It may be this very write, made anew after its answer was lost on the way, or an
+            # earlier one of this holder, of which it never heard.
+            found, content = self._find(), self._read()
+            if found is None or self._id.encode() not in content:
                 return False
+            if content != mine:
+                return self._write_over(found)
             self._generation = found
         return True
 

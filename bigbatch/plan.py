@@ -7,7 +7,7 @@ Needs neither an accelerator nor the data. `--format=json` prints the same for p
     python -m bigbatch.plan --config=configs/imagenet_resnet50.py --topology=v2-256,noise/10=v2-512
 
 compiles every program for these slices of Cloud TPU with the TPU's own compiler, on a machine that
-has none (`pip install libtpu`): from the start on 256 cores, from the phase noise/10 on 512. Exit
+has none (`make .tpu/installed`): from the start on 256 cores, from the phase noise/10 on 512. Exit
 status 1 if a phase does not fit.
 """
 

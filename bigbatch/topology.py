@@ -1,11 +1,12 @@
 """Slices of Cloud TPU by name, as devices that programs can be compiled for where there are none.
 
-The compiler is libtpu's own (`pip install libtpu`), which compiles for every slice on any x86 Linux
-machine. Names are those of Cloud TPU (v2-256, v5litepod-16), or the shape of the chips (v2:8x16).
+The compiler is libtpu's, which compiles for every slice on any x86 Linux machine. Names are those
+of Cloud TPU (v2-256, v5litepod-16), or the shape of the chips (v2:8x16).
 """
 
 import os
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -33,6 +34,8 @@ class Kind(NamedTuple):
 
 
 GIB = 2**30
+# Where `make .tpu/installed` puts it: in the environment itself JAX would look for a TPU each time.
+LIBTPU = Path(__file__).parents[1] / ".tpu" / "libtpu" / "libtpu.so"
 KINDS = {
     "v2": Kind("v2", 2, 2, 2, 0.70e9, int(7.48 * GIB)),
     "v3": Kind("v3", 2, 2, 2, 0.94e9, int(15.48 * GIB)),
@@ -116,6 +119,8 @@ def make_mesh(found: Slice) -> Mesh:
     Raises:
         ValueError: if libtpu is not there, or knows no such slice.
     """
+    if LIBTPU.exists():
+        os.environ.setdefault("TPU_LIBRARY_PATH", str(LIBTPU))
     # Else libtpu asks the network and the environment which TPU this machine has, and says at
     # length that it has none.
     for key, value in (
@@ -132,8 +137,8 @@ def make_mesh(found: Slice) -> Mesh:
         text = str(error).partition("\n")[0]
         if "TPU support not installed" in text or "libtpu" in text or "open" in text:
             raise ValueError(
-                "--topology needs the TPU compiler: pip install libtpu (x86 Linux; no TPU is "
-                f"needed). JAX says: {text}"
+                "--topology needs the TPU compiler: make .tpu/installed, or pip install libtpu "
+                f"(x86 Linux; no TPU is needed). JAX says: {text}"
             ) from None
         raise ValueError(f"--topology names {found.name!r}; the compiler says: {text}") from None
     return Mesh(

@@ -1,9 +1,9 @@
 """Does every ImageNet preset fit on slices of Cloud TPU? Asked of the TPU compiler, without a TPU.
 
-    python -m experiments.slices --output=experiments/records/slices.json
+    make slices
 
-Plans each preset for each slice (`bigbatch.plan`, `pip install libtpu`), keeps the results, and
-prints the table of launch/README.md. What was compiled before is remembered.
+Plans each preset for each slice (`bigbatch.plan`), keeps the results, and prints the table of
+launch/README.md. What was compiled before is remembered.
 """
 
 import argparse

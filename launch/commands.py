@@ -1,6 +1,7 @@
 """The commands of a recipe: run with retries and one-line errors, or only printed (`--dry-run`)."""
 
 import argparse
+import re
 import shlex
 import subprocess
 import sys
@@ -122,6 +123,24 @@ def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         return argv, []
     cut = argv.index("--")
     return argv[:cut], argv[cut + 1 :]
+
+
+def add_environment_flag(parser: argparse.ArgumentParser) -> None:
+    """The flag of `environment`."""
+    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE",
+                        help="for the job on every host, as XDG_CACHE_HOME=/dev/shm; repeatable")
+
+
+def environment(options: argparse.Namespace) -> list[str]:
+    """The words before the job's command that set its environment; none where nothing is to be set.
+
+    Raises:
+        ValueError: if an --env is not NAME=VALUE.
+    """
+    for text in options.env:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=[^\n]*", text):
+            raise ValueError(f"--env={text}: write --env=NAME=VALUE, in one line.")
+    return ["env", *options.env] if options.env else []
 
 
 def check_job(arguments: Sequence[str]) -> None:

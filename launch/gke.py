@@ -3,7 +3,8 @@
     python launch/gke.py cluster CLUSTER --zone=ZONE --tpu-type=v5litepod-256 --spot
     python launch/gke.py image IMAGE          # builds the committed tree, and pushes it
     python launch/gke.py create NAME --cluster=CLUSTER --zone=ZONE --tpu-type=v5litepod-256 \\
-        --spot --image=IMAGE -- --config=configs/imagenet_resnet50.py:thirty_minutes \\
+        --spot --image=IMAGE --env=XDG_CACHE_HOME=/dev/shm -- \\
+        --config=configs/imagenet_resnet50.py:thirty_minutes \\
         --config.data.dir=gs://BUCKET/tfds --workdir=gs://BUCKET/run
     python launch/gke.py list --cluster=CLUSTER --zone=ZONE
     python launch/gke.py logs NAME            # of the first host; Ctrl-C ends only the following
@@ -44,9 +45,10 @@ def xpk(options: argparse.Namespace, *words: str) -> list[str]:
     return ["xpk", *words, f"--cluster={options.cluster}", f"--zone={options.zone}", *project]
 
 
-def job(arguments: Sequence[str]) -> list[str]:
+def job(arguments: Sequence[str], options: argparse.Namespace) -> list[str]:
     """The one command of all hosts, as Kubernetes takes it."""
-    return ["python", "-u", "-m", "bigbatch.main", *commands.double_dollars(arguments)]
+    command = [*commands.environment(options), "python", "-u", "-m", "bigbatch.main", *arguments]
+    return commands.double_dollars(command)
 
 
 def on_gke(options: argparse.Namespace) -> accelerators.Slice:
@@ -86,7 +88,7 @@ def create(options: argparse.Namespace, arguments: Sequence[str]) -> None:
     kind = on_gke(options)
     # xpk puts the command into a script of its own and sends a stop to what it started: with `exec`
     # that is Python, not a shell.
-    command = "exec " + shlex.join(job(arguments))
+    command = "exec " + shlex.join(job(arguments, options))
     commands.run(
         xpk(options, "workload", "create") + [
             f"--workload={options.name}", f"--tpu-type={kind.name}", "--num-slices=1",
@@ -126,7 +128,7 @@ def jobset(options: argparse.Namespace, arguments: Sequence[str]) -> str:
     template = string.Template((Path(__file__).parent / "jobset.yaml").read_text())
     return template.substitute(
         {key: json.dumps(value) for key, value in strings.items()},  # JSON's strings are YAML's
-        command=json.dumps(job(arguments)), max_restarts=options.max_restarts,
+        command=json.dumps(job(arguments, options)), max_restarts=options.max_restarts,
         hosts=kind.chips // chips_a_host, chips_a_host=chips_a_host,
         spot_selector='cloud.google.com/gke-spot: "true"' if options.spot else "# on demand",
     )
@@ -182,6 +184,7 @@ def main(argv: list[str]) -> int:
         if action in ("create", "jobset", "apply"):
             one.add_argument("--image", required=True, help="as given to `image`")
             one.add_argument("--max-restarts", type=int, default=100, help="default 100")
+            commands.add_environment_flag(one)
         if action in ("jobset", "apply"):
             one.add_argument("--topology", default="", help="of v4 and v5p slices, as 4x4x4")
         if action == "image":

@@ -66,12 +66,15 @@ def request(options: argparse.Namespace) -> None:
         # Past the limit Google gives the request up too, should nobody be there to delete it.
         f"--valid-until-duration={60 * options.wait_minutes}s",
     ] + ["--spot"] * options.spot
+    if options.data_disk:
+        flags.append(f"--data-disk=source={options.data_disk},mode=read-only")
     try:
         # Once: after an error there may be a request or none.
         commands.run(command("create", options, *flags), options)
         wait(options)
     except commands.Failed as error:
-        if error.status != 127 and state(options):
+        # Someone else may have made one of that name meanwhile.
+        if error.status != 127 and "ALREADY_EXISTS" not in error.stderr and state(options):
             delete(options)
         raise
 

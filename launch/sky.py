@@ -1,6 +1,7 @@
 """A job on a Cloud TPU slice as a managed job of SkyPilot.
 
-    python launch/sky.py launch NAME --accelerator-type=v2-256 --spot -- \\
+    python launch/sky.py launch NAME --accelerator-type=v2-256 --spot \\
+        --env=XDG_CACHE_HOME=/dev/shm -- \\
         --config=configs/imagenet_resnet50.py:thirty_minutes \\
         --config.data.dir=gs://BUCKET/tfds --workdir=gs://BUCKET/run
     python launch/sky.py queue
@@ -26,12 +27,12 @@ import archive
 import commands
 
 
-def run_script(arguments: Sequence[str]) -> str:
+def run_script(arguments: Sequence[str], options: argparse.Namespace) -> str:
     """Bash that becomes the job."""
-    return (
-        "cd ~/bigbatch && exec ~/bigbatch-venv/bin/python "
-        + shlex.join(["-u", "-m", "bigbatch.main", *arguments])
-    )
+    return " ".join([
+        "cd ~/bigbatch && exec", *map(shlex.quote, commands.environment(options)),
+        "~/bigbatch-venv/bin/python", shlex.join(["-u", "-m", "bigbatch.main", *arguments]),
+    ])
 
 
 def task(options: argparse.Namespace, arguments: Sequence[str]) -> str:
@@ -43,7 +44,7 @@ def task(options: argparse.Namespace, arguments: Sequence[str]) -> str:
         "name": options.name, "infra": options.infra, "accelerator": f"tpu-{kind.name}",
         "runtime_version": options.runtime_version or kind.runtime_version,
         "remote_archive": f"~/{packed.name}", "archive": str(packed),
-        "setup": archive.install_script(packed.name), "run": run_script(arguments),
+        "setup": archive.install_script(packed.name), "run": run_script(arguments, options),
     }
     template = string.Template((Path(__file__).parent / "sky.yaml").read_text())
     # JSON's strings are YAML's.
@@ -84,6 +85,7 @@ def main(argv: list[str]) -> int:
             one.add_argument("name", help="of the job")
         if action in ("task", "launch"):
             archive.add_flags(one)
+            commands.add_environment_flag(one)
             one.add_argument("--accelerator-type", required=True, help="v2-256, v5litepod-16, ...")
             one.add_argument("--runtime-version", default="", help="default: what fits the type")
             one.add_argument("--infra", default="gcp", help="gcp, gcp/REGION or gcp/REGION/ZONE")

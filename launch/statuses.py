@@ -14,7 +14,8 @@ def of_job(statuses: Iterable[int]) -> int:
     """The one status of a job.
 
     Where processes differ the cause has to be found: a mistake is one on every host; one process
-    that was killed makes the others fail; and a failure outweighs processes that ended in peace.
+    that was killed makes the others fail, or end with 42; one that failed by itself makes them end
+    with 42 too, and would do so again; and any of these outweighs processes that ended in peace.
 
     Args:
         statuses: of the processes; 128 + n for one ended by signal n.
@@ -22,12 +23,12 @@ def of_job(statuses: Iterable[int]) -> int:
     found = set(statuses)
     if MISTAKE in found:
         return MISTAKE
-    causes = found - {ABORTED} or found
-    if ended := [status for status in causes if wants_restart(status)]:
-        return max(ended)
-    if failed := causes - set(SUCCESS):
+    causes = found - {ABORTED}
+    if killed := {status for status in causes if status > 128}:
+        return max(killed)
+    if failed := causes - {AGAIN, *SUCCESS}:
         return max(failed)
-    return max(found)
+    return AGAIN if AGAIN in found else max(found)
 
 
 def wants_restart(status: int) -> bool:

@@ -1,6 +1,6 @@
 """ResNet-50 on ImageNet in 30 minutes (section 5.4 of the paper) as one command.
 
-    python launch/thirty_minutes.py NAME --zone=us-central1-a \\
+    python launch/thirty_minutes.py NAME --zone=us-central1-a --env=XDG_CACHE_HOME=/dev/shm \\
         --data=gs://BUCKET/tfds --workdir=gs://BUCKET/run
 
 The first slice, 256 cores of TPU v2, trains to the end of the first phase with batch 8192; the
@@ -9,7 +9,7 @@ NAME-second. Each is deleted as soon as its job has ended, however it ended, unl
 an idle pod is dear, and what counts is in the bucket. After Ctrl-C it is left, with a line that
 says so. The second slice is asked for when the first has done its work; waiting for it costs
 nothing. A run that broke off is continued by the same command, from the second slice on with
---skip-first.
+--skip-first; with --reuse where its slice is still there, which is then deleted like a new one.
 
 The same on this machine, small, with so many processes x CPU devices:
 
@@ -50,7 +50,10 @@ def train_on_tpu(options: argparse.Namespace, which: str, kind: str, arguments: 
     if options.project:
         flags.append(f"--project={options.project}")
     flags += ["--spot"] * options.spot + ["--dry-run"] * options.dry_run
-    flags += ["--committed-only"] * options.committed_only
+    flags += ["--committed-only"] * options.committed_only + ["--reuse"] * options.reuse
+    flags += [f"--env={text}" for text in options.env]
+    if options.data_disk:
+        flags.append(f"--data-disk={options.data_disk}")
     flags += ["--delete-at-end=any"] * (not options.keep)
     return tpu_vm.main(["run", *flags, "--", *arguments])
 
@@ -72,6 +75,9 @@ def train(options: argparse.Namespace, extra: list[str]) -> int:
     second = options.second or ("2x4" if here else "v2-512")
     if here:
         processes_and_devices(first), processes_and_devices(second)  # before the first is run
+        if options.env or options.data_disk:
+            raise ValueError("--env and --data-disk are for slices; with --platform=local the "
+                             "processes have this terminal's environment.")
     elif not (options.name and options.zone):
         raise ValueError("NAME and --zone are needed for --platform=tpu_vm.")
     start = train_here if here else train_on_tpu
@@ -105,10 +111,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--first", default="", help="slice (v2-256), or processes x devices (1x4)")
     parser.add_argument("--second", default="", help="slice (v2-512), or processes x devices (2x4)")
     parser.add_argument("--skip-first", action="store_true", help="begin with the second")
+    parser.add_argument("--reuse", action="store_true",
+                        help="take slices of these names where they are there")
     parser.add_argument("--keep", action="store_true", help="delete neither slice")
     parser.add_argument("--restarts", type=int, default=100, help="of each part, at most (100)")
-    for flag, default in (("--zone", ""), ("--project", "")):
-        parser.add_argument(flag, default=default, help="as for launch/tpu_vm.py")
+    for flag in ("--zone", "--project", "--data-disk"):
+        parser.add_argument(flag, default="", help="as for launch/tpu_vm.py")
+    commands.add_environment_flag(parser)
     parser.add_argument("--spot", action="store_true", help="as for launch/tpu_vm.py")
     parser.add_argument("--committed-only", action="store_true", help="as for launch/tpu_vm.py")
     parser.add_argument("--wait-minutes", type=int, default=360, help="for each slice (360)")

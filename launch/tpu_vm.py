@@ -3,7 +3,8 @@
 All of it, watched to the job's end, made again where a spot slice is taken away:
 
     python launch/tpu_vm.py run NAME --zone=us-central1-a --accelerator-type=v2-256 --spot \\
-        --delete-at-end -- --config=configs/imagenet_resnet50.py:thirty_minutes \\
+        --env=XDG_CACHE_HOME=/dev/shm --delete-at-end -- \\
+        --config=configs/imagenet_resnet50.py:thirty_minutes \\
         --config.data.dir=gs://BUCKET/tfds --workdir=gs://BUCKET/run
 
 Or step by step, with the same NAME and --zone:
@@ -16,14 +17,18 @@ Or step by step, with the same NAME and --zone:
     python launch/tpu_vm.py stop NAME --zone=ZONE        # saves, and the job ends with 42
     python launch/tpu_vm.py delete NAME --zone=ZONE
 
+ImageNet does not fit on a host's boot disk: --env=XDG_CACHE_HOME=/dev/shm copies it into memory,
+--data-disk=projects/P/zones/Z/disks/D has it read from a disk (README.md, beside this file).
+
 The job is the systemd unit `bigbatch` on every host, so it outlives the ssh that started it, keeps
 its exit status, and is told by systemd when the machine is about to go. `run` only watches: after
-Ctrl-C, or with the laptop closed, the job goes on, and the same command with --reuse watches again.
+Ctrl-C, or with the laptop closed, the job goes on, and the same command with --reuse added watches
+again.
 With --dry-run the commands of an undisturbed run are printed, one a line, and nothing is run.
 
-Nothing is deleted unasked: `delete` deletes what it names; `create` and `run` delete a slice that
-did not come up, and `run` one that was taken away or, with --delete-at-end, has done its work, and
-only what the same invocation has made.
+Nothing is deleted unasked: `delete` deletes what it names; `create` and `run` delete a slice of
+their own that did not come up, `run` one of its own that was taken away, and with --delete-at-end
+the one that has done its work, also where it was there before (--reuse).
 
 Exit status of `run`: the job's (see bigbatch/main.py); 1 where a command failed, 2 for a mistake.
 """
@@ -56,6 +61,11 @@ def ssh(options: argparse.Namespace, script: str, worker: str = "all") -> list[s
 _SUBSTATE = '"$(systemctl show bigbatch --value --property=SubState)"'
 _BUSY = '{ echo "a job runs on $(hostname): stop it first" >&2; exit 1; }'
 _IDLE = f"[ {_SUBSTATE} != running ] || {_BUSY}"
+DATA = "/mnt/bigbatch"
+# By its label: what the device is called depends on the machine. Without reading the journal, which
+# would be written to.
+_MOUNT = (f"sudo mkdir -p {DATA} && {{ mountpoint -q {DATA} || "
+          f"sudo mount -o ro,noload LABEL=bigbatch {DATA}; }}")
 
 
 def ask(
@@ -80,14 +90,15 @@ def install(options: argparse.Namespace, hosts: int, packed: Path) -> None:
     ask(options, f"{_IDLE} && {archive.install_script(packed.name)}", hosts)
 
 
-def start_script(arguments: Sequence[str]) -> str:
+def start_script(arguments: Sequence[str], options: argparse.Namespace) -> str:
     """Bash that starts the job as a systemd unit, once however often it is run.
 
     The unit's description is a digest of the command: where the same job runs already there is
-    nothing to do, where another one does that is an error.
+    nothing to do, where another one does that is an error. A data disk is mounted first.
     """
     job = ["-u", "-m", "bigbatch.main", *arguments]
-    digest = hashlib.sha256(shlex.join(job).encode()).hexdigest()[:12]
+    environment = commands.environment(options)
+    digest = hashlib.sha256(shlex.join([*environment, *job]).encode()).hexdigest()[:12]
     unit = " ".join([
         "sudo systemd-run --quiet --unit=bigbatch", f"--description={digest}",
         '--uid="$(id -u)" --gid="$(id -g)" --working-directory="$HOME/bigbatch"',
@@ -95,13 +106,15 @@ def start_script(arguments: Sequence[str]) -> str:
         # SIGTERM to the job itself only: its data workers have to live until it has saved.
         "--property=KillMode=mixed --property=TimeoutStopSec=300",
         "--property=LimitMEMLOCK=infinity",  # libtpu pins memory; a service may pin little
+        *map(shlex.quote, commands.double_dollars(environment)),
         '"$HOME/bigbatch-venv/bin/python"', shlex.join(commands.double_dollars(job)),
     ])
+    mount = f"{_MOUNT} && " if options.data_disk else ""
     return (
         f"case {_SUBSTATE} in running) "
         f'[ "$(systemctl show bigbatch --value --property=Description)" = {digest} ] || {_BUSY} ;; '
         "*) sudo systemctl stop bigbatch 2>/dev/null; "
-        f"sudo systemctl reset-failed bigbatch 2>/dev/null; {unit} ;; esac "
+        f"sudo systemctl reset-failed bigbatch 2>/dev/null; {mount}{unit} ;; esac "
         f'&& echo "{commands.ANSWER}started on $(hostname)"'
     )
 
@@ -139,15 +152,15 @@ def watch(options: argparse.Namespace, hosts: int) -> int:
     """Waits for the job's end and returns its status.
 
     Raises:
-        commands.Failed: if the slice is gone, or its workers could not be reached ten times.
+        commands.Failed: if the slice is gone, or could not be reached ten times.
     """
     before, silent = None, 0
     while True:
-        if (slice_state := queued_resource.state(options)) in queued_resource.GONE:
-            looked = commands.line(queued_resource.command("describe", options))
-            raise commands.Failed(looked, 0, f"{options.name} is {slice_state or 'gone'}")
+        answers = []
         try:
-            answers = ask(options, STATUS_SCRIPT, hosts, attempts=1, show=False)
+            slice_state = queued_resource.state(options)
+            if slice_state not in queued_resource.GONE:
+                answers = ask(options, STATUS_SCRIPT, hosts, attempts=1, show=False)
         except commands.Failed as error:
             silent += 1
             if silent == SILENT_POLLS:
@@ -156,6 +169,9 @@ def watch(options: argparse.Namespace, hosts: int) -> int:
             time.sleep(options.poll_seconds)
             continue
         silent = 0
+        if slice_state in queued_resource.GONE:
+            looked = commands.line(queued_resource.command("describe", options))
+            raise commands.Failed(looked, 0, f"{options.name} is {slice_state or 'gone'}")
         if options.dry_run:
             return statuses.FINISHED
         now = [read_status(answer) for answer in answers]
@@ -188,9 +204,7 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
     """
     commands.check_job(arguments)
     accelerators.parse(options.accelerator_type)
-    if options.reuse and options.delete_at_end:
-        raise ValueError("--reuse and --delete-at-end: a slice that was there before is deleted "
-                         "only by the action `delete`.")
+    starting = start_script(arguments, options)
     packed = archive.pack(options.name, options)
     mine = queued_resource.create(options)
     # Below a job that runs already the code stays; `start_script` sees whether it is this one.
@@ -202,10 +216,12 @@ def run(options: argparse.Namespace, arguments: Sequence[str]) -> int:
             if not installed:
                 install(options, hosts, packed)
                 installed = True
-            ask(options, start_script(arguments), hosts)
+            ask(options, starting, hosts)
             status = watch(options, hosts)
         except commands.Failed:
-            now = queued_resource.state(options)
+            now = "out of reach"
+            with contextlib.suppress(commands.Failed):
+                now = queued_resource.state(options)
             if now not in queued_resource.GONE or not mine or not left:
                 _end(options, None, used + time.monotonic() - began)
                 raise
@@ -233,7 +249,11 @@ def _end(options: argparse.Namespace, status: int | None, seconds: float) -> Non
         options.delete_at_end == "success" and status in statuses.SUCCESS
     )
     if delete_it:
-        queued_resource.delete(options)
+        try:
+            queued_resource.delete(options)
+        except commands.Failed:
+            print(f"launch: {standing(options)}", flush=True)
+            raise
     if options.dry_run:
         return
     chips = accelerators.parse(options.accelerator_type).chips
@@ -281,16 +301,23 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             one.add_argument("--spot", action="store_true")
             one.add_argument("--wait-minutes", type=int, default=360,
                              help="how long to wait for the slice (default 360)")
-            one.add_argument("--reuse", action="store_true", help="take one of that name")
+            one.add_argument("--reuse", action="store_true",
+                             help="take the slice of that name where it is there")
         if action in ("install", "run"):
             archive.add_flags(one)
+        if action in ("start", "run"):
+            commands.add_environment_flag(one)
+        if action in ("create", "start", "run"):
+            one.add_argument("--data-disk", default="", metavar="projects/P/zones/Z/disks/D",
+                             help=f"a disk with the label `bigbatch`, read on all hosts in {DATA}")
         if action == "logs":
             one.add_argument("--worker", default="0", help="default 0")
         if action == "run":
             one.add_argument("--restarts", type=int, default=100, help="at most (default 100)")
             one.add_argument("--delete-at-end", nargs="?", const="success", default="",
                              choices=["success", "any"],
-                             help="delete the slice after status 0 or 3; any: however it ended")
+                             help="delete the slice after status 0 or 3; any: however it ended; "
+                                  "with --reuse, one that was there before too")
     return parser.parse_args(argv)
 
 
@@ -316,7 +343,8 @@ def _act(options: argparse.Namespace, arguments: Sequence[str]) -> int:
         install(options, queued_resource.count_hosts(options), packed)
     elif options.action == "start":
         commands.check_job(arguments)
-        ask(options, start_script(arguments), queued_resource.count_hosts(options))
+        starting = start_script(arguments, options)
+        ask(options, starting, queued_resource.count_hosts(options))
     elif options.action == "status":
         print_status(options)
     elif options.action == "logs":

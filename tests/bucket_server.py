@@ -5,14 +5,17 @@ are replaced whole, each write makes a new generation, and a write can be made t
 it replaces. Nothing can be appended, composed or renamed.
 """
 
+import contextlib
 import itertools
 import json
 import re
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import pytest
 
 
 class BucketServer:
@@ -63,6 +66,17 @@ class BucketServer:
         """Writes an object, as any other client might."""
         with self.lock:
             self.objects[name] = content, next(self.generations)
+
+
+@contextlib.contextmanager
+def serving(bucket: str, patch: pytest.MonkeyPatch) -> Iterator[BucketServer]:
+    """A server of one bucket, for this process and those that it starts."""
+    server = BucketServer(bucket)
+    for key, value in server.environment().items():
+        patch.setenv(key, value)
+    yield server
+    server.close()
+    assert server.not_understood == []
 
 
 class Quiet(ThreadingHTTPServer):

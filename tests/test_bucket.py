@@ -1,12 +1,12 @@
 """Runs whose workdir, and data whose files, are in a bucket: against tests/bucket_server.py."""
 
 import json
-import os
 import re
 import shutil
 import signal
 import sys
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -16,7 +16,7 @@ from bigbatch.data import sources
 from bigbatch.metrics import read_events
 from experiments import curves
 from tests import processes, small_config
-from tests.bucket_server import BucketServer
+from tests.bucket_server import serving
 from tests.test_sources import as_png, data_config, pictures, prepare
 
 # 37 updates in two phases, and a checkpoint an epoch.
@@ -35,14 +35,9 @@ def run(workdir):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        server = BucketServer("bucket")
+    with pytest.MonkeyPatch.context() as patch, serving("bucket", patch) as server:
         patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("mirrors")))  # a killed one leaves its
-        for key, value in server.environment().items():
-            patch.setenv(key, value)
         yield server
-        server.close()
-    assert server.not_understood == []
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +134,26 @@ def test_programs_read_a_run_in_a_bucket(in_bucket, whole, server):
     assert server.writes == before, "reading has written"
 
 
+def test_a_process_that_did_not_look_itself_brings_down_what_the_first_one_found(
+    server, in_bucket, whole, tmp_path
+):
+    like = checkpoint.load(whole)
+    with bucket.opened(in_bucket[0]) as (folder, mirror):
+        path = checkpoint.folder(folder, END)
+        state = checkpoint.restore(path, like, mirror)
+        assert not any(path.iterdir()), "the state is still here"
+    assert jax.tree.structure(state) == jax.tree.structure(like)
+    jax.tree.map(np.testing.assert_array_equal, state, checkpoint.load(in_bucket[0]))
+
+    beginning, url = copy(server, "other_listing")
+    server.put(f"{beginning}checkpoints/{END:015d}/run.json", b"{}")
+    with bucket.opened(url) as (folder, mirror):
+        with pytest.raises(ValueError, match=f"{url}/.*run.json is damaged.*start the job again"):
+            checkpoint.restore(checkpoint.folder(folder, END), like, mirror)
+    with pytest.raises(ValueError, match="must be a folder that all hosts share"):
+        checkpoint.restore(checkpoint.folder(tmp_path, END), like)
+
+
 def test_killed_and_spoiled_it_goes_on_from_the_newest_whole_checkpoint(
     server, whole, monkeypatch
 ):
@@ -223,49 +238,7 @@ def test_a_write_that_fails_ends_the_run_with_the_last_good_checkpoint(server):
     assert "lease.json" not in server.names("bucket/failing/")
 
 
-# --- the lease --------------------------------------------------------------------------------
-def leases(count, name):
-    files, root = bucket.connect(f"gs://bucket/{name}")
-    return [lease.Lease(files, f"{root}/lease.json", f"gs://bucket/{name}") for _ in range(count)]
-
-
-def test_of_two_that_take_a_stale_lease_one_wins(server, monkeypatch):
-    monkeypatch.setattr(lease, "STALE_SECONDS", 0.05)
-    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.01)
-    dead, quick, slow = leases(3, "takers")
-    dead.take()
-    dead._ended.set()  # its process is gone
-    stands_still = slow._stands_still
-
-    def overtaken(generation):
-        still = stands_still(generation)
-        quick.take()  # between what the slow one has seen and what it does
-        return still
-
-    monkeypatch.setattr(slow, "_stands_still", overtaken)
-    with pytest.raises(ValueError, match="held by another job"):
-        slow.take()
-    quick.renew()
-    with pytest.raises(lease.Lost, match="took the lease"):
-        dead.renew()
-    dead.release()
-    assert "lease.json" in server.names("bucket/takers/"), "released what was another's"
-    quick.release()
-    assert server.names("bucket/takers/") == []
-
-
-def test_a_lease_is_renewed_by_itself_and_one_given_up_is_free_at_once(server, monkeypatch):
-    monkeypatch.setattr(lease, "BEAT_SECONDS", 0.02)
-    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.05)
-    holder, other = leases(2, "beats")
-    holder.take()
-    with pytest.raises(ValueError, match=f"process {os.getpid()} on {os.uname().nodename}"):
-        other.take()
-    holder.release()
-    other.take()
-    other.release()
-
-
+# --- a lease that is lost ---------------------------------------------------------------------
 @pytest.mark.parametrize("when", ["before", "while its state goes up"])
 def test_a_job_that_lost_its_lease_finishes_no_checkpoint(server, monkeypatch, when):
     beginning, url = f"bucket/lost {when}/", f"gs://bucket/lost {when}"
@@ -292,18 +265,6 @@ def test_a_job_that_lost_its_lease_finishes_no_checkpoint(server, monkeypatch, w
     assert "lease.json" in server.names(beginning)
     if when == "before":
         assert server.content(beginning + "metrics.jsonl") == b"one\n"
-
-
-def test_a_renewal_whose_answer_was_lost_is_still_the_holders(server):
-    (holder,) = leases(1, "unheard")
-    holder.take()
-    server.answer_lost = "^bucket/unheard/lease.json"
-    holder.renew()  # made twice, the second time over its own first
-    assert server.answer_lost == ""
-    holder.renew()
-    holder.check()
-    holder.release()
-    assert server.names("bucket/unheard/") == []
 
 
 def test_last_logs_that_cannot_be_sent_hide_no_other_end(server, capfd):
@@ -398,3 +359,13 @@ def test_a_workdir_that_cannot_be_used_is_refused_before_anything_is_written(ser
             train.train_and_evaluate(config, url, show=False)
         assert "\n" not in str(refused.value)
     assert server.writes == []
+
+
+def test_what_fails_on_this_machines_disk_is_not_put_down_to_the_bucket(server):
+    with bucket.opened("gs://bucket/disk") as (_, mirror), mirror.held():
+        with pytest.raises(ValueError, match="No such file.*this machine's own disk. TMPDIR sets"):
+            with bucket.explained(mirror.url):
+                mirror.send_logs({"metrics.jsonl": 1})  # which somebody removed
+    with pytest.raises(ValueError, match="No space left on device, on this machine's own disk"):
+        with bucket.explained(mirror.url), open("/dev/full", "wb", buffering=0) as full:
+            full.write(b"1")

@@ -170,6 +170,13 @@ def test_processes_that_were_never_joined_are_told_how_to(monkeypatch):
         job.decided_by_first("run", dict)
 
 
+@pytest.mark.parametrize("coordinator", ["10.0.0.1", "10.0.0.1:", ":8476", "10.0.0.1:port"])
+def test_a_coordinator_without_a_port_is_refused(monkeypatch, coordinator):
+    monkeypatch.setattr(job, "_leave_on_sigterm", lambda: None)  # signals are pytest's
+    with pytest.raises(ValueError, match=f"--coordinator='{coordinator}'.*host:port"):
+        job.join(coordinator, 2, 0, 60)
+
+
 # --- the ends of a job ----------------------------------------------------------------------------
 def test_on_cloud_tpu_the_coordinator_listens_on_the_port_that_pods_have_open():
     """JAX's own detection, which reads these variables on GKE; forced, for want of a TPU."""

@@ -8,9 +8,11 @@ import sys
 import pytest
 import yaml
 
-from tests.launch_standins import NASTY, Laptop, cloud, outline, units
+from bigbatch import topology
+from tests.launch_standins import NASTY, REPOSITORY, Laptop, cloud, outline, units
 
 JOB = ("--", *NASTY)
+ENVIRONMENT = "BIGBATCH_TEST=it's $HOME"
 SLICE = ("--tpu-type=v5litepod-256", "--spot")
 CLUSTER = ("--cluster=c", "--zone=z", "--retry-seconds=0")
 
@@ -33,7 +35,7 @@ def recorded(script, folder):
         python.parent.mkdir(parents=True, exist_ok=True)
         python.write_text(f"""#!{sys.executable} -IS
 import json, os, sys
-print(json.dumps([sys.argv[1:], os.getppid()]))
+print(json.dumps([sys.argv[1:], os.getppid(), os.environ.get("BIGBATCH_TEST")]))
 sys.exit(42)
 """)
         python.chmod(0o755)
@@ -79,22 +81,24 @@ def test_a_dry_run_prints_what_a_run_does_and_does_nothing(laptop, recipe, argum
 
 
 def test_the_jobs_arguments_arrive_unharmed_through_xpk(laptop, tmp_path):
-    laptop.launch("gke", "create", "n", *CLUSTER, *SLICE, "--image=i", *JOB)
+    laptop.launch("gke", "create", "n", *CLUSTER, *SLICE, "--image=i", f"--env={ENVIRONMENT}", *JOB)
     call = laptop.calls()[-1]
     command = next(word for word in call if word.startswith("--command=")).partition("=")[2]
     assert "--max-restarts=100" in call and "--restart-on-exit-codes=42" in call
     assert "--spot" in call
     # As xpk wraps it, in a pod whose $$ Kubernetes has read as $.
     wrapped = f"({command}) & PID=$!; wait $PID; exit $?".replace("$$", "$")
-    (arguments, parent), process = recorded(wrapped, tmp_path)
+    (arguments, parent, found), process = recorded(wrapped, tmp_path)
     assert arguments == ["-u", "-m", "bigbatch.main", *NASTY]
+    assert f"BIGBATCH_TEST={found}" == ENVIRONMENT
     assert parent == process.pid, "a stop goes to what xpk started, which has to be Python itself"
     assert process.returncode == 42
 
 
 def test_the_jobset_starts_all_hosts_again_but_for_failures_mistakes_and_stops(laptop):
     made = yaml.safe_load(
-        laptop.launch("gke", "jobset", "n", *SLICE, "--image=registry/i:1", *JOB).stdout)
+        laptop.launch("gke", "jobset", "n", *SLICE, "--image=registry/i:1", f"--env={ENVIRONMENT}",
+                      *JOB).stdout)
     assert laptop.calls() == []
     assert (made["apiVersion"], made["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
     assert made["spec"]["failurePolicy"] == {
@@ -110,7 +114,10 @@ def test_the_jobset_starts_all_hosts_again_but_for_failures_mistakes_and_stops(l
         "cloud.google.com/gke-tpu-topology": "16x16", "cloud.google.com/gke-spot": "true"}
     container = pod["containers"][0]
     command = [word.replace("$$", "$") for word in container["command"]]  # as Kubernetes reads it
-    assert command == ["python", "-u", "-m", "bigbatch.main", *NASTY]
+    assert command == ["env", ENVIRONMENT, "python", "-u", "-m", "bigbatch.main", *NASTY]
+    mounted = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+    assert {"name": mounted["/dev/shm"], "emptyDir": {"medium": "Memory"}} in pod["volumes"], (
+        "a container's own 64 MB are too little for the workers of ImageNet")
     assert container["ports"] == [{"containerPort": 8476}]
     assert container["image"] == "registry/i:1"
 
@@ -125,7 +132,8 @@ def test_a_slice_that_gke_lacks_is_refused(laptop, flags, named):
 
 
 def test_skypilot_gets_the_committed_tree_and_the_one_command(laptop, tmp_path):
-    arguments = ("n", "--accelerator-type=v5litepod-16", "--spot", *JOB)
+    arguments = (
+        "n", "--accelerator-type=v5litepod-16", "--spot", f"--env={ENVIRONMENT}", *JOB)
     laptop.launch("sky", "launch", *arguments)
     path = laptop.calls()[-1][3]
     made = yaml.safe_load(open(path))
@@ -138,8 +146,9 @@ def test_skypilot_gets_the_committed_tree_and_the_one_command(laptop, tmp_path):
     assert f"tar -xzf {remote} " in made["setup"]
     names = subprocess.run(["tar", "-tzf", packed], text=True, capture_output=True).stdout
     assert "committed.txt" in names.split()
-    (job, _), process = recorded(made["run"], tmp_path)
+    (job, _, found), process = recorded(made["run"], tmp_path)
     assert job == ["-u", "-m", "bigbatch.main", *NASTY]
+    assert f"BIGBATCH_TEST={found}" == ENVIRONMENT
     assert process.returncode == 42, "the status that makes SkyPilot start it again"
 
 
@@ -171,3 +180,33 @@ def test_thirty_minutes_stops_where_its_first_part_failed(laptop):
     said = laptop.launch("thirty_minutes", *THIRTY, status=1).stdout
     assert outline(laptop.calls())[-1] == "delete" and "second was not begun" in said
     assert not any("n-second" in word for call in laptop.calls() for word in call)
+
+
+def test_a_broken_off_second_part_goes_on_where_its_slice_is_still_there(laptop):
+    laptop.rules(cloud(["ACTIVE"], [units("runs", "runs"), units("0", "0")]))
+    disk = "--data-disk=projects/p/zones/z/disks/d"
+    arguments = (*THIRTY, disk, "--env=A=1", "--spot", "--skip-first", "--reuse")
+    laptop.launch("thirty_minutes", *arguments)
+    assert outline(laptop.calls()) == ["ssh status", "ssh start", "ssh status", "delete"]
+    assert all("n-second" in call for call in laptop.calls() if call[0] == "gcloud")
+    laptop.rules(cloud(["", "ACTIVE", "SUSPENDED", "SUSPENDED", "ACTIVE"], [units("0", "0")]))
+    laptop.launch("thirty_minutes", *arguments)
+    calls = [" ".join(call) for call in laptop.calls()]
+    made = [text for text in calls if " create " in text]
+    assert len(made) == 2 and made[0] == made[1], "made again as it was asked for the first time"
+    assert "--spot" in made[0] and "source=projects/p/zones/z/disks/d,mode=read-only" in made[0]
+    assert all("A=1" in text and "LABEL=bigbatch" in text
+               for text in calls if "systemd-run" in text)
+
+
+@pytest.mark.parametrize("kind, numbers", [
+    ("v2", (8, 32, 256, 512)), ("v3", (8, 32, 1024)), ("v4", (8, 16, 64, 4096)),
+    ("v5p", (8, 128)), ("v5litepod", (4, 16, 256)), ("v6e", (8, 64, 256)),
+])
+def test_a_slice_has_as_many_chips_for_the_recipes_as_for_the_planner(kind, numbers):
+    """Two tables, because launch/ needs nothing but Python."""
+    script = "import accelerators, sys; print([accelerators.parse(n).chips for n in sys.argv[1:]])"
+    names = [f"{kind}-{number}" for number in numbers]
+    told = subprocess.run([sys.executable, "-c", script, *names], cwd=REPOSITORY / "launch",
+                          text=True, capture_output=True, check=True).stdout
+    assert json.loads(told) == [topology.parse(name).chips for name in names]

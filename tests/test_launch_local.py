@@ -62,9 +62,11 @@ def starts(folder, process):
     ([[1, -9], [-6, -9], [0, 0]], 2, 0, 3),
     ([[42, 42]], 2, 42, 3),
     ([[-6, 1]], 2, 1, 1),
+    ([[1, 42]], 2, 1, 1),
 ])
 def test_how_a_job_ends_and_is_started_again(laptop, tmp_path, ends, restarts, status, started):
-    """A killed process makes the others fail (1) or be aborted by JAX (-6): not the cause."""
+    """A killed process makes the others fail (1), be aborted by JAX (-6), or end with 42, and one
+    that failed makes them do the latter two: neither is the cause."""
     laptop.launch("local", "--processes=2", f"--restarts={restarts}", "--",
                   f"--config={json.dumps(ends)}", f"--workdir={tmp_path}", status=status)
     assert len(starts(tmp_path, 0)) == len(starts(tmp_path, 1)) == started

@@ -68,7 +68,8 @@ def worker(tmp_path):
         folder.mkdir(parents=True)
     record = f"""#!{sys.executable} -IS
 import json, os, sys
-json.dump([sys.argv[1:], os.getcwd()], open({str(tmp_path / "job.json")!r}, "w"))
+job = [sys.argv[1:], os.getcwd(), os.environ.get("BIGBATCH_TEST")]
+json.dump(job, open({str(tmp_path / "job.json")!r}, "w"))
 """
     systemd_run = f"""#!{sys.executable} -IS
 import os, sys
@@ -79,7 +80,7 @@ while words[0].startswith("--"):  # as systemd does: options, then a command in 
     if name == "--working-directory":
         os.chdir(value)
 words = [words[0]] + [word.replace("$$", "$") for word in words[1:]]
-os.execv(words[0], words)
+os.execvp(words[0], words)
 """
     systemctl = f"""#!/bin/bash
 test "$1" = show || exit 0
@@ -112,8 +113,28 @@ def test_the_jobs_arguments_arrive_unharmed_behind_ssh_and_systemd(laptop, worke
     launch(laptop, "start", *WHERE)
     start = laptop.calls()[-1]
     done, job = worker(start)
-    assert job == [["-u", "-m", "bigbatch.main", *NASTY], str(worker.home / "bigbatch")]
+    assert job == [["-u", "-m", "bigbatch.main", *NASTY], str(worker.home / "bigbatch"), None]
     assert done.stdout.startswith("bigbatch: started on ")
+    launch(laptop, "start", *WHERE, "--env=BIGBATCH_TEST=it's $HOME")
+    assert worker(laptop.calls()[-1])[1] == [*job[:2], "it's $HOME"]
+    assert "no-value" in launch(laptop, "start", *WHERE, "--env=no-value", status=2).stderr
+
+
+def test_a_data_disk_is_mounted_before_the_job_starts_and_once(laptop, worker):
+    laptop.rules(cloud(["ACTIVE"]))
+    launch(laptop, "start", *WHERE, "--data-disk=projects/p/zones/z/disks/d")
+    log = worker.home / "mounts"
+    for name, status in (("mkdir", 0), ("mountpoint", 1), ("mount", 0)):
+        path = worker.binaries / name
+        path.write_text(f'#!/bin/bash\necho {name} "$@" >> {log}\nexit {status}\n')
+        path.chmod(0o755)
+    assert worker(laptop.calls()[-1])[1], "the job was not started"
+    assert log.read_text().splitlines() == [
+        "mkdir -p /mnt/bigbatch", "mountpoint -q /mnt/bigbatch",
+        "mount -o ro,noload LABEL=bigbatch /mnt/bigbatch"]
+    (worker.binaries / "mount").write_text("#!/bin/bash\nexit 32\n")
+    done, job = worker(laptop.calls()[-1])
+    assert job is None and "bigbatch:" not in done.stdout, "started without its data"
 
 
 def test_a_start_that_is_repeated_starts_nothing_twice(laptop, worker):
@@ -195,6 +216,7 @@ def test_without_gcloud_one_line_says_so(laptop):
     (["", "WAITING_FOR_RESOURCES", "SUSPENDING"], {}, True),
     (["", "PROVISIONING"], {"status": 1, "stderr": "deadline\n"}, True),
     (["", ""], {"status": 1, "stderr": "quota exceeded\n"}, False),
+    (["", "ACTIVE"], {"status": 1, "stderr": "ALREADY_EXISTS: by another's hand\n"}, False),
 ])
 def test_a_slice_that_does_not_come_up_leaves_nothing_behind(laptop, states, create, deleted):
     laptop.rules(cloud(states, first=[(("queued-resources", "create"), [create])]))
@@ -216,11 +238,12 @@ def test_a_slice_of_that_name_is_refused_or_taken_as_it_is(laptop):
     said = launch(laptop, *RUN, status=2).stderr
     assert "exists already and is ACTIVE" in said and "--reuse" in said
     assert outline(laptop.calls()) == []
-    said = launch(laptop, *RUN, "--reuse", "--delete-at-end", status=2).stderr
-    assert "only by the action `delete`" in said and outline(laptop.calls()) == []
     launch(laptop, *RUN, "--reuse")
-    assert outline(laptop.calls()) == [
-        "ssh status", "scp", "ssh install", "ssh start", "ssh status"]
+    whole = ["ssh status", "scp", "ssh install", "ssh start", "ssh status"]
+    assert outline(laptop.calls()) == whole
+    laptop.rules(cloud(["ACTIVE"]))
+    launch(laptop, *RUN, "--reuse", "--delete-at-end")
+    assert outline(laptop.calls()) == [*whole, "delete"], "asked for, after work well done"
 
 
 def test_a_run_is_taken_up_again_without_touching_the_code_below_it(laptop, worker):
@@ -260,6 +283,19 @@ def test_workers_may_be_silent_for_a_while_but_not_for_good(laptop):
     assert "to delete: " in said.stdout and said.stderr.endswith(": Connection timed out\n")
 
 
+def test_a_cloud_out_of_reach_for_a_while_is_waited_for_and_then_its_cost_is_named(laptop):
+    active, cut = {"stdout": "ACTIVE\n"}, {"status": 1, "stderr": "Name resolution failed\n"}
+    laptop.rules(cloud(UP, first=[
+        (("queued-resources", "describe"), [NOT_FOUND, active, *[cut] * 10, active])]))
+    launch(laptop, *RUN)
+    assert outline(laptop.calls()) == [*BROUGHT_UP, "ssh status"]
+    laptop.rules(cloud(UP, first=[
+        (("queued-resources", "describe"), [NOT_FOUND, active, cut]), (("delete",), [cut])]))
+    said = launch(laptop, *RUN, "--delete-at-end=any", status=1)
+    assert "costs what it costs; to delete: " in said.stdout
+    assert said.stderr.endswith(": Name resolution failed\n")
+
+
 def test_a_slice_that_another_made_is_never_deleted(laptop):
     laptop.rules(cloud(["ACTIVE", "ACTIVE", "SUSPENDED"], [units("1", "1")]))
     said = launch(laptop, *RUN, "--reuse", status=1)
@@ -283,7 +319,7 @@ def test_restarts_have_a_limit(laptop):
 
 @pytest.mark.parametrize("ended, status, deleted", [
     (("3", "3"), 3, True), (("1", "1"), 1, False), (("2", "2"), 2, False),
-    (("1", "killed 6"), 1, False),
+    (("1", "killed 6"), 1, False), (("42", "1"), 1, False),
 ])
 def test_a_job_that_ended_ends_the_run_with_its_status(laptop, ended, status, deleted):
     laptop.rules(cloud(UP, [units(*ended)]))
