@@ -202,7 +202,6 @@ class _Compiler:
     def _advice(self, seating: Seating) -> str:
         """The smallest change under which an update would fit."""
         ghost, limit = self.config.ghost_size, self.slice.kind.memory_bytes
-        self.accumulates = True
         # As if memory grew with the seats; then one by one.
         needed = max(self.memory(key) for key in compilation.keys_of(seating))
         seats = min(seating.seats - 1, seating.seats * limit // max(needed, 1))
