@@ -14,20 +14,20 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bigbatch import checkpoint
 from bigbatch.metrics import read_events
 from tests import processes
 
 # Three phases; evaluations and saves take about half of the time, so that kills hit them.
-CONFIG = (
+DIGITS = {"config": (
     "increase", "recipe.epochs=5", "recipe.falls=((2,3),(3.5,3))", "limits.max_batch_size=128",
     "log_every_epochs=0.05", "eval_every_epochs=0.1", "checkpoint_every_epochs=0.2",
     "eval_batch_size=20", "keep_checkpoints=3", "tensorboard=false",
-)
+)}
 
 
 class Figures(NamedTuple):
@@ -42,11 +42,22 @@ class Figures(NamedTuple):
     half_lines: int  # that a start had to cut; the end has none
 
 
-def soak(folder: Path, kills: int, seed: int, say: Callable[[str], None] = print) -> Figures:
-    """Runs once undisturbed, once with `kills` kills, and compares."""
+def soak(
+    folder: Path, kills: int, seed: int, run: Mapping[str, Any] = DIGITS,
+    say: Callable[[str], None] = print,
+) -> Figures:
+    """Runs once undisturbed, once with `kills` kills, and compares.
+
+    Args:
+        folder: for both runs and their compiled programs.
+        kills: how many.
+        seed: what the moments are drawn from.
+        run: `file` and `config` of `processes.start`.
+        say: is told of each kill.
+    """
     draw = random.Random(seed)
     began = time.monotonic()
-    processes.end(processes.start(folder / "whole", config=CONFIG, cache=folder / "cache"))
+    processes.end(processes.start(folder / "whole", **run, cache=folder / "cache"))
     seconds = time.monotonic() - began
     say(f"the undisturbed run took {seconds:.0f} s")
 
@@ -58,7 +69,7 @@ def soak(folder: Path, kills: int, seed: int, say: Callable[[str], None] = print
         moment = draw.choice(MOMENTS)
         if moment is first_compile:
             shutil.rmtree(cache, ignore_errors=True)
-        running = processes.start(workdir, config=CONFIG, cache=cache)
+        running = processes.start(workdir, **run, cache=cache)
         reached = moment(running, workdir, draw, seconds)
         running.send_signal(signal.SIGKILL)
         output, _ = running.communicate()
@@ -79,8 +90,8 @@ def soak(folder: Path, kills: int, seed: int, say: Callable[[str], None] = print
             faults.append(spoil(checkpoint.finished(workdir)[-1], draw))
             spoiled += 1
             say(f"  spoiled {faults[-1]}")
-    processes.end(processes.start(workdir, config=CONFIG, cache=cache))
-    logs = [(run / "metrics.jsonl").read_bytes() for run in (workdir, folder / "whole")]
+    processes.end(processes.start(workdir, **run, cache=cache))
+    logs = [(ended / "metrics.jsonl").read_bytes() for ended in (workdir, folder / "whole")]
     return Figures(
         kills=moments,
         resumes=resumes + _resumes(workdir),

@@ -13,7 +13,7 @@ def test_two_phases_of_a_small_wide_resnet(tmp_path):
     config = configs.load("cifar10", ",".join([
         "increase", "recipe.epochs=3", "recipe.falls=((2,5),)", "data.train_split=train[:1024]",
         "data.train_examples=1024", "data.test_split=test[:500]", "data.test_examples=500",
-        "model.depth=10", "model.width=1", "ghost_size=64", "recipe.batch_size=64",
+        "model.depth=10", "model.width=1", "ghost_size=8", "recipe.batch_size=64",
         "max_per_device_batch=64", "eval_batch_size=63",
         "log_every_epochs=0.2", "tensorboard=false", f"data.dir={data_dir('cifar10')}",
     ]))

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -23,10 +22,45 @@ def start(*command):
     )
 
 
-def start_all(commands):
-    """Two at a time: most of each is imports."""
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda command: start(*command), commands))
+# Imports take most of a start, so many share them: each program runs in a fork, from its first line
+# on, with a command line, an output and an exit status of its own.
+FORKS = """
+import json, os, runpy, sys, warnings
+import bigbatch.slices, bigbatch.train, clu.parameter_overview
+for line in sys.stdin:
+    folder, program, *arguments = json.loads(line)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # JAX's, about its threads, of which it has none yet
+        process = os.fork()
+    if process == 0:
+        for number, name in enumerate(("stdin", "stdout", "stderr")):
+            os.dup2(os.open(f"{folder}/{name}", os.O_CREAT | os.O_RDWR), number)
+        sys.argv = [program, *arguments]
+        run = runpy.run_path if program.endswith(".py") else runpy.run_module
+        run(program, run_name="__main__")
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def start_forked(tmp_path_factory):
+    """Runs a module, as `python -m` would, or a file."""
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKS], cwd=REPOSITORY, text=True, stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, env=os.environ | {"XLA_FLAGS": ""},
+    ) as forks:
+
+        def run(*command):
+            folder = tmp_path_factory.mktemp("output")
+            forks.stdin.write(json.dumps([str(folder), *command]) + "\n")
+            forks.stdin.flush()
+            status = int(forks.stdout.readline())
+            return subprocess.CompletedProcess(
+                command, status, *((folder / name).read_text() for name in ("stdout", "stderr")))
+
+        yield run
+        forks.stdin.close()
 
 
 MISTAKES = [
@@ -46,9 +80,9 @@ MISTAKES = [
 ]
 
 
-def test_a_mistake_is_one_line_and_status_2():
-    commands = [["-m", "bigbatch.plan", *arguments] for arguments, _ in MISTAKES]
-    for (arguments, parts), done in zip(MISTAKES, start_all(commands), strict=True):
+def test_a_mistake_is_one_line_and_status_2(start_forked):
+    for arguments, parts in MISTAKES:
+        done = start_forked("bigbatch.plan", *arguments)
         said = f"{arguments}: {done.stderr}"
         assert (done.returncode, done.stdout) == (2, ""), said
         assert done.stderr.startswith("bigbatch: "), said
@@ -57,14 +91,14 @@ def test_a_mistake_is_one_line_and_status_2():
             assert part in done.stderr, said
 
 
-def test_settings_count_wherever_they_stand():
-    plans = start_all([["-m", "bigbatch.plan", "--format=json", *arguments] for arguments in (
+def test_settings_count_wherever_they_stand(start_forked):
+    for arguments in (
         [CIFAR, "--config.recipe.falls=((60,5),(120,5))", "--config.limits.max_batch_size=640"],
         ["--config.recipe.falls=((60,5),(120,5))", CIFAR + ",limits.max_batch_size=640"],
         ["--config.limits.max_batch_size", "640", "--config",
          "configs/cifar10.py:increase,recipe.falls=((60,5),(120,5)),limits.max_batch_size=5120"],
-    )])
-    for done in plans:
+    ):
+        done = start_forked("bigbatch.plan", "--format=json", *arguments)
         assert (done.returncode, done.stderr) == (0, "")
         batches = [phase["batch_size"] for phase in json.loads(done.stdout)["phases"]]
         assert batches == [128, 640, 640]
@@ -76,7 +110,7 @@ def test_help_shows_the_config_flag():
     assert "--devices" in done.stdout and "--format" in done.stdout
 
 
-def test_main_refuses_before_it_writes(tmp_path):
+def test_main_refuses_before_it_writes(start_forked, tmp_path):
     workdir = tmp_path / "run"
     digits = "--config=configs/digits.py:increase"
     mistakes = [
@@ -85,10 +119,8 @@ def test_main_refuses_before_it_writes(tmp_path):
         ([digits, "--config.limits.max_batch_size=100", f"--workdir={workdir}"], "is 100"),
         ([digits, "--stop_after_phase=noise/5", f"--workdir={workdir}"], "noise/3"),
     ]
-    done = start_all([
-        ["-m", "bigbatch.main", "--compilation_cache=", *arguments] for arguments, _ in mistakes
-    ])
-    for (arguments, part), ended in zip(mistakes, done, strict=True):
+    for arguments, part in mistakes:
+        ended = start_forked("bigbatch.main", "--compilation_cache=", *arguments)
         said = f"{arguments}: {ended.stderr}"
         assert (ended.returncode, ended.stdout) == (2, ""), said
         assert ended.stderr.count("\n") == 1 and part in ended.stderr, said
@@ -116,10 +148,12 @@ command_line.run(main)
 """
 
 
-def test_the_user_may_ask_for_more_or_less():
-    quiet, asked, silent = start_all([
-        ["-c", LOGGING], ["-c", LOGGING, "--verbosity=0"], ["-c", LOGGING, "--verbosity=-2"],
-    ])
+def test_the_user_may_ask_for_more_or_less(start_forked, tmp_path):
+    program = tmp_path / "logging_program.py"
+    program.write_text(LOGGING)
+    quiet, asked, silent = (
+        start_forked(str(program), *more) for more in ([], ["--verbosity=0"], ["--verbosity=-2"])
+    )
     assert "INFO" not in quiet.stderr and "said at WARNING" in quiet.stderr
     assert "said at INFO" in asked.stderr and "said at WARNING" in asked.stderr
     assert silent.stderr == ""
@@ -134,10 +168,10 @@ def get_config(argument=""):
 """
 
 
-def test_an_error_in_a_users_own_file_keeps_its_traceback(tmp_path):
+def test_an_error_in_a_users_own_file_keeps_its_traceback(start_forked, tmp_path):
     path = tmp_path / "broken.py"
     path.write_text(BROKEN_CONFIG)
-    done = start("-m", "bigbatch.plan", f"--config={path}:only")
+    done = start_forked("bigbatch.plan", f"--config={path}:only")
     assert done.returncode == 1
     assert f'{path}", line 5' in done.stderr and "sizes" in done.stderr
 

@@ -11,10 +11,15 @@ import pytest
 from bigbatch import checkpoint, evaluate, preemption, schedule, train
 from bigbatch.config import make_phases
 from bigbatch.metrics import read_events
-from tests import configs
+from tests.updates import conv_net
 
 # An evaluation takes three batches on each of the 8 devices, so that a stop can fall between.
 SMALL_BATCHES = ("eval_batch_size=20",)
+
+
+def small(*settings):
+    """Two epochs of the digits in three phases, with convolutions and dropout."""
+    return conv_net(*settings, features=8, dropout_rate=0.1)
 
 
 def run(config, workdir, **options):
@@ -36,7 +41,7 @@ def assert_same_bits(state, other, what):
 def whole(tmp_path_factory):
     """A run of three phases that nothing interrupts: its state and its workdir."""
     folder = tmp_path_factory.mktemp("whole")
-    return run(configs.tiny(*SMALL_BATCHES), folder), folder
+    return run(small(*SMALL_BATCHES), folder), folder
 
 
 def terminate_at(monkeypatch, count, number=signal.SIGTERM):
@@ -59,7 +64,7 @@ def test_stopped_by_sigterm_again_and_again_it_ends_with_the_same_bits(
 ):
     """Each start gets a few updates or evaluation batches further, so that stops fall before, at
     and after each phase boundary and inside evaluations."""
-    config = configs.tiny(*SMALL_BATCHES)
+    config = small(*SMALL_BATCHES)
     state, folder = whole
     stops = []
     for attempt in range(40):
@@ -88,7 +93,7 @@ def test_stopped_by_sigterm_again_and_again_it_ends_with_the_same_bits(
 @pytest.mark.parametrize("index", [0, 1])
 def test_stop_after_phase_hands_over_at_the_boundary(whole, tmp_path, index):
     state, folder = whole
-    config = configs.tiny(*SMALL_BATCHES)
+    config = small(*SMALL_BATCHES)
     phase = make_phases(config)[index]
     with pytest.raises(train.StoppedAfterPhase, match=phase.name):
         run(config, tmp_path, stop_after_phase=phase.name)
@@ -102,7 +107,7 @@ def test_stop_after_phase_hands_over_at_the_boundary(whole, tmp_path, index):
 
 def test_an_unknown_phase_to_stop_after_is_named(tmp_path):
     with pytest.raises(ValueError, match="noise/3.*phases are 0 or noise/1, 1 or noise/2"):
-        run(configs.tiny(), tmp_path / "new", stop_after_phase="noise/3")
+        run(small(), tmp_path / "new", stop_after_phase="noise/3")
     assert not (tmp_path / "new").exists()
 
 
@@ -110,7 +115,7 @@ def test_a_finished_run_is_left_as_it_is(whole):
     state, folder = whole
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")
               if path.is_file() and path.name not in ("lock", "timing.jsonl", "config.json")}
-    ended = run(configs.tiny(*SMALL_BATCHES), folder)
+    ended = run(small(*SMALL_BATCHES), folder)
     assert_same_bits(ended, state, "finished run, started again")
     after = {path: path.stat().st_mtime_ns for path in before}
     assert before == after
@@ -118,7 +123,7 @@ def test_a_finished_run_is_left_as_it_is(whole):
 
 def test_metrics_hold_each_event_once_and_all_that_was_due(whole):
     _, folder = whole
-    config = configs.tiny()
+    config = small()
     phases = make_phases(config)
     events = read_events(folder / "metrics.jsonl")
     seen = [event["examples_seen"] for event in events]
@@ -180,28 +185,29 @@ def test_the_run_learns(whole):
 
 def test_what_would_have_changed_the_trajectory_is_refused_side_by_side(whole):
     _, folder = whole
-    for setting, key in (
-        ("seed=1", "seed: 0 saved, 1 now"),
-        ("model.depth=16", "model.depth: 10 saved, 16 now"),
-        ("optimizer.weight_decay=0.001", "optimizer.weight_decay: 0.0005 saved, 0.001 now"),
-        ("data.augment.pad=2", "data.augment.pad: 1 saved, 2 now"),
-        ("recipe.learning_rate=0.2", "'learning_rate': 0.1"),
-        ("recipe.falls=((0.5,2),(1.4,2))", "phase 0"),
+    for config, key in (
+        (small("seed=1"), "seed: 0 saved, 1 now"),
+        (conv_net(features=16, dropout_rate=0.1), "model.features: 8 saved, 16 now"),
+        (small("optimizer.weight_decay=0.001"),
+         "optimizer.weight_decay: 0.0005 saved, 0.001 now"),
+        (small("data.augment.pad=2"), "data.augment.pad: 1 saved, 2 now"),
+        (small("recipe.learning_rate=0.2"), "'learning_rate': 0.1"),
+        (small("recipe.falls=((0.5,2),(1.4,2))"), "phase 0"),
     ):
         before = (folder / "metrics.jsonl").read_bytes()
         with pytest.raises(ValueError, match="another config") as caught:
-            run(configs.tiny(setting), folder)
-        assert key in str(caught.value), setting
+            run(config, folder)
+        assert key in str(caught.value), key
         assert (folder / "metrics.jsonl").read_bytes() == before
 
 
 def test_what_only_changes_examples_not_yet_seen_is_allowed_and_logged(tmp_path):
     """More epochs and a later fall: the same bits as a run that had them from its start."""
-    short, changed = configs.tiny(), ("recipe.epochs=2.2", "recipe.falls=((0.7,2),(1.6,2))")
+    short, changed = small(), ("recipe.epochs=2.2", "recipe.falls=((0.7,2),(1.6,2))")
     with pytest.raises(train.StoppedAfterPhase):
         run(short, tmp_path / "a", stop_after_phase="0")
-    state = run(configs.tiny(*changed), tmp_path / "a")
-    assert_same_bits(state, run(configs.tiny(*changed), tmp_path / "b"), "later fall")
+    state = run(small(*changed), tmp_path / "a")
+    assert_same_bits(state, run(small(*changed), tmp_path / "b"), "later fall")
     assert (tmp_path / "a/metrics.jsonl").read_bytes() == (
         tmp_path / "b/metrics.jsonl").read_bytes()
     notices = [event["text"] for event in read_events(tmp_path / "a/timing.jsonl")
@@ -212,20 +218,20 @@ def test_what_only_changes_examples_not_yet_seen_is_allowed_and_logged(tmp_path)
 def test_what_cannot_alter_the_trajectory_may_change(whole, tmp_path):
     state, _ = whole
     with pytest.raises(train.StoppedAfterPhase):
-        run(configs.tiny("log_every_epochs=0.3"), tmp_path, stop_after_phase="0")
+        run(small("log_every_epochs=0.3"), tmp_path, stop_after_phase="0")
     free = ("keep_checkpoints=5", "checkpoint_every_epochs=0.5", "eval_batch_size=100",
             "max_per_device_batch=512")
-    assert_same_bits(run(configs.tiny(*free), tmp_path), state, "free keys changed")
+    assert_same_bits(run(small(*free), tmp_path), state, "free keys changed")
 
 
 def test_an_interrupted_line_is_cut_and_written_again(whole, tmp_path):
     state, folder = whole
     with pytest.raises(train.StoppedAfterPhase):
-        run(configs.tiny(*SMALL_BATCHES), tmp_path, stop_after_phase="0")
+        run(small(*SMALL_BATCHES), tmp_path, stop_after_phase="0")
     log = tmp_path / "metrics.jsonl"
     later = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     log.write_text(log.read_text() + json.dumps(later) + "\n" + '{"updates": 3')
-    ended = run(configs.tiny(*SMALL_BATCHES), tmp_path)
+    ended = run(small(*SMALL_BATCHES), tmp_path)
     assert_same_bits(ended, state, "after a half line")
     assert log.read_bytes() == (folder / "metrics.jsonl").read_bytes()
 
@@ -233,20 +239,20 @@ def test_an_interrupted_line_is_cut_and_written_again(whole, tmp_path):
 def test_a_state_that_is_not_finite_is_not_saved_on_sigterm(tmp_path, monkeypatch):
     terminate_at(monkeypatch, 3)
     with pytest.raises(train.NotFinite, match="update [12] "):
-        run(configs.tiny("recipe.learning_rate=1e20"), tmp_path)
+        run(small("recipe.learning_rate=1e20"), tmp_path)
     assert checkpoint.finished(tmp_path) == []
 
 
 def test_ctrl_c_saves_first(tmp_path, monkeypatch):
     terminate_at(monkeypatch, 3, signal.SIGINT)
     with pytest.raises(train.Preempted):
-        run(configs.tiny(), tmp_path)
+        run(small(), tmp_path)
     assert checkpoint.find_newest(tmp_path).run["updates"] == 2
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_at_its_update(tmp_path):
-    config = configs.tiny("recipe.learning_rate=1e20", "checkpoint_every_epochs=0.02")
+    config = small("recipe.learning_rate=1e20", "checkpoint_every_epochs=0.02")
     with pytest.raises(train.NotFinite, match=r"update \d+ \(from example \d+\)") as caught:
         run(config, tmp_path)
     broke_at = int(str(caught.value).split("from example ")[1].split(")")[0])

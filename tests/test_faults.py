@@ -12,25 +12,36 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flax import nnx
-from ml_collections import ConfigDict
 
 from bigbatch import checkpoint, program_cache, train
 from bigbatch.metrics import read_events
-from tests import configs, processes, soak
-from tests.test_continuing import assert_same_bits, run
+from tests import processes, small_config, soak
+from tests.test_continuing import assert_same_bits, run, small
+from tests.updates import with_model
+
+# A small network, and a run that has to be caught while it lasts.
+SMALL = processes.SMALL
+LONG = ("recipe.epochs=100000", "log_every_epochs=2", "eval_every_epochs=20")
+# For the short soak: three phases, with the programs of each and as many saves as evaluations.
+SOAKED = SMALL | {"config": (
+    *SMALL["config"], "recipe.epochs=12", "recipe.falls=((4,2),(8,2))", "log_every_epochs=0.3",
+    "eval_every_epochs=0.6", "checkpoint_every_epochs=0.6", "eval_batch_size=8",
+    "keep_checkpoints=3",
+)}
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A tiny run that nothing interrupts, and all its checkpoints."""
     folder = tmp_path_factory.mktemp("whole")
-    return run(configs.tiny("keep_checkpoints=9"), folder), folder
+    return run(small("keep_checkpoints=9"), folder), folder
 
 
 def test_a_soak_of_kills_and_spoiled_checkpoints_loses_no_bit(tmp_path):
-    """The short form of `make soak`."""
-    found = soak.soak(tmp_path, kills=2, seed=1)
+    """The short form of `make soak`: a kill after a save, and one and a damage at a new phase."""
+    found = soak.soak(tmp_path, kills=2, seed=64, run=SOAKED)
     assert found.kills.total() == 2
+    assert found.resumes > 0 and found.spoiled > 0, found
     assert found.bits_different == 0
     assert found.same_metrics, "metrics.jsonl differs from that of a run never killed"
     assert found.detected == found.spoiled
@@ -41,7 +52,7 @@ def test_a_cut_cache_entry_costs_one_recompile(tmp_path):
     cache = tmp_path / "cache"
 
     def one_run(name):
-        processes.end(processes.start(tmp_path / name, "recipe.epochs=1.5", cache=cache))
+        processes.end(processes.start(tmp_path / name, **SMALL, cache=cache))
         return {path.name: path.stat().st_mtime_ns for path in cache.glob("*-cache")}
 
     written = one_run("a")
@@ -97,7 +108,7 @@ def test_training_goes_on_from_the_newest_checkpoint_that_is_whole(whole, tmp_pa
     for path, kind in zip(damaged, ("truncated", "a flipped bit"), strict=True):
         damage(kind, max(path.rglob("d/*"), key=lambda file: file.stat().st_size))
     assert_same_bits(
-        run(configs.tiny("keep_checkpoints=9"), tmp_path / "run"), state, "after damage")
+        run(small("keep_checkpoints=9"), tmp_path / "run"), state, "after damage")
     names = [path.name for path in checkpoint.finished(folder)]
     assert [path.name for path in checkpoint.finished(tmp_path / "run")] == names
     assert checkpoint.find_newest(tmp_path / "run").faults == []
@@ -115,14 +126,14 @@ def test_where_no_checkpoint_is_whole_nothing_is_deleted(whole, tmp_path):
         damage("a flipped bit", path / "run.json")
     before = sorted(path for path in (tmp_path / "run").rglob("*"))
     with pytest.raises(ValueError, match="no checkpoint is whole.*nothing was deleted") as caught:
-        run(configs.tiny("keep_checkpoints=9"), tmp_path / "run")
+        run(small("keep_checkpoints=9"), tmp_path / "run")
     for path in checkpoint.finished(whole[1]):
         assert path.name + "/run.json is damaged" in str(caught.value)
     assert sorted(path for path in (tmp_path / "run").rglob("*")) == before
 
 
 def test_the_newest_and_every_phase_boundary_are_kept(tmp_path):
-    config = configs.tiny("keep_checkpoints=2", "checkpoint_every_epochs=0.1")
+    config = small("keep_checkpoints=2", "checkpoint_every_epochs=0.1")
     run(config, tmp_path)
     kept = [int(path.name) for path in checkpoint.finished(tmp_path)]
     boundaries = [phase.end_example for phase in train.make_phases(config)]
@@ -148,21 +159,20 @@ def test_retention_counts_what_was_written_and_not_what_is_damaged(tmp_path):
 
 def test_a_relative_workdir_and_one_that_is_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run(configs.tiny("recipe.epochs=1.5", "tensorboard=true"), "runs/a")
+    run(small("recipe.epochs=1.5", "tensorboard=true"), "runs/a")
     assert checkpoint.load("runs/a")["params"]
     written = b"".join(file.read_bytes() for file in (tmp_path / "runs/a/tensorboard").iterdir())
     for name in (b"test_accuracy", b"noise_scale", b"train_loss"):
         assert name in written
     with pytest.raises(ValueError, match="s3://bucket/run is no folder of this machine"):
-        run(configs.tiny(), "s3://bucket/run")
+        run(small(), "s3://bucket/run")
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
 # --- stopped ----------------------------------------------------------------------------------
-def test_sigterm_while_training_ends_with_a_checkpoint_and_42(whole, tmp_path):
+def test_sigterm_while_training_ends_with_a_checkpoint_and_42(tmp_path):
     log = tmp_path / "run/metrics.jsonl"
-    first = processes.start(tmp_path / "run", "checkpoint_every_epochs=100", "recipe.epochs=40",
-                            "recipe.falls=((0.7,2),(39,2))")
+    first = processes.start(tmp_path / "run", *LONG, "checkpoint_every_epochs=99999", **SMALL)
     processes.wait_until(lambda: len(read_events(log)) > 20, first, "20 events")
     told = time.monotonic()
     first.send_signal(signal.SIGTERM)
@@ -187,21 +197,23 @@ def test_sigterm_while_the_first_program_is_compiled_ends_at_once(tmp_path):
 
 # --- crowded out, read-only, full ---------------------------------------------------------------
 def test_a_second_job_on_the_same_workdir_is_refused(tmp_path):
-    first = processes.start(tmp_path, "recipe.epochs=40", "recipe.falls=((0.7,2),(39,2))")
+    first = processes.start(tmp_path, *LONG, "recipe.falls=((99999,2),)",
+                            "checkpoint_every_epochs=99999", **SMALL)
     processes.wait_until((tmp_path / "timing.jsonl").exists, first, "its first event")
-    output = processes.end(processes.start(tmp_path), status=2)
+    output = processes.end(processes.start(tmp_path, **SMALL), status=2)
     assert f"held by another job (process {first.pid} on" in output
     assert len(output.strip().splitlines()) == 1, output
     first.kill()
     first.communicate()
-    run(configs.tiny(), tmp_path)  # the kill has freed it
+    run(small_config.get_config("resident"), tmp_path)  # the kill has freed it
 
 
 def test_a_workdir_that_cannot_be_made_is_refused_before_compiling(tmp_path):
     (tmp_path / "file").write_text("")
-    output = processes.end(processes.start(tmp_path / "file" / "run"), status=2)
-    assert "file/run cannot be written: Not a directory; give --workdir" in output
-    assert len(output.strip().splitlines()) == 1, output
+    with pytest.raises(
+        ValueError, match="file/run cannot be written: Not a directory; give --workdir"
+    ):
+        run(small(), tmp_path / "file" / "run")
 
 
 @pytest.fixture
@@ -219,11 +231,11 @@ def small_disk(tmp_path):
 @pytest.mark.parametrize("what", ["checkpoint", "log"])
 def test_a_full_disk_is_named_with_the_last_good_checkpoint(small_disk, tmp_path, what):
     workdir = small_disk / "run"
-    long_run = ("recipe.epochs=200", "recipe.falls=((0.7,2),(199,2))", "keep_checkpoints=1",
-                "checkpoint_every_epochs=" + ("1" if what == "checkpoint" else "190"),
+    every = 20 if what == "checkpoint" else 99_999
+    settings = (*LONG, "keep_checkpoints=1", f"checkpoint_every_epochs={every}",
                 "tensorboard=true")
     with (small_disk / "filling").open("wb", buffering=0) as filling:
-        process = processes.start(workdir, *long_run)
+        process = processes.start(workdir, *settings, **SMALL)
         wanted = 2 if what == "checkpoint" else 1
         processes.wait_until(
             lambda: len(checkpoint.finished(workdir)) >= wanted, process, "its first checkpoints")
@@ -243,7 +255,7 @@ def test_a_full_disk_is_named_with_the_last_good_checkpoint(small_disk, tmp_path
 def test_a_read_only_workdir_is_refused_before_compiling(small_disk):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(ValueError, match="cannot be written: Read-only file system"):
-        run(configs.tiny(), small_disk / "run")
+        run(small(), small_disk / "run")
 
 
 # --- saves in the background --------------------------------------------------------------------
@@ -260,11 +272,12 @@ class Broad(nnx.Module):
         return self.head(nnx.relu(self.second(hidden)))
 
 
-def test_a_save_blocks_the_loop_for_an_update_or_a_moment(whole, tmp_path):
+def test_a_save_blocks_the_loop_for_an_update_or_a_moment(tmp_path):
     """With 75 MB of state, whose writing takes many times longer than what the loop waits."""
-    config = configs.tiny("recipe.epochs=1", "recipe.falls=((0.7,2),)", "recipe.momentum=0.5",
-                          "checkpoint_every_epochs=0.3", "eval_every_epochs=1")
-    config.network, config.model = "tests.test_faults.Broad", ConfigDict()
+    config = with_model(
+        "test_faults.Broad", {}, "recipe.epochs=0.5", "recipe.falls=((0.3,2),)",
+        "recipe.momentum=0.5", "recipe.batch_size=96", "checkpoint_every_epochs=0.15",
+        "eval_every_epochs=1")
     run(config, tmp_path)
     events = read_events(tmp_path / "timing.jsonl")
     blocked = [event["blocked_seconds"] for event in events if event["event"] == "save"]
@@ -273,7 +286,7 @@ def test_a_save_blocks_the_loop_for_an_update_or_a_moment(whole, tmp_path):
     assert sorted(blocked)[len(blocked) // 2] <= max(0.15, update), (blocked, update)
 
 
-def test_a_save_that_fails_in_the_background_is_raised(whole, tmp_path, monkeypatch):
+def test_a_save_that_fails_in_the_background_is_raised(tmp_path, monkeypatch):
     """Its folder vanishes while Orbax writes: nothing the loop itself would notice."""
     commit = checkpoint._commit
 
@@ -284,7 +297,7 @@ def test_a_save_that_fails_in_the_background_is_raised(whole, tmp_path, monkeypa
 
     monkeypatch.setattr(checkpoint, "_commit", without_its_folder)
     with pytest.raises(checkpoint.WriteError, match="the last good checkpoint is") as caught:
-        run(configs.tiny("checkpoint_every_epochs=0.2"), tmp_path)
+        run(small("checkpoint_every_epochs=0.2"), tmp_path)
     good = checkpoint.finished(tmp_path)[-1]
     assert str(good) in str(caught.value)
     json.loads((good / "run.json").read_text())
