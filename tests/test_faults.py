@@ -170,6 +170,30 @@ def test_a_relative_workdir_and_one_that_is_no_folder(tmp_path, monkeypatch):
 
 
 # --- stopped ----------------------------------------------------------------------------------
+
+
+SLOW_SAVES = """
+import time
+from bigbatch import checkpoint, command_line, main
+checkpoint._commit = lambda *_: time.sleep(60)
+command_line.run(main.main)
+"""
+
+
+def test_a_second_ctrl_c_waits_for_nothing(tmp_path):
+    process = processes.start_python(
+        "-c", SLOW_SAVES, "--config=tests/small_config.py:resident,recipe.epochs=100000",
+        f"--workdir={tmp_path}", "--compilation_cache=")
+    log = tmp_path / "metrics.jsonl"
+    processes.wait_until(lambda: len(read_events(log)) > 1, process, "two events")
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None, "the first one waits for its save"
+    process.send_signal(signal.SIGINT)
+    output = processes.end(process, status=128 + signal.SIGINT, seconds=10)
+    assert output.rstrip().endswith("bigbatch: interrupted."), output
+
+
 def test_sigterm_while_training_ends_with_a_checkpoint_and_42(tmp_path):
     log = tmp_path / "run/metrics.jsonl"
     first = processes.start(tmp_path / "run", *LONG, "checkpoint_every_epochs=99999", **SMALL)
