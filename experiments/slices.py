@@ -55,7 +55,7 @@ def table(plans: Sequence[dict[str, Any]]) -> str:
         return texts[0] if texts[0] == texts[1] else " to ".join(texts)
 
     lines = [
-        "| preset | slice | passes | memory, GiB | of | all-reduces | MB reduced | update, ms | "
+        "| preset | slice | passes | memory, GiB | of | all-reduces | MB reduced | update, s | "
         "run, hours | chip-hours |", "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for planned in plans:
@@ -68,7 +68,7 @@ def table(plans: Sequence[dict[str, Any]]) -> str:
             if compiled["fits"] else "does not fit",
             span([row["memory_limit_bytes"] / topology.GIB for row in rows], ".1f"),
             span([count for count, _ in sums], "d"), span([size / 1e6 for _, size in sums], ".0f"),
-            span([1000 * row["seconds"] for row in rows], ".3g"),
+            span([row["seconds"] for row in rows], ".3g"),
             f"{compiled['seconds_at_least'] / 3600:.2g}", f"{compiled['chip_hours_at_least']:.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")

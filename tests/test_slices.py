@@ -1,6 +1,7 @@
 """Plans for slices of Cloud TPU, by the TPU's own compiler."""
 
 import contextlib
+import json
 import math
 import os
 import subprocess
@@ -18,6 +19,7 @@ from ml_collections import ConfigDict
 from bigbatch import compiled, network, slices, topology
 from bigbatch.config import make_phases
 from bigbatch.plan import plan
+from experiments.slices import FAMILIES, SLICES, load, table
 from tests import configs
 from tests.conftest import REPOSITORY
 
@@ -239,6 +241,25 @@ def test_seats_that_stay_idle_are_counted_and_the_largest_slice_without_any_is_n
         "imagenet_inception_resnet_v2", "figure7_momentum_0.9,model.blocks=(1,1,1)")
     first = plan(config, 256)["phases"][0]
     assert (first["batch_size"], first["idle_share"], first["fills_devices"]) == (8192, 0.5, 128)
+
+
+def test_the_record_of_imagenets_presets_is_what_the_docs_say():
+    """Made by `make slices`, in hours; each update in it is one reduction and nothing else."""
+    record = json.loads((REPOSITORY / "experiments/records/slices.json").read_text())
+    assert table(record["plans"]) in (REPOSITORY / "launch/README.md").read_text()
+    presets = {planned["config"] for planned in record["plans"]}
+    assert presets == {f"{family}:{preset}" for family in FAMILIES
+                       for preset in load(family).PRESETS}
+    assert {planned["topology"] for planned in record["plans"]} >= set(SLICES)
+    for planned in record["plans"]:
+        told = planned["compiled"]
+        assert told["fits"], (planned["config"], planned["topology"])
+        # In float32: parameters, a mean and a variance of each normalised channel (26 560 in
+        # ResNet-50; 30 272 in Inception-ResNet-V2 and 896 in its auxiliary head), and 4 scalars.
+        channels = 26_560 if "resnet50" in planned["config"] else 30_272 + 896
+        size = 4 * (planned["parameters"] + 2 * channels + 4)
+        for row in told["phases"]:
+            assert row["collectives"] == {"all-reduce": [1, size]}
 
 
 def test_without_the_compiler_it_is_one_line():
