@@ -24,7 +24,7 @@ from absl import flags
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from bigbatch import command_line, job, network, schedule, slices, topology
+from bigbatch import command_line, job, network, schedule, topology
 from bigbatch.config import check, make_phases, make_recipe, make_seatings
 from bigbatch.progress import format_seconds
 
@@ -183,12 +183,12 @@ def _idle_paragraph(phases: Sequence[Mapping[str, Any]]) -> list[str]:
 def _compiled_paragraphs(compiled: Mapping[str, Any]) -> list[str]:
     """What `slices.compile_for` returned, for a person."""
     named = [*((str(index), row) for index, row in enumerate(compiled["phases"])),
-             *((f"evaluation on {row['slice']}", row) for row in compiled["evaluations"])]
+             *(("evaluation", row) for row in compiled["evaluations"])]
     rows = [
         [
             name, row["slice"], row["devices"], f"{row['compile_seconds']:.0f}",
             *(f"{row[key] / topology.GIB:.2f}" for key in ("memory_bytes", "memory_limit_bytes")),
-            f"{row['flops'] / 1e9:.4g}",
+            f"{row['flops'] / 1e12:.3g}",
             *(sum(pair[at] for pair in row["collectives"].values()) / scale
               for at, scale in ((0, 1), (1, 1e6))),
             "" if row["seconds"] is None else f"{1000 * row['seconds']:.4g}",
@@ -197,11 +197,11 @@ def _compiled_paragraphs(compiled: Mapping[str, Any]) -> list[str]:
         for name, row in named
     ]
     for row in rows:
-        row[7:9] = f"{row[7]:.0f}", f"{row[8]:.4g}"
+        row[7:9] = f"{row[7]:.0f}", f"{row[8]:.4g}" if row[8] >= 0.001 else "<0.001"
     lines = [
-        "Compiled for each slice, of one update or evaluation on one device:",
-        _table(["", "slice", "devices", "compile s", "memory GiB", "of GiB", "Gflop", "collectives",
-                "MB reduced", "estimated ms", "fits"], rows),
+        "Compiled for each slice, of one update or evaluation on one device (times are estimates):",
+        _table(["", "slice", "devices", "compile s", "memory GiB", "of GiB", "Tflop", "collectives",
+                "MB reduced", "about ms", "fits"], rows),
     ]
     lines += [textwrap.fill(f"{name} does not fit on {row['slice']}: {row['advice']}.", 100)
               for name, row in named if not row["fits"]]
@@ -245,6 +245,8 @@ def main(arguments: Sequence[str]) -> None:
                 f"--topology={TOPOLOGY.value} and --devices={DEVICES.value}: a slice says how many "
                 "devices it has; give one of the two."
             )
+        from bigbatch import slices  # with all of training, whose imports take seconds
+
         check(config)
         phases = make_phases(config)
         found = slices.parse(TOPOLOGY.value, phases)

@@ -140,7 +140,7 @@ def test_8192_in_ghosts_of_64_fill_at_most_128_devices():
 
 def test_devices_change_no_phase():
     one, many = (plan(configs.tiny(), devices)["phases"] for devices in (1, 7))
-    dealing = {"ghost_batches", "microbatches", "seats", "idle_share"}
+    dealing = {"devices", "ghost_batches", "microbatches", "seats", "idle_share"}
     for before, after in zip(one, many, strict=True):
         assert {key: before[key] for key in before.keys() - dealing} == {
             key: after[key] for key in after.keys() - dealing}
@@ -181,8 +181,8 @@ def test_the_table_shows_every_phase_and_fits_a_terminal():
     assert rows[4][1:] == ["noise/125", "160.08 to 204.83", "5 120", "437", "0.032", "0.9", "2.805",
                            "3.125", "1.02"]
     # 640 is 5 ghost batches on 8 devices; the last phase is 40, and ends 1280 past 204.8 epochs.
-    assert rows[5] == ["0", "0", "250 240", "240", "5", "1", "1", "37.5%"]
-    assert rows[9] == ["4", "8 003 840", "10 241 280", "1 280", "40", "1", "5"]
+    assert rows[5] == ["0", "0", "250 240", "240", "5", "8", "1", "1", "37.5%"]
+    assert rows[9] == ["4", "8 003 840", "10 241 280", "1 280", "40", "8", "1", "5"]
     said = " ".join(text.split())
     for part in ("6 454 updates", "10 241 280 examples", "epochs of 50 000", "2 748 890 parameters",
                  "A constant batch of 128 (the strategy decay) takes 80 000 updates: 12.4 times",

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from bigbatch import compiled, network, slices, topology
 from bigbatch.config import make_phases
-from bigbatch.plan import plan
+from bigbatch.plan import as_text, plan
 from experiments.slices import FAMILIES, SLICES, load, table
 from tests import configs
 from tests.conftest import REPOSITORY
@@ -234,6 +234,16 @@ def test_the_totals_are_the_sums_of_their_parts(pod):
         math.fsum(one * count for one, count in zip(seconds, chips, strict=True)))
     # Every half epoch of two: as a run writes them, one at each.
     assert [row["count"] for row in told["evaluations"]] == [1, 3]
+
+
+def test_the_table_fits_a_terminal(pod):
+    config, phases, found, _, told = pod
+    text = as_text(plan(config, [one.devices for one in found]) | {"compiled": told})
+    assert max(map(len, text.splitlines())) <= 100
+    rows = [line.split()[:3] for line in text.splitlines() if " v2-" in line]
+    assert rows == [["0", "v2-256", "256"], ["1", "v2-512", "512"], ["2", "v2-512", "512"],
+                    ["evaluation", "v2-256", "256"], ["evaluation", "v2-512", "512"]]
+    assert "chip-hours. A lower bound" in " ".join(text.split())
 
 
 def test_seats_that_stay_idle_are_counted_and_the_largest_slice_without_any_is_named():
