@@ -229,8 +229,7 @@ def test_logits_and_every_stage_equal_those_of_keras(keras):
     ends = [numbered(network.layers, "max_pooling2d")[1].output] + [
         network.get_layer(name).output
         for name in ("mixed_5b", "block35_10_ac", "mixed_6a", "block17_20_ac", "mixed_7a")
-    ] + [network.get_layer("conv_7b").input, network.get_layer("conv_7b_ac").output,
-         network.output]
+    ] + [network.get_layer("conv_7b").input, network.get_layer("conv_7b_ac").output, network.output]
     probe = keras.Model(network.input, ends)
     # 4x4 patches of random colours: pooled noise would look the same whatever the image.
     colours = np.random.default_rng(4).uniform(-1, 1, (2, 4, 4, 3))
