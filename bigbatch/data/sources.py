@@ -172,8 +172,9 @@ def open_tfds(data: ConfigDict) -> Any:
             + _how_to_prepare(data.name, "FOLDER", str(folder / "downloads"))
         )
     _check_features(builder, data)
-    splits = (data.train_split, data.test_split)
-    return local_copy.bring_down(builder, splits) if remote else builder
+    if remote:
+        return local_copy.bring_down(builder, (data.train_split, data.test_split))
+    return builder
 
 
 def tfds_records(builder: Any, name: str, split: str) -> Records:
