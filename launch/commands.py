@@ -8,7 +8,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,6 +30,26 @@ class Failed(Exception):
         last = f": {said[-1]}" if said else ""
         super().__init__(f"status {status} from `{line}`{last}")
         self.status, self.stderr = status, stderr
+
+
+def make_parser(recipe: str, text: str) -> argparse.ArgumentParser:
+    """The command line of launch/RECIPE.py, whose --help is the docstring `text`."""
+    return argparse.ArgumentParser(
+        prog=f"launch/{recipe}.py", description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_actions(
+    parser: argparse.ArgumentParser, actions: Mapping[str, str]
+) -> dict[str, argparse.ArgumentParser]:
+    """A parser for each action (name: what it does), with the flags that all recipes have."""
+    subparsers = parser.add_subparsers(dest="action", required=True)
+    parsers = {action: subparsers.add_parser(action, help=text, description=text)
+               for action, text in actions.items()}
+    for one in parsers.values():
+        add_flags(one)
+    return parsers
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -156,21 +156,15 @@ def logs(options: argparse.Namespace) -> None:
 def main(argv: list[str]) -> int:
     """The command line."""
     own, arguments = commands.split(argv)
-    parser = argparse.ArgumentParser(
-        prog="launch/gke.py", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    actions = parser.add_subparsers(dest="action", required=True)
-    for action, text in {
+    parser = commands.make_parser("gke", __doc__)
+    for action, one in commands.add_actions(parser, {
         "cluster": "make a cluster with one slice, through xpk",
         "image": "build and push the image",
         "create": "run the job, through xpk", "list": "the cluster's jobs, through xpk",
         "delete": "delete the job, through xpk", "logs": "follow the first host's output",
         "jobset": "print the JobSet", "apply": "run the job as that JobSet",
         "unapply": "delete that JobSet",
-    }.items():
-        one = actions.add_parser(action, help=text, description=text)
-        commands.add_flags(one)
+    }).items():
         if action != "list":
             one.add_argument("name", help="of the cluster, image or job")
         if action in ("cluster", "create", "list", "delete"):

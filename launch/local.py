@@ -137,10 +137,7 @@ def _print(index: int, process: subprocess.Popen) -> None:
 def main(argv: list[str]) -> int:
     """The command line."""
     own, arguments = commands.split(argv)
-    parser = argparse.ArgumentParser(
-        prog="launch/local.py", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = commands.make_parser("local", __doc__)
     parser.add_argument("--processes", type=int, default=2, help="default 2")
     parser.add_argument("--devices-per-process", type=int, default=1, help="default 1")
     parser.add_argument("--port", type=int, default=0, help="of the first process; 0: a free one")

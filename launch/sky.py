@@ -69,18 +69,12 @@ def launch(options: argparse.Namespace, arguments: Sequence[str]) -> None:
 def main(argv: list[str]) -> int:
     """The command line."""
     own, arguments = commands.split(argv)
-    parser = argparse.ArgumentParser(
-        prog="launch/sky.py", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    actions = parser.add_subparsers(dest="action", required=True)
-    for action, text in {
+    parser = commands.make_parser("sky", __doc__)
+    for action, one in commands.add_actions(parser, {
         "task": "print the task", "launch": "hand the job to SkyPilot",
         "queue": "the jobs SkyPilot has", "logs": "follow the job's output",
         "cancel": "end the job and delete its slice",
-    }.items():
-        one = actions.add_parser(action, help=text, description=text)
-        commands.add_flags(one)
+    }).items():
         if action != "queue":
             one.add_argument("name", help="of the job")
         if action in ("task", "launch"):

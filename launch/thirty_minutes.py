@@ -97,10 +97,7 @@ def train(options: argparse.Namespace, extra: list[str]) -> int:
 def main(argv: list[str]) -> int:
     """The command line."""
     own, extra = commands.split(argv)
-    parser = argparse.ArgumentParser(
-        prog="launch/thirty_minutes.py", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = commands.make_parser("thirty_minutes", __doc__)
     parser.add_argument("name", nargs="?", default="", help="of the slices")
     parser.add_argument("--platform", choices=["tpu_vm", "local"], default="tpu_vm")
     parser.add_argument("--workdir", required=True)

@@ -272,12 +272,8 @@ def standing(options: argparse.Namespace) -> str:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The flags, without those of bigbatch.main."""
-    parser = argparse.ArgumentParser(
-        prog="launch/tpu_vm.py", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    actions = parser.add_subparsers(dest="action", required=True)
-    for action, text in {
+    parser = commands.make_parser("tpu_vm", __doc__)
+    for action, one in commands.add_actions(parser, {
         "create": "make the slice and wait until it is there",
         "install": "bring the committed tree and its packages onto all hosts",
         "start": "start the job on all hosts",
@@ -288,13 +284,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "delete": "delete the slice",
         "run": "create, install, start, watch to the end; a slice of its own that was taken away "
                "is deleted and made again",
-    }.items():
-        one = actions.add_parser(action, help=text, description=text)
+    }).items():
         one.add_argument("name", help="of the slice and its request")
         one.add_argument("--zone", required=True)
         one.add_argument("--project", default="", help="default: gcloud's")
         one.add_argument("--poll-seconds", type=float, default=30.0, help="default 30")
-        commands.add_flags(one)
         if action in ("create", "run"):
             one.add_argument("--accelerator-type", required=True, help="v2-256, v5litepod-16, ...")
             one.add_argument("--runtime-version", default="", help="default: what fits the type")

@@ -9,23 +9,12 @@ import pytest
 import yaml
 
 from bigbatch import topology
-from tests.launch_standins import NASTY, REPOSITORY, Laptop, cloud, outline, units
+from tests.launch_standins import NASTY, REPOSITORY, cloud, outline, units
 
 JOB = ("--", *NASTY)
 ENVIRONMENT = "BIGBATCH_TEST=it's $HOME"
 SLICE = ("--tpu-type=v5litepod-256", "--spot")
 CLUSTER = ("--cluster=c", "--zone=z", "--retry-seconds=0")
-
-
-@pytest.fixture(scope="module")
-def _checkout(tmp_path_factory):
-    return Laptop(tmp_path_factory.mktemp("laptop"))
-
-
-@pytest.fixture
-def laptop(_checkout):
-    _checkout.rules([])
-    return _checkout
 
 
 def recorded(script, folder):

@@ -8,23 +8,12 @@ import sys
 
 import pytest
 
-from tests.launch_standins import NASTY, NOT_FOUND, Laptop, cloud, outline, units, workers
+from tests.launch_standins import NASTY, NOT_FOUND, cloud, outline, units, workers
 
 WHERE = ("slice", "--zone=z", "--retry-seconds=0", "--poll-seconds=0")
 RUN = ("run", *WHERE, "--accelerator-type=v2-256", "--spot")
 UP = ["", "ACTIVE"]
 BROUGHT_UP = ["create", "scp", "ssh install", "ssh start"]
-
-
-@pytest.fixture(scope="module")
-def _checkout(tmp_path_factory):
-    return Laptop(tmp_path_factory.mktemp("laptop"))
-
-
-@pytest.fixture
-def laptop(_checkout):
-    _checkout.rules([])
-    return _checkout
 
 
 def launch(laptop, *arguments, status=0, job=NASTY):
