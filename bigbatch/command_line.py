@@ -6,7 +6,7 @@ import signal
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import ModuleType, TracebackType
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict
@@ -85,17 +85,27 @@ def config() -> ConfigDict:
 @functools.cache
 def _load(config: str) -> ConfigDict:
     path, _, argument = config.partition(":")
+    return load_file(path).get_config(argument)
+
+
+def load_file(path: str | Path) -> ModuleType:
+    """A config file, as a module with `get_config(argument)`.
+
+    Raises:
+        ValueError: if there is no such file, or no such function in it.
+    """
     spec = importlib.util.spec_from_file_location("config", path)  # None if no Python file's name
     if spec is None or not Path(path).is_file():
         raise ValueError(
-            f"--config names {path!r}, and there is no such Python file; write for example "
+            f"--config names {str(path)!r}, and there is no such Python file; write for example "
             f"{EXAMPLE}."
         )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
-        raise ValueError(f"--config names {path!r}, which has no function get_config(argument).")
-    return module.get_config(argument)
+        raise ValueError(f"--config names {str(path)!r}, which has no function "
+                         "get_config(argument).")
+    return module
 
 
 def refuse(text: str) -> None:

@@ -209,6 +209,20 @@ def make_seatings(
     ]
 
 
+def due(config: ConfigDict, total: int, what: str, start: int, end: int) -> bool:
+    """Whether the update from example `start` to `end` reaches a multiple of an interval.
+
+    Args:
+        config: whose `log_every_epochs`, `eval_every_epochs` and `checkpoint_every_epochs` count.
+        total: examples of the whole run, at whose end everything is due.
+        what: "log", "eval" or "checkpoint".
+        start: examples seen before the update.
+        end: examples seen after it.
+    """
+    every = max(1, round(config[f"{what}_every_epochs"] * config.data.train_examples))
+    return end // every > start // every or end == total
+
+
 def check(config: ConfigDict) -> None:
     """Refuses values that nothing further down could make sense of.
 

@@ -33,9 +33,9 @@ DEVICES = flags.DEFINE_integer("devices", None, "How many devices share an updat
 TOPOLOGY = flags.DEFINE_string(
     "topology", "", "A slice to compile for, as v2-256 or v2:8x16; SLICE,PHASE=SLICE,... to change."
 )
+REMEMBERED = "~/.cache/bigbatch/plans"
 CACHE = flags.DEFINE_string(
-    "plan_cache", "~/.cache/bigbatch/plans",
-    "Folder that remembers what compiling has shown; empty for none.",
+    "plan_cache", REMEMBERED, "Folder that remembers what compiling has shown; empty for none."
 )
 FORMAT = flags.DEFINE_enum("format", "table", ["table", "json"], "What to print.")
 
@@ -97,6 +97,32 @@ def plan(config: ConfigDict, devices: int | Sequence[int]) -> dict[str, Any]:
         "constant_batch": {"batch_size": batch, "updates": -(-last.nominal_end_example // batch)},
         "notes": schedule.notes(make_recipe(config), phases),
     }
+
+
+def plan_for_slices(config: ConfigDict, topology_text: str, cache: str) -> dict[str, Any]:
+    """As `plan`, for slices of Cloud TPU, with what compiling for them shows.
+
+    Args:
+        config: see `config.base_config`.
+        topology_text: the slices; see `slices.parse`.
+        cache: folder that remembers what compiling has shown; "" for none.
+
+    Returns:
+        What `plan` returns, and `compiled`: see `slices.compile_for`.
+
+    Raises:
+        ValueError: for anything in the config or the text that cannot be right, or if the TPU
+            compiler is not there.
+    """
+    from bigbatch import slices  # with the checkpoints' and logs' libraries, which take seconds
+
+    check(config)
+    phases = make_phases(config)
+    found = slices.parse(topology_text, phases)
+    return plan(config, [one.devices for one in found]) | {"compiled": slices.compile_for(
+        config, phases, found, Path(cache).expanduser() if cache else None,
+        lambda text: print(text, file=sys.stderr, flush=True),
+    )}
 
 
 def _fills_devices(config: ConfigDict, phase: schedule.Phase) -> int:
@@ -237,26 +263,17 @@ def main(arguments: Sequence[str]) -> None:
     """Prints the plan of the command line's config."""
     topology.compile_elsewhere()
     config = command_line.config()
-    if not TOPOLOGY.value:
-        planned, fits = plan(config, DEVICES.value or 1), True
+    if TOPOLOGY.value and DEVICES.value:
+        raise ValueError(
+            f"--topology={TOPOLOGY.value} and --devices={DEVICES.value}: a slice says how many "
+            "devices it has; give one of the two."
+        )
+    if TOPOLOGY.value:
+        planned = plan_for_slices(config, TOPOLOGY.value, CACHE.value)
     else:
-        if DEVICES.value:
-            raise ValueError(
-                f"--topology={TOPOLOGY.value} and --devices={DEVICES.value}: a slice says how many "
-                "devices it has; give one of the two."
-            )
-        from bigbatch import slices  # with all of training, whose imports take seconds
-
-        check(config)
-        phases = make_phases(config)
-        found = slices.parse(TOPOLOGY.value, phases)
-        planned = plan(config, [one.devices for one in found])
-        folder = Path(CACHE.value).expanduser() if CACHE.value else None
-        planned["compiled"] = slices.compile_for(
-            config, phases, found, folder, lambda text: print(text, file=sys.stderr, flush=True))
-        fits = planned["compiled"]["fits"]
+        planned = plan(config, DEVICES.value or 1)
     print(json.dumps(planned) if FORMAT.value == "json" else as_text(planned))
-    if not fits:
+    if TOPOLOGY.value and not planned["compiled"]["fits"]:
         job.leave(NO_FIT_STATUS)
 
 

@@ -11,7 +11,7 @@ Positions are counted in examples seen. Pure Python; imports nothing of the pack
 import bisect
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 STRATEGIES = ("constant", "decay", "hybrid", "increase")
 
@@ -194,6 +194,27 @@ def phase_at(phases: Sequence[Phase], examples_seen: int) -> Phase | None:
     """The phase an update starting at `examples_seen` belongs to; None when the run is over."""
     place = bisect.bisect_right([phase.end_example for phase in phases], examples_seen)
     return phases[place] if place < len(phases) else None
+
+
+def find_phase(phases: Sequence[Phase], name: str, asked_by: str) -> Phase:
+    """The phase of this name or number.
+
+    Raises:
+        ValueError: if there is none; it names `asked_by`, a flag, and the phases.
+    """
+    for phase in phases:
+        if name in (phase.name, str(phase.index)):
+            return phase
+    named = ", ".join(f"{phase.index} or {phase.name}" for phase in phases)
+    raise ValueError(f"{asked_by} names the phase {name!r}; this run's phases are {named}.")
+
+
+def spans(phases: Sequence[Phase], examples_seen: int) -> Iterator[tuple[int, int]]:
+    """The first example and the end of each update of `phases` from `examples_seen` on."""
+    for phase in phases:
+        first = max(phase.start_example, examples_seen)
+        for start in range(first, phase.end_example, phase.batch_size):
+            yield start, start + phase.batch_size
 
 
 def learning_rate_at(phase: Phase, examples_seen: int) -> float:

@@ -1,18 +1,17 @@
 """What a config's programs need of the TPU slices that a plan names, told by the TPU compiler."""
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from bigbatch import compilation, compiled, network, programs, topology, train, update
+from bigbatch import compilation, compiled, network, programs, schedule, topology, update
 from bigbatch.compiled import Program
-from bigbatch.config import make_seatings
+from bigbatch.config import due, make_seatings
 from bigbatch.data import feed
+from bigbatch.devices import replicated
 from bigbatch.schedule import Phase
 from bigbatch.seats import Seating, make_seating
 
@@ -32,7 +31,7 @@ def parse(text: str, phases: Sequence[Phase]) -> list[topology.Slice]:
                 f"--topology has {change!r} after its first slice; write from which phase on, as "
                 f"{phases[-1].name}={change}."
             )
-        start = train.find_phase(name, phases, "--topology").index
+        start = schedule.find_phase(phases, name, "--topology").index
         slices[start:] = [topology.parse(slice_name)] * (len(phases) - start)
     return slices
 
@@ -59,15 +58,16 @@ def compile_for(
         ValueError: if the TPU compiler is not there, or knows no such slice.
     """
     with jax.enable_x64(config.dtype == "float64"):
-        net = network.build(config)
-        on = {
-            found: _Compiler(config, net, found, topology.make_mesh(found), folder, show)
-            for found in dict.fromkeys(slices)
-        }
         seatings = [make_seatings(config, [phase], found.devices)[0]
                     for phase, found in zip(phases, slices, strict=True)]
-        for seating, found in zip(seatings, slices, strict=True):
-            on[found].accumulates |= seating.microbatches > 1
+        net = network.build(config)
+        on = {
+            found: _Compiler(
+                config, net, found, folder, show, accumulates=any(
+                    seating.microbatches > 1
+                    for seating, other in zip(seatings, slices, strict=True) if other == found))
+            for found in dict.fromkeys(slices)
+        }
         rows = [on[found].describe(seating)
                 for seating, found in zip(seatings, slices, strict=True)]
         evaluations = [
@@ -97,21 +97,19 @@ def compile_for(
     }
 
 
-@dataclasses.dataclass
 class _Compiler:
     """The compiler of one slice for one config."""
 
-    config: ConfigDict
-    net: network.Network
-    slice: topology.Slice
-    mesh: Mesh
-    folder: Path | None
-    show: Callable[[str], None]
-    accumulates: bool = False  # whether a phase on this slice keeps sums
-
-    def __post_init__(self):
-        self.state = update.abstract_state(self.config, self.net, self.mesh)
-        self.resident, self.test = feed.resident_shapes(self.config, self.mesh)
+    def __init__(
+        self, config: ConfigDict, net: network.Network, found: topology.Slice,
+        folder: Path | None, show: Callable[[str], None], accumulates: bool,
+    ):
+        """`accumulates`: whether a phase on this slice keeps sums; the rest as in `compile_for`."""
+        self.config, self.net, self.slice = config, net, found
+        self.folder, self.show, self.accumulates = folder, show, accumulates
+        self.mesh = topology.make_mesh(found)
+        self.state = update.abstract_state(config, self.net, self.mesh)
+        self.resident, self.test = feed.resident_shapes(config, self.mesh)
         self.known: dict[compilation.Key, Program] = {}
 
     def measure(self, key: compilation.Key) -> Program:
@@ -121,9 +119,12 @@ class _Compiler:
             # No device hears of another in a pass that only accumulates, so its program is the same
             # on all slices of a kind, and compiled once for all.
             mesh = topology.make_mesh(self.slice.one_host) if key[0] == "accumulate" else self.mesh
-            state = update.abstract_state(self.config, self.net, mesh)
-            resident, test = feed.resident_shapes(self.config, mesh)
-            lower = programs.lowering(self.config, self.net, mesh, state, resident, test)
+            sharding = replicated(mesh)
+            whole = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+                (self.state, self.resident, self.test),
+            )
+            lower = programs.lowering(self.config, self.net, mesh, *whole)
             self.known[key] = compiled.measure(lower(key), self.slice.kind, mesh, self.folder)
         return self.known[key]
 
@@ -200,24 +201,33 @@ class _Compiler:
         }
 
     def _advice(self, seating: Seating) -> str:
-        """The smallest change under which an update would fit."""
-        ghost, limit = self.config.ghost_size, self.slice.kind.memory_bytes
-        # As if memory grew with the seats; then one by one.
+        """The smallest changes under which an update would fit: more passes, or a larger slice."""
+        ghost = self.config.ghost_size
+        changes = []
+        if seats := self._most_seats("accumulate", seating):
+            passes = make_seating(
+                seating.ghosts * ghost, ghost, seating.devices, seats * ghost, 0).microbatches
+            setting = (f"--config.microbatches={passes}" if self.config.microbatches
+                       else f"--config.max_per_device_batch={seats * ghost}")
+            changes.append(f"{setting} fits ({passes} passes an update)")
+        if seats := self._most_seats("update", seating):  # as each of its devices takes it, at once
+            changes.append(f"a slice of {-(-seating.ghosts // seats)} devices or more fits")
+        return ", or ".join(changes) or (
+            f"not even one ghost batch of {ghost} has room on a device: a kind of TPU with more "
+            "memory, or a smaller network, is needed"
+        )
+
+    def _most_seats(self, kind: str, seating: Seating) -> int:
+        """The most seats in a pass, below those of `seating`, with which a program fits; or 0."""
         needed = max(self.memory(key) for key in compilation.keys_of(seating))
-        seats = min(seating.seats - 1, seating.seats * limit // max(needed, 1))
-        while seats > 0 and not self.fits(("accumulate", seats)):
+        # As if memory grew with the seats; then one by one.
+        seats = min(seating.seats - 1,
+                    seating.seats * self.slice.kind.memory_bytes // max(needed, 1))
+        while seats > 0 and not self.fits((kind, seats)):
             seats -= 1
-        while 0 < seats < seating.seats - 1 and self.fits(("accumulate", seats + 1)):
+        while 0 < seats < seating.seats - 1 and self.fits((kind, seats + 1)):
             seats += 1
-        if seats < 1:
-            return (f"not even one ghost batch of {ghost} has room on a device: a kind of TPU with "
-                    "more memory, or a smaller network, is needed")
-        passes = make_seating(
-            seating.ghosts * ghost, ghost, seating.devices, seats * ghost, 0).microbatches
-        setting = (f"--config.microbatches={passes}" if self.config.microbatches
-                   else f"--config.max_per_device_batch={seats * ghost}")
-        return (f"{setting} fits ({passes} passes an update), or a slice of "
-                f"{-(-seating.ghosts // seats)} devices or more")
+        return seats
 
 
 def _count_evaluations(
@@ -226,9 +236,9 @@ def _count_evaluations(
     """How often a run evaluates, in those of its phases that are `chosen`."""
     total = phases[-1].end_example
     return sum(
-        train.due(config, total, "eval", start, end)
+        due(config, total, "eval", start, end)
         for phase, taken in zip(phases, chosen, strict=True) if taken
-        for start, end in train.spans([phase], 0)
+        for start, end in schedule.spans([phase], 0)
     )
 
 

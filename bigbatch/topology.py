@@ -44,7 +44,7 @@ KINDS = {
     "v5p": Kind("v5p", 3, 2, 1, 1.75e9, int(95.73 * GIB)),
     "v6e": Kind("v6e", 2, 1, 1, 1.75e9, int(31.24 * GIB)),
 }
-SPELLINGS = {"v5e": "v5litepod", "v5lite": "v5litepod"}
+SPELLINGS = {"v5e": "v5litepod"}
 EXAMPLES = "v2-256, v3-32, v4-64, v5litepod-16, v6e-64, or the shape of its chips, as v2:8x16"
 
 
@@ -68,8 +68,7 @@ class Slice(NamedTuple):
     @property
     def one_host(self) -> "Slice":
         """The slice of the same kind that has one host."""
-        shape = (2, 2) if self.kind.dimensions == 2 else (2, 2, 1)
-        return Slice(f"{self.kind.version}:{'x'.join(map(str, shape))}", shape, self.kind)
+        return parse(f"{self.kind.version}:{_shape_text(self.kind, 4)}")
 
 
 def parse(name: str) -> Slice:
@@ -128,8 +127,7 @@ def make_mesh(found: Slice) -> Mesh:
         ("TPU_WORKER_HOSTNAMES", "localhost"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
     ):
         os.environ.setdefault(key, value)
-    shape = "x".join(map(str, found.shape))
-    config = found.kind.chip_config
+    shape, config = "x".join(map(str, found.shape)), found.kind.chip_config
     options = {"chip_config_name": config} if config else {}
     try:
         topology = topologies.get_topology_desc(f"{found.kind.version}:{shape}", "tpu", **options)

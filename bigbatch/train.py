@@ -31,7 +31,7 @@ from bigbatch import (
     update,
     workdir,
 )
-from bigbatch.config import check, make_phases, make_seatings
+from bigbatch.config import check, due, make_phases, make_seatings
 from bigbatch.data import feed
 from bigbatch.devices import cut, make_mesh, place, replicated, shape_of
 
@@ -80,7 +80,7 @@ def train_and_evaluate(
     examples, total = config.data.train_examples, phases[-1].end_example
     last_phase = phases[-1]
     if stop_after_phase:
-        last_phase = find_phase(stop_after_phase, phases, "--stop_after_phase")
+        last_phase = schedule.find_phase(phases, stop_after_phase, "--stop_after_phase")
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
     mesh = make_mesh()
@@ -116,7 +116,7 @@ def train_and_evaluate(
         # The data and the state, on the devices.
         is_due = partial(due, config, total)
         evaluated_at = [examples_seen] if owed else []  # a stop between is inside an evaluation
-        evaluated_at += [end for start, end in spans(to_run, examples_seen)
+        evaluated_at += [end for start, end in schedule.spans(to_run, examples_seen)
                          if is_due("eval", start, end)]
         fed = feed.open_feed(config, mesh, to_run, seatings_to_run, examples_seen, evaluated_at)
         at_end.callback(fed.close)
@@ -286,29 +286,6 @@ def train_and_evaluate(
             raise StoppedAfterPhase(f"stopped after phase {last_phase.name}")
         display.line(f"finished: {updates} updates, {examples_seen} examples")
         return state
-
-
-def find_phase(name: str, phases: Sequence[schedule.Phase], flag: str) -> schedule.Phase:
-    """The phase of this name or number; a ValueError naming `flag` if there is none."""
-    for phase in phases:
-        if name in (phase.name, str(phase.index)):
-            return phase
-    named = ", ".join(f"{phase.index} or {phase.name}" for phase in phases)
-    raise ValueError(f"{flag} names the phase {name!r}; this run's phases are {named}.")
-
-
-def due(config: ConfigDict, total: int, what: str, start: int, end: int) -> bool:
-    """Whether the update from example `start` to `end` reaches a multiple of an interval."""
-    every = max(1, round(config[f"{what}_every_epochs"] * config.data.train_examples))
-    return end // every > start // every or end == total
-
-
-def spans(phases: Sequence[schedule.Phase], examples_seen: int) -> Iterator[tuple[int, int]]:
-    """The first example and the end of each update still to come."""
-    for phase in phases:
-        first = max(phase.start_example, examples_seen)
-        for start in range(first, phase.end_example, phase.batch_size):
-            yield start, start + phase.batch_size
 
 
 def _start_compiling(

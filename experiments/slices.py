@@ -7,9 +7,7 @@ launch/README.md. What was compiled before is remembered.
 """
 
 import argparse
-import importlib.util
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -17,9 +15,8 @@ from typing import Any
 
 import jax
 
-from bigbatch import slices, topology
-from bigbatch.config import make_phases
-from bigbatch.plan import plan
+from bigbatch import command_line, topology
+from bigbatch.plan import REMEMBERED, plan_for_slices
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FAMILIES = ("imagenet_resnet50", "imagenet_inception_resnet_v2")
@@ -31,21 +28,7 @@ ON_TWO = {"imagenet_resnet50:thirty_minutes": "v2-256,noise/10=v2-512"}
 
 def load(family: str) -> ModuleType:
     """configs/`family`.py."""
-    spec = importlib.util.spec_from_file_location(family, CONFIGS / f"{family}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def plan_on(family: str, preset: str, name: str, folder: Path) -> dict[str, Any]:
-    """The plan of configs/`family`.py:`preset`, compiled for the slice `name`."""
-    config = load(family).get_config(preset)
-    phases = make_phases(config)
-    found = slices.parse(name, phases)
-    planned = plan(config, [one.devices for one in found])
-    planned["compiled"] = slices.compile_for(
-        config, phases, found, folder, lambda text: print(text, file=sys.stderr, flush=True))
-    return {"config": f"{family}:{preset}", "topology": name, **planned}
+    return command_line.load_file(CONFIGS / f"{family}.py")
 
 
 def table(plans: Sequence[dict[str, Any]]) -> str:
@@ -79,19 +62,18 @@ def main() -> None:
     """Plans everything and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", required=True, help="file for the record, JSON")
-    parser.add_argument("--slices", nargs="+", default=SLICES, help="slices to plan for")
-    parser.add_argument("--plan_cache", default="~/.cache/bigbatch/plans")
-    arguments = parser.parse_args()
+    output = parser.parse_args().output
     topology.compile_elsewhere()
-    folder, plans = Path(arguments.plan_cache).expanduser(), []
-    presets = [(family, preset) for family in FAMILIES for preset in load(family).PRESETS]
-    for family, preset in presets:
-        on_two = ON_TWO.get(f"{family}:{preset}")
-        for name in [*([on_two] if on_two else []), *arguments.slices]:
-            plans.append(plan_on(family, preset, name, folder))
-    command = " ".join(["python -m experiments.slices", *sys.argv[1:]])
+    plans = []
+    for family in FAMILIES:
+        for preset in load(family).PRESETS:
+            config = f"{family}:{preset}"
+            for name in [ON_TWO[config]] * (config in ON_TWO) + list(SLICES):
+                planned = plan_for_slices(load(family).get_config(preset), name, REMEMBERED)
+                plans.append({"config": config, "topology": name, **planned})
+    command = f"python -m experiments.slices --output={output}"
     record = {"command": command, "jax": jax.__version__, "plans": plans}
-    Path(arguments.output).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    Path(output).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(table(plans))
 
 

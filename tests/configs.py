@@ -1,19 +1,17 @@
 """Small configs for the tests: the digits with a tiny Wide ResNet, through phase changes."""
 
-import importlib.util
 from pathlib import Path
 
 from ml_collections import ConfigDict
+
+from bigbatch import command_line
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
 def load(name: str, argument: str = "") -> ConfigDict:
     """`get_config(argument)` of configs/`name`.py."""
-    spec = importlib.util.spec_from_file_location(f"configs_{name}", CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(argument)
+    return command_line.load_file(CONFIGS / f"{name}.py").get_config(argument)
 
 
 TINY = (

@@ -1,7 +1,6 @@
 """What `bigbatch.plan` says of a config: counts, dealing, totals; without data or accelerator."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import re
@@ -10,6 +9,7 @@ import sys
 
 import pytest
 
+from bigbatch import command_line
 from bigbatch.config import make_phases, make_seatings
 from bigbatch.plan import as_text, plan
 from tests import configs
@@ -74,9 +74,7 @@ def test_every_preset_is_the_papers_curve(preset):
 
 @pytest.mark.parametrize("family", ("cifar10", "digits"))
 def test_a_familys_docstring_has_the_updates_that_the_planner_gives(family):
-    spec = importlib.util.spec_from_file_location(family, configs.CONFIGS / f"{family}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = command_line.load_file(configs.CONFIGS / f"{family}.py")
     header, _, *rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in module.__doc__.splitlines() if line.startswith("|")

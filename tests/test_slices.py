@@ -156,28 +156,35 @@ def run_plan(*arguments):
 
 
 def test_a_change_that_makes_it_fit_is_found(libtpu, tmp_path, monkeypatch):
-    """Where a device had room for 2 ghost batches and a half, of 4."""
+    """Where a device had room for more than 2 ghost batches of its 4, and not for all."""
     config = configs.tiny("ghost_size=64", "recipe.batch_size=512", "recipe.falls=()",
                           "limits.max_batch_size=512")
     config.network = "tests.foreign_models.ConvNet"
     config.model = ConfigDict({"ghost_size": 64})
     phases = make_phases(config)
 
-    def told(*settings):
+    def told(most=256, name="v2:1x1"):
         other = config.copy_and_resolve_references()
-        other.max_per_device_batch = settings[0] if settings else 256
-        found = slices.parse("v2:1x1", phases)
+        other.max_per_device_batch = most
+        found = slices.parse(name, phases)
         return slices.compile_for(other, phases, found, tmp_path)["phases"][0]
 
-    assert told()["fits"]
-    room = (told(128)["memory_bytes"] + told(192)["memory_bytes"]) // 2
-    kind = topology.KINDS["v2"]._replace(memory_bytes=room)
-    monkeypatch.setitem(topology.KINDS, "v2", kind)
-    assert told()["advice"] == (
-        "--config.max_per_device_batch=128 fits (2 passes an update), or a slice of 4 devices or "
-        "more")
-    assert told(128)["fits"]
-    monkeypatch.setitem(topology.KINDS, "v2", kind._replace(memory_bytes=1000))
+    def limit(memory_bytes):
+        kind = topology.KINDS["v2"]._replace(memory_bytes=memory_bytes)
+        monkeypatch.setitem(topology.KINDS, "v2", kind)
+
+    limit((told(128)["memory_bytes"] + told()["memory_bytes"]) // 2)
+    advice = told()["advice"]
+    setting, _, said = advice.partition(" fits (")
+    assert said.startswith("2 passes an update)")
+    assert told(int(setting.removeprefix("--config.max_per_device_batch=")))["fits"]
+    assert not told()["fits"]  # the one pass there is with fewer
+    # In one pass on the larger slice that it names, and not on one of half as many devices.
+    devices = int(advice.partition("a slice of ")[2].split()[0])
+    fitting = {name: told(512, name)["fits"] for name in ("v2:1x1", "v2:1x2", "v2:2x2")}
+    assert fitting == {name: topology.parse(name).devices >= devices for name in fitting}
+    assert True in fitting.values()
+    limit(1000)
     assert told()["advice"].startswith("not even one ghost batch of 64 has room")
 
 
