@@ -18,7 +18,7 @@ test: .venv/installed .tpu/installed
 soak: .venv/installed
 	$(BIN)/python -m tests.soak --kills=30 --seed=0
 
-# Compiles every ImageNet preset for slices of TPU: hours the first time on 2 cores, then 15 minutes.
+# Compiles every ImageNet preset for slices of TPU: hours the first time on 2 cores, then minutes.
 slices: .venv/installed .tpu/installed
 	$(BIN)/python -m experiments.slices --output=experiments/records/slices.json
 
