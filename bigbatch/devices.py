@@ -1,5 +1,6 @@
 """The mesh of devices and how the host's arrays get onto it."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -10,9 +11,11 @@ from jax.sharding import PartitionSpec as P
 AXIS = "data"  # the mesh's one axis
 
 
-def make_mesh(count: int | None = None) -> Mesh:
-    """All devices of all processes on one axis, or the first `count` of them."""
-    devices = jax.devices()[:count]
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The devices on one axis, in an order that suits the network between them; by default all of
+    all processes.
+    """
+    devices = jax.devices() if devices is None else devices
     return jax.make_mesh(
         (len(devices),), (AXIS,), (jax.sharding.AxisType.Auto,), devices=devices
     )

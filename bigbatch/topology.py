@@ -4,17 +4,17 @@ The compiler is libtpu's, which compiles for every slice on any x86 Linux machin
 of Cloud TPU (v2-256, v5litepod-16), or the shape of the chips (v2:8x16).
 """
 
+import math
 import os
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from bigbatch.devices import AXIS
+from bigbatch import devices
 
 
 class Kind(NamedTuple):
@@ -58,7 +58,7 @@ class Slice(NamedTuple):
     @property
     def chips(self) -> int:
         """How many it has."""
-        return int(np.prod(self.shape))
+        return math.prod(self.shape)
 
     @property
     def devices(self) -> int:
@@ -139,9 +139,7 @@ def make_mesh(found: Slice) -> Mesh:
                 f"(x86 Linux; no TPU is needed). JAX says: {text}"
             ) from None
         raise ValueError(f"--topology names {found.name!r}; the compiler says: {text}") from None
-    return Mesh(
-        np.array(topology.devices), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,)
-    )
+    return devices.make_mesh(topology.devices)
 
 
 def _shape(kind: Kind, chips: int) -> tuple[int, ...]:

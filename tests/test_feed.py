@@ -91,7 +91,7 @@ class Run:
 
     def __init__(self, config, devices=1, microbatches=0, examples_seen=0, evaluated_at=(),
                  mesh=None):
-        self.config, self.mesh = config, mesh or make_mesh(devices)
+        self.config, self.mesh = config, mesh or make_mesh(jax.devices()[:devices])
         self.phases = [
             phase for phase in make_phases(config) if phase.end_example > examples_seen]
         self.seatings = [

@@ -74,7 +74,7 @@ def prepare(config: ConfigDict, devices: int = 1) -> Updater:
     """An updater on the first `devices` devices; for a float64 config, 64-bit arrays are on."""
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
-    mesh = make_mesh(devices)
+    mesh = make_mesh(jax.devices()[:devices])
     net = network.build(config)
     state = place(jax.tree.map(np.asarray, update.init_state(config, net)), replicated(mesh))
     return Updater(config, net, update.make_update(config, net, mesh), mesh, state)
