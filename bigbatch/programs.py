@@ -23,8 +23,8 @@ def lowering(
         net: its network.
         mesh: the devices; they may be those of a topology that is not there.
         state: shapes of the state, as `update.abstract_state` gives them.
-        resident: shapes of the training set in device memory; {} where it is streamed.
-        test: the same of the test set.
+        resident: shapes of what `feed.Feed.resident` holds.
+        test: the same of `feed.Feed.test`.
     """
     functions = update.make_update(config, net, mesh)
     sums = update.abstract_sums(state, mesh)

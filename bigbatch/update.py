@@ -118,10 +118,10 @@ def _init(config: ConfigDict, network: Network, seed: jax.Array) -> State:
 def make_update(config: ConfigDict, network: Network, mesh: Mesh) -> Update:
     """The update's functions over `mesh`, jitted but not yet compiled for any shape.
 
-    Their arguments: `state` replicated; `resident`, the training set's `images` and `labels`
-    replicated, or {} when they are fed; `batch`, one microbatch: `examples` (rows as
-    `seats.seat_examples` makes them), and `images` and `labels` where they are fed, all cut over
-    devices; `sums`, one of each device.
+    Their arguments: `state` replicated; `resident`, replicated too: the run's `seed` (an input, so
+    that the seeds of a sweep share programs), and the training set's `images` and `labels` unless
+    they are fed; `batch`, one microbatch: `examples` (rows as `seats.seat_examples` makes them),
+    and `images` and `labels` where they are fed, all cut over devices; `sums`, one of each device.
     """
     whole, parts = P(), P(AXIS)
 
@@ -228,7 +228,7 @@ def _prepare(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """A microbatch's images, augmented and normalised, its labels and its dropout keys."""
     record, epoch, place = (batch["examples"][:, column] for column in range(3))
-    seed = jax.random.key(config.seed, impl="threefry2x32")
+    seed = jax.random.key(resident["seed"], impl="threefry2x32")
     keys = partial(augment.example_keys, epoch_B=epoch, place_B=place)
     if "images" in batch:
         source, labels, record = batch["images"], batch["labels"], jnp.arange(len(record))

@@ -128,6 +128,7 @@ def gradient_of_one_update(updater):
     resident = place({
         "images": random.integers(0, 256, (batch, size, size, 3), dtype=np.uint8),
         "labels": random.integers(0, classes, batch, dtype=np.int32),
+        "seed": np.uint32(config.seed),
     }, replicated(updater.mesh))
     batches = updater.batches(order.records(0, 0, batch, batch),
                               make_seating(batch, GHOST, updater.mesh.size, batch, 0))

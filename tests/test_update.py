@@ -110,7 +110,7 @@ def test_draws_follow_the_epoch_and_the_place_in_it(model):
     # Record 1 is record 0's double, so that only the draws can tell them apart.
     resident = place({
         "images": np.random.default_rng(0).integers(0, 255, (1, 8, 8, 1), np.uint8).repeat(2, 0),
-        "labels": np.full(2, 3, np.int32),
+        "labels": np.full(2, 3, np.int32), "seed": np.uint32(config.seed),
     }, replicated(updater.mesh))
     state = updater.state
 

@@ -81,10 +81,11 @@ def prepare(config: ConfigDict, devices: int = 1) -> Updater:
 
 
 def training_set(updater: Updater) -> dict[str, jax.Array]:
-    """The config's training images and labels, on the updater's devices."""
+    """The config's training images and labels and its seed, on the updater's devices."""
     dataset = sources.load(updater.config.data)
     return place(
-        {"images": dataset.train_images, "labels": dataset.train_labels},
+        {"images": dataset.train_images, "labels": dataset.train_labels,
+         "seed": np.uint32(updater.config.seed)},
         replicated(updater.mesh),
     )
 

@@ -30,8 +30,8 @@ class Feed:
     """Feeds a run; see `open_feed`.
 
     Attributes:
-        resident: the training set's `images` and `labels`, whole on each device; {} where each
-            microbatch brings its own.
+        resident: what lies whole on each device: the run's `seed`, and the training set's `images`
+            and `labels` unless each microbatch brings its own.
         test: the same of the test set.
     """
 
@@ -135,13 +135,14 @@ def open_feed(
         ValueError: if the data is not what the config says; nothing has been decoded but a
             resident data set.
     """
+    seed = {"seed": np.uint32(config.seed)}
     if config.data.streaming:
         stream = _open_stream(config, mesh, phases, seatings, examples_seen, evaluated_at)
-        return Feed(config, mesh, {}, {}, stream)
+        return Feed(config, mesh, place(seed, replicated(mesh)), {}, stream)
     dataset = sources.load(config.data)
     sources.check(dataset, config.data)
     resident, test = place(
-        ({"images": dataset.train_images, "labels": dataset.train_labels},
+        (seed | {"images": dataset.train_images, "labels": dataset.train_labels},
          {"images": dataset.test_images, "labels": dataset.test_labels}),
         replicated(mesh),
     )
@@ -175,8 +176,9 @@ def resident_shapes(
 
     Images that are cropped are taken to have the size that is cut out.
     """
+    seed = {"seed": jax.ShapeDtypeStruct((), np.uint32, sharding=replicated(mesh))}
     if config.data.streaming:
-        return {}, {}
+        return seed, {}
     size, channels = config.data.image_size, len(config.data.mean)
 
     def split(examples: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -188,7 +190,7 @@ def resident_shapes(
             )
         }
 
-    return split(config.data.train_examples), split(config.data.test_examples)
+    return seed | split(config.data.train_examples), split(config.data.test_examples)
 
 
 def _shapes(config: ConfigDict, mesh: Mesh, rows: int) -> dict[str, jax.ShapeDtypeStruct]:

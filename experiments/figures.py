@@ -1,0 +1,273 @@
+"""What the paper's figures and tables show: their curves, the runs that make them, its numbers.
+
+Smith, Kindermans, Ying and Le, "Don't Decay the Learning Rate, Increase the Batch Size", ICLR 2018.
+A curve names a preset that three config files have under one name: the paper's own scale, the
+laptop's, and the digits. Numbers read off the paper's plots are in paper/digitised.csv.
+"""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from bigbatch.command_line import load_file
+
+REPOSITORY = Path(__file__).parents[1]
+DIGITISED = Path(__file__).parent / "paper" / "digitised.csv"
+
+
+class Curve(NamedTuple):
+    """One line of a figure, or one row of a table."""
+
+    label: str
+    config: str  # preset,key=value of the family's config file
+    plotted: tuple[str, ...] = ()  # the paper's runs of it, as digitised.csv names them
+    updates: int | None = None  # the paper's count, where it gives one or its plot ends there
+    finals: tuple[float, ...] = ()  # the paper's final accuracies, where it states them
+    # Of its final value against the first curve's, in the paper: same, lower, or "" (no claim).
+    claim: str = ""
+
+
+class Panel(NamedTuple):
+    """One pair of axes."""
+
+    name: str  # "3b"; "5" where the figure has one only
+    title: str
+    quantity: str  # train_loss or test_accuracy
+    axis: str  # epoch or update
+    family: str  # the config file at the paper's scale
+    curves: tuple[Curve, ...]
+
+
+class Figure(NamedTuple):
+    """A figure or table, with the claim it makes."""
+
+    name: str
+    kind: str  # curves, schedules, lost_epochs, initial_rate
+    title: str
+    claim: str
+    panels: tuple[Panel, ...]
+
+
+class Scale(NamedTuple):
+    """A size at which every figure can be reproduced."""
+
+    files: dict[str, str]  # config file by family
+    settings: str  # after the curve's own
+    margins: dict[str, float]  # two schedules within it, by quantity, are called the same
+    comparable: bool  # whether the paper's numbers are about the same task
+    says: str  # what a reader of its results must know
+
+
+FAMILIES = ("cifar10", "imagenet_inception_resnet_v2", "imagenet_resnet50")
+SCALES = {
+    "paper": Scale(
+        {family: f"configs/{family}.py" for family in FAMILIES}, "",
+        {"test_accuracy": 0.005, "train_loss": 0.02}, True,
+        "The paper's own recipes, networks and data.",
+    ),
+    "small": Scale(
+        dict.fromkeys(FAMILIES, "configs/small.py"), "",
+        {"test_accuracy": 0.015, "train_loss": 0.05}, False,
+        "A narrow Wide ResNet 10-1 on 5 120 CIFAR-10 images at half resolution, for about a tenth "
+        "of the paper's epochs (a fifth for Figures 6, 7 and the 30 minutes), with the noise "
+        "falling at the same fractions of training. Accuracies are not the paper's and far below "
+        "them; batches, updates and noise scales stand in its ratios.",
+    ),
+    "digits": Scale(
+        dict.fromkeys(FAMILIES, "configs/small.py"), "data=digits",
+        {"test_accuracy": 0.015, "train_loss": 0.05}, False,
+        "A narrow Wide ResNet 10-1 on scikit-learn's 8x8 digits: the quickest, and without any "
+        "download. Accuracies are not the paper's; batches, updates and noise scales stand in its "
+        "ratios.",
+    ),
+}
+
+
+def _schedules(optimizer: str, finals: Sequence[tuple[float, ...]] = ((), (), ())) -> tuple:
+    """The three schedules of Figures 1 to 4."""
+    option = "" if optimizer == "momentum" else f",optimizer={optimizer}"
+    # Figure 2b's curves end at these updates (read off the plot for the first; the recipe's for
+    # the other two, which the plot allows).
+    rows = (("decaying learning rate", "decay", "decaying_lr", 80_000, ""),
+            ("hybrid", "hybrid", "hybrid", None, "same"),
+            ("increasing batch size", "increase", "increasing_batch", None, "same"))
+    return tuple(
+        Curve(label, preset + option, (plotted,), updates, final, claim)
+        for (label, preset, plotted, updates, claim), final in zip(rows, finals, strict=True)
+    )
+
+
+MOMENTUM = _schedules("momentum")
+FIGURE_5 = (
+    Curve("original schedule", "decay", ("original",), 80_000, (0.943,)),
+    Curve("increasing batch size", "figure5_increasing_batch", ("increasing_batch",), 29_000,
+          (0.944,), "same"),
+    Curve("+ increased initial learning rate", "figure5_increased_lr", ("increased_lr",), 6_500,
+          (0.945,), "same"),
+    Curve("+ increased momentum coefficient", "figure5_increased_momentum", (), 2_500, (0.933,),
+          "lower"),
+)
+FIGURE_6 = (
+    Curve("decaying learning rate", "figure6_decay", ("decaying_lr run1", "decaying_lr run2"),
+          14_000, (0.787, 0.778)),
+    Curve("increasing batch size", "figure6_increase",
+          ("increasing_batch run1", "increasing_batch run2"), 6_000, (0.781, 0.768), "same"),
+)
+FIGURE_7 = (
+    Curve("momentum 0.9", "figure7_momentum_0.9", ("momentum 0.9",), 6_000, (0.788,)),
+    Curve("momentum 0.95", "figure7_momentum_0.95", ("momentum 0.95 run1", "momentum 0.95 run2"),
+          3_500, (0.781, 0.778), "lower"),
+    Curve("momentum 0.975", "figure7_momentum_0.975",
+          ("momentum 0.975 run1", "momentum 0.975 run2"), 2_500, (0.775, 0.768), "lower"),
+)
+THIRTY_MINUTES = (
+    Curve("8k batches", "batch_8k", (), None, (0.761,)),
+    Curve("8k, then 16k batches: 30 minutes", "thirty_minutes", (), None, (0.761,), "same"),
+    Curve("16k batches, doubled learning rate", "batch_16k", (), None, (0.750,), "lower"),
+)
+# Appendix A: the batch in proportion to 1/(1-m), nothing else changed. Logged often: how many
+# epochs a curve lags is read off it.
+MOMENTA = (0.9, 0.95, 0.98, 0.99, 0.995)
+LOST_EPOCHS = tuple(
+    Curve(f"m = {momentum}", "decay,strategy=constant,recipe.epochs=20.48,log_every_epochs=0.0125"
+          + f",scale_up.momentum={momentum}" * (momentum != 0.9))
+    for momentum in MOMENTA
+)
+RATES = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2)
+INITIAL_RATES = tuple(
+    Curve(f"rate {rate}", "decay" + f",recipe.learning_rate={rate}" * (rate != 0.1))
+    for rate in RATES
+)
+
+
+def _figure(name: str, kind: str, title: str, claim: str, *panels: Panel) -> Figure:
+    return Figure(name, kind, title, claim, panels)
+
+
+CIFAR10, INCEPTION, RESNET_50 = FAMILIES
+FIGURES = {figure.name: figure for figure in (
+    _figure(
+        "1", "schedules", "Three schedules of one noise scale",
+        "Decaying the rate, growing the batch and a mixture: the same noise at every epoch.",
+        Panel("1", "schedules", "", "epoch", CIFAR10, MOMENTUM),
+    ),
+    _figure(
+        "2", "curves", "Training loss, SGD with momentum",
+        "At equal epochs the three schedules' training losses are one curve; against updates they "
+        "part.",
+        Panel("2a", "(a)", "train_loss", "epoch", CIFAR10, MOMENTUM),
+        Panel("2b", "(b)", "train_loss", "update", CIFAR10, MOMENTUM),
+    ),
+    _figure(
+        "3", "curves", "Test accuracy, SGD with momentum and Nesterov momentum",
+        "The three schedules' test accuracies are one curve.",
+        Panel("3a", "(a) momentum", "test_accuracy", "epoch", CIFAR10, MOMENTUM),
+        Panel("3b", "(b) Nesterov momentum", "test_accuracy", "epoch", CIFAR10,
+              _schedules("nesterov")),
+    ),
+    _figure(
+        "4", "curves", "Test accuracy, vanilla SGD and Adam",
+        "The same holds for vanilla SGD; with Adam the curves part a little.",
+        Panel("4a", "(a) vanilla SGD", "test_accuracy", "epoch", CIFAR10, _schedules("sgd")),
+        Panel("4b", "(b) Adam", "test_accuracy", "epoch", CIFAR10, _schedules("adam")),
+    ),
+    _figure(
+        "5", "curves", "Test accuracy against parameter updates",
+        "Growing the batch, then also the first rate and the momentum: about 30 times fewer "
+        "updates, at little cost until the momentum grows.",
+        Panel("5", "", "test_accuracy", "update", CIFAR10, FIGURE_5),
+    ),
+    _figure(
+        "6", "curves", "ImageNet, Inception-ResNet-V2: decaying rate or growing batch",
+        "The same accuracy at equal epochs, in well under half the updates.",
+        Panel("6a", "(a)", "test_accuracy", "epoch", INCEPTION, FIGURE_6),
+        Panel("6b", "(b)", "test_accuracy", "update", INCEPTION, FIGURE_6),
+    ),
+    _figure(
+        "7", "curves", "ImageNet, Inception-ResNet-V2: rising momentum and first batch",
+        "Under 2 500 updates, at a small cost in accuracy.",
+        Panel("7a", "(a)", "test_accuracy", "epoch", INCEPTION, FIGURE_7),
+        Panel("7b", "(b)", "test_accuracy", "update", INCEPTION, FIGURE_7),
+    ),
+    _figure(
+        "A", "lost_epochs", "Appendix A: epochs lost to momentum",
+        "Filling the accumulator costs B/(N(1-m)) epochs, which grow as 1/(1-m)² where B grows "
+        "with 1/(1-m).",
+        Panel("A", "", "train_loss", "epoch", CIFAR10, LOST_EPOCHS),
+    ),
+    _figure(
+        "B", "initial_rate", "Appendix B: the initial learning rate",
+        "At a constant batch the final accuracy falls once the first rate is over about 0.4.",
+        Panel("B", "", "test_accuracy", "epoch", CIFAR10, INITIAL_RATES),
+    ),
+    _figure(
+        "30min", "curves", "ImageNet, ResNet-50 in 30 minutes (section 5.4)",
+        "Doubling the batch at the first fall costs nothing; doubling it and the rate from the "
+        "start costs a point.",
+        Panel("30min", "", "test_accuracy", "update", RESNET_50, THIRTY_MINUTES),
+    ),
+)}
+
+
+def select(names: str) -> list[Figure]:
+    """The figures that `names` asks for, as "all", "3", "3b" or "2,5,A"; with those panels only.
+
+    Raises:
+        ValueError: naming what there is, if one of them is not.
+    """
+    if names == "all":
+        return list(FIGURES.values())
+    chosen: dict[str, Figure] = {}
+    for name in filter(None, (part.strip() for part in names.split(","))):
+        for figure in FIGURES.values():
+            panels = tuple(
+                panel for panel in figure.panels if name in (figure.name, panel.name)
+            )
+            if panels:
+                before = chosen[figure.name].panels if figure.name in chosen else ()
+                both = tuple(p for p in figure.panels if p in before or p in panels)
+                chosen[figure.name] = figure._replace(panels=both)
+                break
+        else:
+            panels = [panel.name for figure in FIGURES.values() for panel in figure.panels]
+            there = ", ".join(dict.fromkeys([*FIGURES, *panels]))
+            raise ValueError(f"--figure names {name!r}; there are {there}, or all.")
+    if not chosen:
+        raise ValueError("--figure is empty; write for example --figure=3b, or all.")
+    return [figure for figure in (chosen.get(name) for name in FIGURES) if figure]
+
+
+def config_text(scale: str, panel: Panel, curve: Curve, seed: int) -> str:
+    """What --config is for a run of `curve`: file.py:preset,key=value,..."""
+    settings = SCALES[scale].settings
+    return (f"{SCALES[scale].files[panel.family]}:{curve.config}"
+            + f",{settings}" * bool(settings) + f",seed={seed}")
+
+
+def load_config(text: str) -> ConfigDict:
+    """The config of a `config_text`."""
+    path, _, argument = text.partition(":")
+    return load_file(REPOSITORY / path).get_config(argument)
+
+
+class Stretch(NamedTuple):
+    """The mean of a plotted curve of the paper over a stretch of its x axis."""
+
+    panel: str
+    curve: str
+    start: float
+    end: float
+    mean: float
+
+
+def read_digitised() -> list[Stretch]:
+    """What was read off the paper's plots; see paper/README.md."""
+    with DIGITISED.open(encoding="utf-8", newline="") as file:
+        return [
+            Stretch(row["figure"], row["curve"], float(row["from"]), float(row["to"]),
+                    float(row["mean"]))
+            for row in csv.DictReader(file)
+        ]

@@ -1,0 +1,171 @@
+"""Trains many runs by the main job's own command: what is missing, side by side.
+
+On CPU one run a core at a time, each held to its core: networks this small are too small to share
+out. On an accelerator one after the other, or `at_once` together, each with its share of the
+memory (a small network does not fill a large accelerator alone). A finished run is left alone; one
+that was cut short goes on.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from queue import Queue
+from typing import NamedTuple
+
+from bigbatch import continuing, preemption
+from bigbatch.config import check, make_phases
+from bigbatch.metrics import read_events
+from experiments.figures import REPOSITORY, load_config
+
+
+class Run(NamedTuple):
+    """What one command trains."""
+
+    config: str  # file.py:preset,key=value,...
+    workdir: Path
+
+    def command(self, settings: Sequence[str] = ()) -> list[str]:
+        """As a user would type it, in the repository."""
+        return ["python", "-m", "bigbatch.main", f"--config={self.config}", *settings,
+                f"--workdir={self.workdir}"]
+
+
+def is_finished(run: Run) -> bool:
+    """Whether the workdir holds the run, to its end.
+
+    Raises:
+        ValueError: if the config can be no run, or the workdir holds one of another config.
+    """
+    config = load_config(run.config)
+    check(config)
+    phases = make_phases(config)
+    described = run.workdir / "config.json"
+    if not described.exists():
+        return False
+    events = read_events(run.workdir / "metrics.jsonl")
+    seen = events[-1]["examples_seen"] if events else 0
+    saved = json.loads(described.read_text(encoding="utf-8")) | {"examples_seen": seen}
+    refused, _ = continuing.changes(saved, config, phases)
+    if refused:
+        raise ValueError(
+            f"{run.workdir} holds a run of another config than {run.config}: {'; '.join(refused)}. "
+            "Give another --workdir, or remove that folder."
+        )
+    return seen == phases[-1].end_example
+
+
+def train_all(
+    runs: Sequence[Run], settings: Sequence[str] = (), at_once: int = 0,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Trains those of `runs` that are not finished, in their order.
+
+    Args:
+        runs: what to train.
+        settings: more flags of each command, as "--config.data.dir=DIR".
+        at_once: how many side by side; 0 for one a core on CPU and one on an accelerator.
+        say: is told of each run that has ended.
+
+    Raises:
+        ValueError: see `is_finished`; nothing has been trained then.
+        RuntimeError: with what a run said, if it failed. Those beside it have saved and stopped.
+    """
+    missing = [run for run in runs if not is_finished(run)]
+    if len(missing) < len(runs):
+        say(f"{len(runs) - len(missing)} of {len(runs)} runs are finished already")
+    if not missing:
+        return
+    backend = _backend()
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    at_once = min(at_once or (len(cores) if backend == "cpu" else 1), len(missing))
+    places: Queue[int] = Queue()
+    for place in range(at_once):
+        places.put(place)
+    began, stopping = time.perf_counter(), threading.Event()
+    children: set[subprocess.Popen] = set()
+
+    def one(run: Run) -> None:
+        place = places.get()
+        try:
+            core = cores[place % len(cores)] if backend == "cpu" and at_once > 1 else None
+            _train(run, settings, core, at_once, children, stopping)
+        finally:
+            places.put(place)
+
+    with _ended_by_signals(), ThreadPoolExecutor(at_once) as executor:
+        futures = {executor.submit(one, run): run for run in missing}
+        try:
+            for number, future in enumerate(as_completed(futures), 1):
+                future.result()
+                passed = time.perf_counter() - began
+                left = passed / number * (len(missing) - number)
+                say(f"{number} of {len(missing)}, {passed:.0f} s: {futures[future].config} "
+                    f"(about {left / 60:.0f} min left)")
+        except BaseException:
+            stopping.set()
+            for future in futures:
+                future.cancel()
+            for child in list(children):
+                with contextlib.suppress(ProcessLookupError):
+                    child.send_signal(signal.SIGTERM)  # it saves and ends
+            raise
+
+
+def _train(
+    run: Run, settings: Sequence[str], core: int | None, at_once: int,
+    children: set[subprocess.Popen], stopping: threading.Event,
+) -> None:
+    """One run, until it ends otherwise than by asking to be started again."""
+    command = [sys.executable, *run.command(settings)[1:]]
+    if core is not None and shutil.which("taskset"):
+        command = ["taskset", "-c", str(core), *command]
+    # Of a GPU's memory JAX would take three quarters for the first process. CPUs do not read this.
+    share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / at_once:.3f}"} if at_once > 1 else {}
+    status = preemption.EXIT_STATUS
+    while status == preemption.EXIT_STATUS and not stopping.is_set():
+        child = subprocess.Popen(
+            command, cwd=REPOSITORY, env=os.environ | share, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches this program alone, which passes it on once
+        )
+        children.add(child)
+        said, _ = child.communicate()
+        children.discard(child)
+        status = child.returncode
+    if status and not stopping.is_set():
+        raise RuntimeError(
+            f"{' '.join(run.command(settings))} ended with status {status}:\n{said[-4000:]}"
+        )
+
+
+def _backend() -> str:
+    """What JAX would run on; asked in a process of its own, since asking takes the accelerator."""
+    asked = subprocess.run(
+        [sys.executable, "-c", "import jax; print(jax.default_backend())"],
+        capture_output=True, text=True, check=True,
+    )
+    return asked.stdout.split()[-1]
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM ends what is inside as Ctrl-C does, where there is a main thread to be told."""
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop) if in_main else None
+    try:
+        yield
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, before)
