@@ -11,8 +11,8 @@ are far below the paper's, nor what momentum costs: as many epochs are lost, of 
 
 | preset | batches | updates | the paper's preset |
 |---|---|---|---|
-| decay, hybrid, increase | 16; 16, 80; 16, 80, 400, 2000 | 6 554; 2 847; 2 368 | cifar10, Figures 1 to 4 |
-| figure5_* | 16; 16 to 640; 80 to 640; 400 to 640 | 6 554; 2 392; 529; 193 | cifar10, Figure 5 |
+| decay, hybrid, increase | 16; 16, 80; 16, 80, 400, 2000 | 6 554; 2 847; 2 368 | cifar10's |
+| figure5_* | 16; 16 to 640; 80 to 640; 400 to 640 | 6 554; 2 392; 529; 193 | cifar10's |
 | figure6_decay, figure6_increase | 32; 32, 320 | 2 880; 1 152 | Inception-ResNet-V2 |
 | figure7_momentum_* | 32, 256; 64, 256; 128, 256 | 1 200; 720; 480 | Inception-ResNet-V2 |
 | batch_8k, thirty_minutes, batch_16k | 32; 32, 64; 64 | 2 880; 1 920; 1 440 | ResNet-50 |
@@ -33,7 +33,7 @@ from bigbatch.config import base_config, from_argument
 from bigbatch.data import sources
 
 FIGURE_5 = {"strategy": "increase", "limits.max_batch_size": 640}
-# A fifth of ImageNet's epochs, and about as many updates in each: N/B is 156 in the paper, 160 here.
+# A fifth of ImageNet's epochs and about as many updates in each: N/B is 156 there, 160 here.
 IMAGENET = {
     "recipe.epochs": 18.0, "recipe.falls": ((6.0, 10.0), (12.0, 10.0), (16.0, 10.0)),
     "recipe.learning_rate": 0.2, "recipe.batch_size": 32, "eval_every_epochs": 1.0,

@@ -8,38 +8,27 @@ into --output. Run again, it continues what is there.
 """
 
 import argparse
-import os
-import shutil
-import subprocess
 import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import Queue
 
-from experiments import curves
+from experiments import curves, provenance, records
+from experiments.figures import REPOSITORY
+from experiments.runs import Run, is_finished, train_all
 
 PRESETS = ("decay", "hybrid", "increase")  # the longest first, so that no core idles at the end
-REPOSITORY = Path(__file__).parents[1]
 
 
-def train(preset: str, seed: int, workdir: Path, core: int) -> None:
-    """One run, on one core: these networks are too small to share out.
-
-    Raises:
-        RuntimeError: with what the run said, if it fails.
-    """
-    command = [
-        sys.executable, "-m", "bigbatch.main", f"--config=configs/digits.py:{preset},seed={seed}",
-        f"--workdir={workdir}", "--config.tensorboard=false",
-    ]
-    pin = [shutil.which("taskset"), "-c", str(core)] if shutil.which("taskset") else []
-    done = subprocess.run(
-        pin + command, cwd=REPOSITORY, env=os.environ | {"JAX_PLATFORMS": "cpu"}, text=True,
-        capture_output=True, check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr}")
+def draw(folder: Path, seeds: int, output: Path) -> str:
+    """Draws the picture and writes the table, which it returns, from a workdir or a record."""
+    with records.opened(folder) as opened:
+        schedules = {
+            preset: [curves.read_run(opened / "runs" / f"{preset}-{seed}") for seed in range(seeds)]
+            for preset in PRESETS
+        }
+    curves.draw(schedules, output / "curves.png", "digits: one recipe, three schedules")
+    text = curves.table(schedules)
+    (output / "table.md").write_text(text, encoding="utf-8")
+    return text
 
 
 def main() -> None:
@@ -47,36 +36,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--output", type=Path, default=REPOSITORY / "runs" / "demo")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each schedule")
+    parser.add_argument("--record", type=Path, help="also keep the runs' logs in this folder")
     options = parser.parse_args()
-    if options.seeds < 1:
-        sys.exit(f"experiments.demo: --seeds is {options.seeds}; it must be 1 or more.")
-    began = time.perf_counter()
-    free: Queue[int] = Queue()
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
-    for core in cores:
-        free.put(core)
-    folders = {
-        preset: [options.output.resolve() / f"{preset}-{seed}" for seed in range(options.seeds)]
-        for preset in PRESETS
-    }
-
-    def one(preset: str, seed: int) -> None:
-        core = free.get()
-        try:
-            train(preset, seed, folders[preset][seed], core)
-        finally:
-            free.put(core)
-        print(f"{time.perf_counter() - began:5.0f} s  {preset}, seed {seed}", flush=True)
-
-    with ThreadPoolExecutor(len(cores)) as executor:
-        runs = [executor.submit(one, p, s) for p in PRESETS for s in range(options.seeds)]
-        for run in runs:
-            run.result()
-    schedules = {preset: [curves.read_run(f) for f in folders[preset]] for preset in PRESETS}
-    curves.draw(schedules, options.output / "curves.png", "digits: one recipe, three schedules")
-    text = curves.table(schedules)
-    (options.output / "table.md").write_text(text, encoding="utf-8")
-    print(f"\n{text}\n{options.output / 'curves.png'} has the curves.")
+    output = options.output.resolve()
+    runs = [
+        Run(f"configs/digits.py:{preset},seed={seed}", output / "runs" / f"{preset}-{seed}")
+        for preset in PRESETS for seed in range(options.seeds)
+    ]
+    try:
+        if options.seeds < 1:
+            raise ValueError(f"--seeds is {options.seeds}; it must be 1 or more.")
+        if not all(is_finished(run) for run in runs):
+            provenance.add(output, provenance.describe(
+                provenance.command_line("experiments.demo"), [run.config for run in runs]))
+            train_all(runs, ["--config.tensorboard=false"])
+        text = draw(output, options.seeds, output)
+        if options.record:
+            records.keep(output, [run.workdir for run in runs], options.record)
+            draw(options.record, options.seeds, options.record)
+    except (ValueError, RuntimeError) as error:
+        sys.exit(f"experiments.demo: {error}")
+    except KeyboardInterrupt:
+        sys.exit("experiments.demo: stopped; the same command goes on from here.")
+    print(f"\n{text}\n{output / 'curves.png'} has the curves.")
 
 
 if __name__ == "__main__":

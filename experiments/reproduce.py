@@ -2,10 +2,15 @@
 
     python -m experiments.reproduce --figure=3b --scale=small --seeds=3 --workdir=DIR
 
-Trains what is missing (skips what is finished, continues what was cut short), then draws: into
---workdir a picture a figure, tables.md and report.html. `--figure=all`, or some: 1, 2, 3, 3b, 4, 5,
-6, 7, A, B, 30min, as 2,3a,5. Scales: `paper`, the full recipes; `small`, for a laptop with CIFAR-10;
-`digits`, the quickest, without a download. `--draw_only` trains nothing.
+Trains what is missing (skips what is finished, continues what was cut short), then draws a picture
+a figure, tables.md and report.html. Figures are 1 to 7, A, B and 30min, or one panel of them, or
+all. Scales: `paper`, the full recipes; `small`, for a laptop with CIFAR-10; `digits`, the quickest,
+without a download.
+
+    python -m experiments.reproduce --figure=all --scale=small --draw_only --workdir=RECORD \
+        --output=DIR
+
+trains nothing, and draws from a workdir or a record.
 """
 
 import argparse
@@ -13,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import figures, provenance, runs
+from experiments import curves, drawing, figures, provenance, records, report, runs, tables
 
 
 def wanted(
@@ -22,10 +27,7 @@ def wanted(
     """The runs that figures are drawn from, each once: all of seed 0, then of seed 1, ..."""
     texts = dict.fromkeys(
         figures.config_text(scale, panel, curve, seed)
-        for seed in range(seeds)
-        for figure in chosen if figure.kind != "schedules"
-        for panel in figure.panels
-        for curve in panel.curves
+        for seed in range(seeds) for panel, curve in _trained(chosen)
     )
     return [runs.Run(text, folder_of(workdir, text)) for text in texts]
 
@@ -35,35 +37,97 @@ def folder_of(workdir: Path, text: str) -> Path:
     return workdir / "runs" / text.partition(":")[2].replace(",", "_")
 
 
+def read(
+    chosen: Sequence[figures.Figure], scale: str, seeds: int, workdir: Path
+) -> dict[str, list[curves.Run]]:
+    """What figures are drawn from, by the curve's config.
+
+    Raises:
+        ValueError: naming the first run that is missing, not finished, or of another config.
+    """
+    results = {}
+    for panel, curve in _trained(chosen):
+        if curve.config not in results:
+            texts = [figures.config_text(scale, panel, curve, seed) for seed in range(seeds)]
+            results[curve.config] = []
+            for text in texts:
+                folder = folder_of(workdir, text)
+                found = curves.read_run(folder)
+                runs.is_finished(runs.Run(text, folder))  # raises where it is another config's
+                results[curve.config].append(found)
+    return results
+
+
+def draw(
+    chosen: Sequence[figures.Figure], scale: str, seeds: int, source: Path, output: Path
+) -> None:
+    """Draws figures from a workdir or a record into `output`.
+
+    Raises:
+        ValueError: see `read`; nothing has been drawn then.
+    """
+    with records.opened(source) as folder:
+        results = read(chosen, scale, seeds, folder)
+    output.mkdir(parents=True, exist_ok=True)
+    pictures, text = {}, [f"# The paper's figures at the scale {scale}\n",
+                          f"{figures.SCALES[scale].says} Seeds a curve: {seeds}.\n"]
+    for figure in chosen:
+        for kind in ("png", "svg"):
+            pictures[figure.name] = output / f"figure_{figure.name}.{kind}"
+            drawing.draw(figure, scale, results, pictures[figure.name])
+        for table in tables.make(figure, scale, results):
+            text += [f"## {table.name}: {figure.title}\n", tables.markdown(table)]
+    (output / "tables.md").write_text("\n".join(text), encoding="utf-8")
+    report.write(output / "report.html", chosen, scale, seeds, results, pictures,
+                 provenance.read(source))
+
+
+def _trained(chosen: Sequence[figures.Figure]) -> list[tuple[figures.Panel, figures.Curve]]:
+    """The curves of figures that show runs, with a panel each is in."""
+    return [
+        (panel, curve) for figure in chosen if figure.kind != "schedules"
+        for panel in figure.panels for curve in panel.curves
+    ]
+
+
 def main() -> None:
     """Trains and draws what the command line asks for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--figure", required=True, help="all, or names: 2, 3b, A, 30min, 2,5")
+    parser.add_argument("--figure", required=True, help="all, or some: 2, 3b, A, 30min, 2,5")
     parser.add_argument("--scale", required=True, choices=figures.SCALES)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each curve")
     parser.add_argument("--workdir", required=True, type=Path)
+    parser.add_argument("--output", type=Path, help="folder for what is drawn; else --workdir")
     parser.add_argument("--data_dir", default="", help="TFDS data_dir; empty: TFDS's own default")
     parser.add_argument("--at_once", type=int, default=0,
                         help="runs side by side; 0: one a core on CPU, one on an accelerator")
     parser.add_argument("--draw_only", action="store_true", help="train nothing")
+    parser.add_argument("--record", type=Path,
+                        help="also keep the runs' logs in this folder, with tables and pictures")
     options = parser.parse_args()
+    workdir, output = options.workdir.resolve(), options.output or options.workdir
     try:
         if options.seeds < 1:
             raise ValueError(f"--seeds is {options.seeds}; it must be 1 or more.")
         if options.at_once < 0:
             raise ValueError(f"--at_once is {options.at_once}; it must be 0 or more.")
         chosen = figures.select(options.figure)
-        needed = wanted(chosen, options.scale, options.seeds, options.workdir.resolve())
+        needed = wanted(chosen, options.scale, options.seeds, workdir)
         if not options.draw_only and not all(runs.is_finished(run) for run in needed):
-            provenance.add(options.workdir, provenance.describe(
+            provenance.add(workdir, provenance.describe(
                 provenance.command_line("experiments.reproduce"), [run.config for run in needed]))
             settings = [f"--config.data.dir={options.data_dir}"] if options.data_dir else []
             runs.train_all(needed, settings, options.at_once)
+        draw(chosen, options.scale, options.seeds, workdir, output)
+        if options.record:
+            records.keep(workdir, [run.workdir for run in needed], options.record)
+            draw(chosen, options.scale, options.seeds, options.record, options.record)
     except (ValueError, RuntimeError) as error:
         sys.exit(f"experiments.reproduce: {error}")
     except KeyboardInterrupt:
         sys.exit("experiments.reproduce: stopped; the same command goes on from here.")
+    print(f"{output}: report.html has it all, tables.md the numbers")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,189 @@
+"""The paper's figures, drawn from runs, with the paper's own points.
+
+Lines are means over seeds, bands go from the lowest to the highest, dotted lines stand where the
+noise falls. At the paper's scale its points lie over our curves. At another one they have axes of
+their own below ours, since only the shape can be compared.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Picture
+
+from bigbatch.config import make_phases
+from experiments.curves import COLOURS, Run, spread
+from experiments.figures import SCALES, Figure, Panel, config_text, load_config, read_digitised
+from experiments.tables import LABELS, Results, lost_epochs_of
+
+AXES = {"epoch": "epochs", "update": "parameter updates"}
+# The paper's axes where its plots give them, and wide enough for its points elsewhere.
+PAPER_LIMITS = {
+    "cifar10": {"train_loss": (0.0, 0.8), "test_accuracy": (0.80, 0.96)},
+    "imagenet_inception_resnet_v2": {"test_accuracy": (0.4, 0.8)},
+    "imagenet_resnet50": {"test_accuracy": (0.4, 0.8)},
+}
+LOSS_POINTS = 40  # over a run; a single batch's loss is noisy
+
+
+class Points(NamedTuple):
+    """A run's values of one quantity."""
+
+    epoch: np.ndarray
+    update: np.ndarray
+    value: np.ndarray
+
+
+def points(run: Run, quantity: str) -> Points:
+    """What was measured: each evaluation, or the training loss averaged over stretches."""
+    events = [event for event in run.events if quantity in event]
+    epoch, update, value = (
+        np.array([event[name] for event in events], float)
+        for name in ("epoch", "updates", quantity)
+    )
+    if quantity == "train_loss":
+        stretch = np.ceil(epoch / epoch[-1] * LOSS_POINTS).astype(int)
+        inside = [stretch == number for number in np.unique(stretch)]
+        epoch, update, value = (
+            np.array([column[rows].mean() for rows in inside]) for column in (epoch, update, value)
+        )
+    return Points(epoch, update, value)
+
+
+def draw(figure: Figure, scale: str, results: Results, path: Path) -> None:
+    """Draws `figure` into `path` (.png or .svg)."""
+    {"curves": _draw_curves, "schedules": _draw_schedules, "lost_epochs": _draw_lost_epochs,
+     "initial_rate": _draw_initial_rate}[figure.kind](figure, scale, results, path)
+
+
+def _draw_curves(figure: Figure, scale: str, results: Results, path: Path) -> None:
+    overlaid = SCALES[scale].comparable
+    plotted = {stretch.panel for stretch in read_digitised()}
+    beside = not overlaid and any(panel.name in plotted for panel in figure.panels)
+    picture, axes_RxC = _axes(1 + beside, len(figure.panels))
+    for column, panel in enumerate(figure.panels):
+        axis = axes_RxC[0][column]
+        lows, highs = [], []
+        for colour, curve in zip(COLOURS, panel.curves, strict=False):
+            runs = results[curve.config]
+            of_seeds = [points(run, panel.quantity) for run in runs]
+            mean, low, high = spread([found.value for found in of_seeds])
+            across = getattr(of_seeds[0], panel.axis)
+            axis.fill_between(across, low, high, color=colour, alpha=0.18, linewidth=0)
+            axis.plot(across, mean, color=colour, linewidth=1.4,
+                      label=f"{curve.label} ({runs[0].events[-1]['updates']:,} updates)")
+            lows.append(np.quantile(mean, 0.08))
+            highs.append(mean.max())
+        if panel.axis == "epoch":
+            _mark_falls(axis, results[panel.curves[0].config][0])
+        if overlaid:
+            _draw_paper(axis, panel, 2.6, 0.55)
+            axis.set_ylim(PAPER_LIMITS[panel.family][panel.quantity])
+        elif panel.quantity == "test_accuracy":
+            room = 0.06 * (max(highs) - min(lows))
+            axis.set_ylim(min(lows) - room, max(highs) + 3 * room)
+        _finish(axis, panel)
+        if beside:
+            below = axes_RxC[1][column]
+            _draw_paper(below, panel, 2.2, 1.0)
+            below.set_ylim(PAPER_LIMITS[panel.family][panel.quantity])
+            _finish(below, panel)
+            below.set_title("the paper's, read off its plots", fontsize=9)
+    _save(picture, path)
+
+
+def _draw_paper(axis: Axes, panel: Panel, width: float, alpha: float) -> None:
+    """The paper's points: means of its curves over stretches of the axis."""
+    for colour, curve in zip(COLOURS, panel.curves, strict=False):
+        label = f"{curve.label} (paper)"
+        for found in read_digitised():
+            if found.panel == panel.name and found.curve in curve.plotted:
+                axis.plot([found.start, found.end], [found.mean] * 2, color=colour, alpha=alpha,
+                          linewidth=width, solid_capstyle="butt", label=label)
+                label = None
+    axis.set_xlim(left=0)
+
+
+def _draw_schedules(figure: Figure, scale: str, results: Results, path: Path) -> None:
+    picture, axes_RxC = _axes(1, 3)
+    (panel,) = figure.panels
+    for number, (colour, curve) in enumerate(zip(COLOURS, panel.curves, strict=False)):
+        config = load_config(config_text(scale, panel, curve, 0))
+        phases, examples = make_phases(config), config.data.train_examples
+        edges = [phase.start_example / examples for phase in phases]
+        edges.append(phases[-1].end_example / examples)
+        for axis, name in zip(axes_RxC[0], ("learning_rate", "batch_size",
+                                            "noise_scale_approximate"), strict=True):
+            # Thinner above thicker, so that curves that coincide all show.
+            axis.stairs([getattr(phase, name) for phase in phases], edges, baseline=None,
+                        color=colour, linewidth=5 - 1.7 * number, label=curve.label)
+    for axis, label in zip(axes_RxC[0], ("learning rate", "batch size",
+                                         "noise scale εN/(B(1−m))"), strict=True):
+        axis.set(yscale="log", ylabel=label, xlabel="epochs", xlim=(0, None))
+        axis.legend(frameon=False, fontsize=8)
+    _save(picture, path)
+
+
+def _draw_lost_epochs(figure: Figure, scale: str, results: Results, path: Path) -> None:
+    picture, (axes,) = _axes(1, 2)
+    (panel,) = figure.panels
+    for colour, curve in zip(COLOURS, panel.curves, strict=False):
+        of_seeds = [points(run, panel.quantity) for run in results[curve.config]]
+        mean, low, high = spread([found.value for found in of_seeds])
+        axes[0].fill_between(of_seeds[0].epoch, low, high, color=colour, alpha=0.18, linewidth=0)
+        axes[0].plot(of_seeds[0].epoch, mean, color=colour, linewidth=1.4, label=curve.label)
+    _finish(axes[0], panel)
+    for colour, row in zip(COLOURS[1:], lost_epochs_of(panel, results), strict=False):
+        axes[1].plot([row.predicted] * len(row.measured), row.measured, "o", color=colour,
+                     label=row.label)
+    ends = np.array(axes[1].get_xlim())
+    ends = np.array([max(ends[0], 0.05), ends[1] * 1.5])
+    axes[1].plot(ends, ends, color="black", linewidth=0.8, linestyle=":")
+    axes[1].set(xscale="log", yscale="log", xlabel="B/(N(1−m)): epochs lost, predicted",
+                ylabel="epochs lost, fitted to the losses")
+    axes[1].legend(frameon=False, fontsize=8)
+    _save(picture, path)
+
+
+def _draw_initial_rate(figure: Figure, scale: str, results: Results, path: Path) -> None:
+    picture, ((axis,),) = _axes(1, 1)
+    (panel,) = figure.panels
+    rates, finals = [], []
+    for curve in panel.curves:
+        runs = results[curve.config]
+        rates.append(runs[0].events[0]["learning_rate"])
+        finals.append([run.events[-1][panel.quantity] for run in runs])
+    for column in zip(*finals, strict=True):
+        axis.plot(rates, column, "o", color=COLOURS[0], alpha=0.4, markersize=4)
+    axis.plot(rates, np.mean(finals, axis=1), color=COLOURS[0])
+    axis.set(xscale="log", xlabel="initial learning rate", ylabel="final test accuracy")
+    axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
+    axis.minorticks_off()
+    _save(picture, path)
+
+
+def _axes(rows: int, columns: int) -> tuple[Picture, np.ndarray]:
+    picture = Picture(figsize=(max(5.5 * columns, 6.5) if columns < 3 else 12, 4.0 * rows),
+                      layout="constrained")
+    return picture, picture.subplots(rows, columns, squeeze=False)
+
+
+def _mark_falls(axis: Axes, run: Run) -> None:
+    examples = run.events[-1]["examples_seen"] / run.events[-1]["epoch"]
+    for phase in run.phases[1:]:
+        axis.axvline(phase["start_example"] / examples, color="black", alpha=0.3, linewidth=0.8,
+                     linestyle=":")
+
+
+def _finish(axis: Axes, panel: Panel) -> None:
+    axis.set(xlabel=AXES[panel.axis], ylabel=LABELS[panel.quantity], xlim=(0, None))
+    axis.set_title(panel.title, fontsize=10)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(frameon=False, fontsize=8)
+
+
+def _save(picture: Picture, path: Path) -> None:
+    for axis in picture.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    picture.savefig(path, dpi=110)

@@ -1,0 +1,86 @@
+"""Logs of runs, kept for the numbers that were published from them.
+
+A record is a folder with runs.tar.gz (each run's config with its phases, metrics and times),
+trainings.json (command, revision, machine, versions) and what was drawn. Figures are drawn from a
+record as from the workdir it came from.
+"""
+
+import contextlib
+import gzip
+import io
+import json
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from bigbatch.metrics import read_events
+from experiments import provenance
+
+ARCHIVE = "runs.tar.gz"
+
+
+def keep(workdir: Path, folders: Sequence[Path], record: Path) -> None:
+    """Keeps the logs of finished runs.
+
+    Args:
+        workdir: where they were trained; it has `trainings.json`.
+        folders: the runs' own, inside `workdir`.
+        record: the folder to write.
+
+    Raises:
+        ValueError: if nothing is known of how the runs were trained.
+    """
+    if not provenance.read(workdir):
+        raise ValueError(f"{workdir} has no {provenance.FILE}: no record can say how it was made.")
+    record.mkdir(parents=True, exist_ok=True)
+    shutil.copy(workdir / provenance.FILE, record / provenance.FILE)
+    # Without times of now in it, so that the same logs make the same file.
+    with (
+        (record / ARCHIVE).open("wb") as file,
+        gzip.GzipFile("", "wb", 9, file, mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode="w") as archive,
+    ):
+        for folder in sorted(folders):
+            inside = folder.relative_to(workdir).as_posix()
+            for name, text in (
+                ("config.json", (folder / "config.json").read_text(encoding="utf-8")),
+                ("metrics.jsonl", (folder / "metrics.jsonl").read_text(encoding="utf-8")),
+                ("timing.jsonl", _times(folder / "timing.jsonl")),
+            ):
+                member = tarfile.TarInfo(f"{inside}/{name}")
+                content = text.encode()
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+
+
+@contextlib.contextmanager
+def opened(folder: Path) -> Iterator[Path]:
+    """A folder with the runs of a workdir or a record in it, for the time of the block.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    if (folder / "runs").is_dir():
+        yield folder
+    elif (folder / ARCHIVE).exists():
+        with tempfile.TemporaryDirectory() as unpacked, tarfile.open(folder / ARCHIVE) as archive:
+            archive.extractall(unpacked, filter="data")
+            yield Path(unpacked)
+    else:
+        raise ValueError(
+            f"{folder} holds neither runs nor {ARCHIVE}: it is no workdir of experiments.reproduce "
+            "and no record."
+        )
+
+
+def _times(path: Path) -> str:
+    """timing.jsonl with the lines on speed, hundreds of them, added up into one."""
+    events = read_events(path)
+    speeds = [event for event in events if event["event"] == "speed"]
+    total = {"event": "speed", "examples_seen": speeds[-1]["examples_seen"],
+             "updates": sum(event["updates"] for event in speeds),
+             "seconds": round(sum(event["seconds"] for event in speeds), 3)}
+    kept = [event for event in events if event["event"] != "speed"]
+    return "".join(json.dumps(event) + "\n" for event in [*kept, total])

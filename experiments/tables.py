@@ -1,0 +1,216 @@
+"""Results tables of the paper's figures: what ours came to, what the paper's did, and a verdict."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from bigbatch.config import make_phases
+from experiments.curves import Run
+from experiments.figures import (
+    SCALES,
+    Curve,
+    Figure,
+    Panel,
+    config_text,
+    load_config,
+    read_digitised,
+)
+from experiments.lost_epochs import fit
+from experiments.verdicts import Comparison, compare, inside
+
+LABELS = {"train_loss": "training cross entropy", "test_accuracy": "test accuracy"}
+LAST_SHARE = 0.1  # of a run, over which its final training loss is averaged
+Results = Mapping[str, Sequence[Run]]  # by Curve.config, one run a seed
+
+
+class Row(NamedTuple):
+    """A curve's results. Values are accuracies as fractions, or training losses."""
+
+    label: str
+    config: str
+    updates: int
+    paper_updates: int | None  # as the paper states them
+    recipe_updates: int  # at the paper's scale, as the planner counts them
+    values: list[float]  # final, one a seed
+    paper_values: list[float]  # stated, or else read off the end of its plot
+    comparison: Comparison | None  # with the first curve; of the first itself and of one seed None
+    claim: str  # the paper's: same, lower, or "" for none
+    inside: bool | None  # whether the paper's values lie inside ours; None: cannot be asked
+    seconds: float | None  # of wall-clock time a run
+
+
+class Table(NamedTuple):
+    """Text, ready to be laid out."""
+
+    name: str  # of the panel
+    header: list[str]
+    cells: list[list[str]]
+    note: str
+
+
+class LostEpochs(NamedTuple):
+    """A momentum's row of appendix A, in epochs."""
+
+    label: str
+    batch_size: int
+    predicted: float  # B/(N(1-m))
+    measured: list[float]  # one a seed
+
+
+def final_value(run: Run, quantity: str) -> float:
+    """The last evaluation, or the training loss averaged over the last tenth of the run."""
+    if quantity != "train_loss":
+        return run.events[-1][quantity]
+    end = run.events[-1]["examples_seen"]
+    return statistics.mean(
+        event[quantity] for event in run.events
+        if event["examples_seen"] > (1 - LAST_SHARE) * end
+    )
+
+
+def rows(panel: Panel, scale: str, results: Results) -> list[Row]:
+    """A panel's rows, in its order."""
+    found = []
+    margin = SCALES[scale].margins[panel.quantity]
+    reference: list[float] = []
+    for curve in panel.curves:
+        runs = results[curve.config]
+        values = [final_value(run, panel.quantity) for run in runs]
+        papers = list(curve.finals) if panel.quantity == "test_accuracy" else []
+        papers = papers or _plotted_finals(panel, curve.plotted)
+        seconds = [run.seconds for run in runs if run.seconds]
+        found.append(Row(
+            curve.label, curve.config, runs[0].events[-1]["updates"], curve.updates,
+            _recipe_updates(panel, curve), values, papers,
+            compare(values, reference, margin) if reference else None, curve.claim,
+            inside(values, papers) if SCALES[scale].comparable else None,
+            statistics.mean(seconds) if seconds else None,
+        ))
+        reference = reference or values
+    return found
+
+
+def lost_epochs_of(panel: Panel, results: Results) -> list[LostEpochs]:
+    """The rows of appendix A: all momenta but the first, which the others are measured against."""
+    def losses(run: Run) -> tuple[np.ndarray, np.ndarray]:
+        return tuple(np.array([event[name] for event in run.events])
+                     for name in ("epoch", "train_loss"))
+
+    first, *others = panel.curves
+    references = results[first.config]
+    tau = references[0].phases[0]["lost_epochs"]
+    return [
+        LostEpochs(
+            curve.label, results[curve.config][0].phases[0]["batch_size"],
+            results[curve.config][0].phases[0]["lost_epochs"],
+            [fit(*losses(run), *losses(reference), tau)
+             for run, reference in zip(results[curve.config], references, strict=True)],
+        )
+        for curve in others
+    ]
+
+
+def make(figure: Figure, scale: str, results: Results) -> list[Table]:
+    """The tables of a figure: one for each distinct set of curves and quantity."""
+    if figure.kind == "schedules":
+        return []
+    if figure.kind == "lost_epochs":
+        return [_lost_epochs_table(figure.panels[0], results)]
+    distinct = {(panel.curves, panel.quantity): panel for panel in reversed(figure.panels)}
+    return [_panel_table(panel, scale, results) for panel in reversed(distinct.values())]
+
+
+def markdown(table: Table) -> str:
+    """A table as Markdown, with its note below."""
+    lines = [f"| {' | '.join(row)} |" for row in (table.header, *table.cells)]
+    lines.insert(1, "|---" * len(table.header) + "|")
+    return "\n".join([*lines, "", table.note, ""])
+
+
+def _panel_table(panel: Panel, scale: str, results: Results) -> Table:
+    quantity, comparable = panel.quantity, SCALES[scale].comparable
+    found = rows(panel, scale, results)
+    first = found[0]
+
+    def fewer(updates: int, most: int) -> str:
+        return f"{updates:,}" + f" ({most / updates:.1f}x fewer)" * (updates != most)
+
+    columns = {
+        "curve": lambda row: row.label,
+        "n": lambda row: str(len(row.values)),
+        "updates": lambda row: fewer(row.updates, first.updates),
+        "of the paper's recipe": lambda row: fewer(row.recipe_updates, first.recipe_updates),
+        "the paper says": lambda row: f"{row.paper_updates:,}" if row.paper_updates else "",
+        f"final {LABELS[quantity]}": lambda row: _mean(row.values, quantity),
+        "the paper's" if comparable else "the paper's (of its task)": lambda row: (
+            ", ".join(_number(value, quantity) for value in row.paper_values) or "not given"),
+        "less the first curve's (90 % interval)": lambda row: (
+            _interval(row.comparison, quantity) if row.comparison else ""),
+        "verdict": lambda row: (
+            row.comparison.verdict if row.comparison else
+            "the reference" if row is first else "none: one seed"),
+        "the paper claims": lambda row: row.claim,
+    }
+    if comparable:
+        columns |= {
+            "ours less the paper's": lambda row: (
+                _number(statistics.mean(row.values) - statistics.mean(row.paper_values),
+                        quantity, signed=True) if row.paper_values else ""),
+            "the paper's inside ours": lambda row: {True: "yes", False: "no", None: ""}[row.inside],
+        }
+    margin = _number(SCALES[scale].margins[quantity], quantity)
+    return Table(
+        panel.name, list(columns), [[cell(row) for cell in columns.values()] for row in found],
+        "Paired over seeds: same where the interval of the mean difference lies within "
+        f"±{margin}; lower or higher where it does not and holds no 0; else undecided.",
+    )
+
+
+def _lost_epochs_table(panel: Panel, results: Results) -> Table:
+    def measured(values: Sequence[float]) -> str:
+        deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.2f}{deviation}"
+
+    return Table(
+        panel.name, ["momentum", "batch", "n", "epochs lost, predicted", "epochs lost, measured"],
+        [[row.label, str(row.batch_size), str(len(row.measured)), f"{row.predicted:.2f}",
+          measured(row.measured)] for row in lost_epochs_of(panel, results)],
+        f"Predicted: B/(N(1-m)). Measured: fitted to the training losses of runs that differ from "
+        f"{panel.curves[0].label} in momentum and batch alone.",
+    )
+
+
+def _recipe_updates(panel: Panel, curve: Curve) -> int:
+    phases = make_phases(load_config(config_text("paper", panel, curve, 0)))
+    return sum(phase.updates for phase in phases)
+
+
+def _plotted_finals(panel: Panel, names: Sequence[str]) -> list[float]:
+    """The last values of the paper's plotted curves, where they are seen to near the end."""
+    finals = []
+    for name in names:
+        found = [s for s in read_digitised() if (s.panel, s.curve) == (panel.name, name)]
+        ends = [s.end for s in read_digitised() if s.panel == panel.name]
+        if found and found[-1].end >= 0.95 * max(ends):
+            finals.append(found[-1].mean)
+    return finals
+
+
+def _number(value: float, quantity: str, signed: bool = False) -> str:
+    if quantity == "train_loss":
+        return f"{value:+.3f}" if signed else f"{value:.3f}"
+    return f"{100 * value:+.2f} points" if signed else f"{100 * value:.1f} %"
+
+
+def _mean(values: Sequence[float], quantity: str) -> str:
+    scale, digits, unit = (1, 3, "") if quantity == "train_loss" else (100, 2, " %")
+    deviation = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{scale * statistics.mean(values):.{digits}f}{deviation}{unit}"
+
+
+def _interval(compared: Comparison, quantity: str) -> str:
+    scale, digits, unit = (1, 3, "") if quantity == "train_loss" else (100, 2, " points")
+    return (f"{scale * compared.difference:+.{digits}f} ({scale * compared.low:+.{digits}f} to "
+            f"{scale * compared.high:+.{digits}f}){unit}")

@@ -1,0 +1,145 @@
+"""What figures are made of: curves with their configs at every scale; the tests behind verdicts."""
+
+import statistics
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from bigbatch.config import check, make_phases
+from experiments import figures, lost_epochs, verdicts
+
+CURVES = [
+    pytest.param(panel, curve, id=f"{panel.name}-{curve.label}")
+    for figure in figures.FIGURES.values() for panel in figure.panels for curve in panel.curves
+]
+
+
+def plan(scale, panel, curve):
+    config = figures.load_config(figures.config_text(scale, panel, curve, 1))
+    check(config)
+    assert config.seed == 1
+    return config, make_phases(config)
+
+
+@pytest.mark.parametrize("panel, curve", CURVES)
+def test_every_scale_has_the_papers_schedule_in_small(panel, curve):
+    """Falls at the same fractions, batches and noise in the same ratios, updates as many fewer."""
+    first = panel.curves[0]
+    _, paper = plan("paper", panel, curve)
+    _, paper_first = plan("paper", panel, first)
+    if curve.updates:
+        # It says "about" or "under" each of these.
+        assert sum(phase.updates for phase in paper) == pytest.approx(curve.updates, rel=0.065)
+    for scale in ("small", "digits"):
+        config, phases = plan(scale, panel, curve)
+        _, phases_first = plan(scale, panel, first)
+        assert [phase.name for phase in phases] == [phase.name for phase in paper]
+        assert [phase.batch_size / phases_first[0].batch_size for phase in phases] == [
+            phase.batch_size / paper_first[0].batch_size for phase in paper]
+        np.testing.assert_allclose(
+            [phase.learning_rate / phases_first[-1].learning_rate for phase in phases[1:]],
+            [phase.learning_rate / paper_first[-1].learning_rate for phase in paper[1:]])
+        np.testing.assert_allclose(
+            [phase.nominal_end_example / phases[-1].nominal_end_example for phase in phases],
+            [phase.nominal_end_example / paper[-1].nominal_end_example for phase in paper],
+            atol=0.001)
+        fewer, paper_fewer = (
+            sum(phase.updates for phase in most) / sum(phase.updates for phase in ours)
+            for most, ours in ((phases_first, phases), (paper_first, paper)))
+        # Whole updates: the last phase of a small run has few.
+        assert fewer == pytest.approx(paper_fewer, rel=0.02)
+
+
+@pytest.mark.parametrize("names, panels", [
+    ("3", ["3a", "3b"]), ("3b", ["3b"]), ("5,2b", ["2b", "5"]), ("3b,3a", ["3a", "3b"]),
+    ("A", ["A"]), ("30min,1", ["1", "30min"]),
+])
+def test_figures_are_chosen_by_name(names, panels):
+    assert [p.name for figure in figures.select(names) for p in figure.panels] == panels
+
+
+def test_all_figures_are_all():
+    assert figures.select("all") == list(figures.FIGURES.values())
+
+
+@pytest.mark.parametrize("names, said", [("8", "'8'; there are 1, 2, 3"), ("3,x", "'x'"),
+                                         ("", "is empty")])
+def test_a_figure_that_is_not_there_is_refused(names, said):
+    with pytest.raises(ValueError, match=said):
+        figures.select(names)
+
+
+def test_the_papers_points_belong_to_curves_that_are_drawn():
+    drawn = {(panel.name, name) for figure in figures.FIGURES.values() for panel in figure.panels
+             for curve in panel.curves for name in curve.plotted}
+    points = figures.read_digitised()
+    assert len(points) > 200
+    assert {(point.panel, point.curve) for point in points} <= drawn
+    assert all(point.start < point.end and 0 < point.mean < 1 for point in points)
+
+
+def test_a_difference_has_the_paired_t_tests_interval():
+    ours, reference = [0.71, 0.735, 0.72, 0.74], [0.70, 0.73, 0.725, 0.728]
+    found = verdicts.compare(ours, reference, 0.05)
+    interval = stats.ttest_rel(ours, reference).confidence_interval(0.90)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    assert found.difference == pytest.approx(statistics.mean(ours) - statistics.mean(reference))
+
+
+@pytest.mark.parametrize("shift, spread, margin, verdict", [
+    (0.0, 0.001, 0.01, "same"), (0.004, 0.001, 0.01, "same"), (-0.02, 0.001, 0.01, "lower"),
+    (0.02, 0.001, 0.01, "higher"), (0.0, 0.03, 0.01, "undecided"), (-0.009, 0.002, 0.01, "lower"),
+])
+def test_verdicts(shift, spread, margin, verdict):
+    reference = [0.7, 0.75, 0.72, 0.71, 0.73]
+    ours = [r + shift + spread * e for r, e in zip(reference, (-1, 1, 0, 1, -1), strict=True)]
+    assert verdicts.compare(ours, reference, margin).verdict == verdict
+
+
+def test_same_is_said_wrongly_at_most_one_time_in_twenty():
+    """Of curves that differ by just the margin, the two one-sided tests pass 5 %."""
+    random, margin, trials = np.random.default_rng(0), 1.0, 1000
+    said = sum(
+        verdicts.compare(list(margin + random.normal(0, 0.3, 5)), [0.0] * 5, margin).verdict
+        == "same" for _ in range(trials))
+    assert said / trials < 0.05 + 3 * (0.05 * 0.95 / trials) ** 0.5
+
+
+def test_one_more_run_lies_inside_ours_in_19_of_20_cases():
+    random, trials = np.random.default_rng(1), 1000
+    inside = sum(verdicts.inside(list(random.normal(0, 1, 5)), [random.normal()])
+                 for _ in range(trials))
+    assert inside / trials == pytest.approx(0.95, abs=3 * (0.05 * 0.95 / trials) ** 0.5)
+
+
+def test_one_seed_gives_no_verdict():
+    assert verdicts.compare([0.7], [0.7], 0.1) is None
+    assert verdicts.inside([0.7], [0.7]) is None
+    with pytest.raises(ValueError, match="2 runs cannot be paired with 3"):
+        verdicts.compare([0.1, 0.2], [0.1, 0.2, 0.3], 0.1)
+
+
+def test_progress_is_that_of_an_accumulator_that_fills():
+    """Of the sum of m^k over updates: A_k = (1 - m^k)/(1 - m) times a constant gradient."""
+    momentum, updates_an_epoch = 0.99, 16
+    updates = np.arange(1, 1 + 40 * updates_an_epoch)
+    moved = np.cumsum(1 - momentum ** updates) / updates_an_epoch  # in epochs of a full one
+    tau = 1 / (1 - momentum) / updates_an_epoch
+    np.testing.assert_allclose(
+        lost_epochs.progress(updates / updates_an_epoch, tau), moved,
+        atol=1 / updates_an_epoch)
+    assert updates[-1] / updates_an_epoch - moved[-1] == pytest.approx(tau, rel=0.02)
+
+
+@pytest.mark.parametrize("tau", [0.15, 0.8, 3.0, 12.0])
+def test_lost_epochs_are_found_in_noisy_losses(tau):
+    random = np.random.default_rng(0)
+
+    def losses(tau, often):
+        epochs = np.arange(1, 1 + 20 * often) / often
+        loss = 1.2 + 1.1 * np.exp(-lost_epochs.progress(epochs, tau) / 4)
+        return epochs, loss + random.normal(0, 0.05, len(loss))
+
+    found = lost_epochs.fit(*losses(tau, 40), *losses(0.03, 80), 0.03)
+    assert found == pytest.approx(tau, rel=0.15, abs=0.15)
