@@ -135,13 +135,13 @@ def _draw_lost_epochs(figure: Figure, scale: str, results: Results, path: Path) 
         axes[0].plot(of_seeds[0].epoch, mean, color=colour, linewidth=1.4, label=curve.label)
     _finish(axes[0], panel)
     for colour, row in zip(COLOURS[1:], lost_epochs_of(panel, results), strict=False):
-        axes[1].plot([row.predicted] * len(row.measured), row.measured, "o", color=colour,
-                     label=row.label)
-    ends = np.array(axes[1].get_xlim())
-    ends = np.array([max(ends[0], 0.05), ends[1] * 1.5])
-    axes[1].plot(ends, ends, color="black", linewidth=0.8, linestyle=":")
-    axes[1].set(xscale="log", yscale="log", xlabel="B/(N(1−m)): epochs lost, predicted",
-                ylabel="epochs lost, fitted to the losses")
+        mean, low, high = spread([row.trained - worth for worth in row.worth_SxT])
+        axes[1].fill_between(row.trained, low, high, color=colour, alpha=0.18, linewidth=0)
+        axes[1].plot(row.trained, mean, color=colour, linewidth=1.4, label=row.label)
+        axes[1].plot(row.trained, row.trained - row.predicted_T, color=colour, linewidth=1.4,
+                     linestyle=":")
+    axes[1].plot([], [], color="black", linestyle=":", label="predicted")
+    axes[1].set(xlabel=AXES[panel.axis], ylabel="epochs lost", xlim=(0, None))
     axes[1].legend(frameon=False, fontsize=8)
     _save(picture, path)
 

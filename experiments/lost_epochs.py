@@ -1,17 +1,14 @@
 """Epochs lost to momentum, read off learning curves (appendix A).
 
 The accumulator starts at 0 and fills over 1/(1-m) updates, which is tau = B/(N(1-m)) epochs. After
-t epochs, training at a constant rate and batch has gone as far as t - tau (1 - exp(-t/tau)) epochs
-with a full accumulator would go: in the end tau epochs are lost. With B in proportion to 1/(1-m)
-and all else equal, runs differ in nothing but tau, which can thus be fitted to when two curves pass
-the same loss.
+t epochs, training at a constant rate and batch has moved as far as a full accumulator would have in
+t - tau (1 - exp(-t/tau)) epochs. So much is lost, and in the end tau epochs. With B in proportion
+to 1/(1-m) and all else equal, runs differ in nothing but tau: when a run with a small one had the
+same training loss tells how many epochs another has lost.
 """
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 from sklearn.isotonic import IsotonicRegression
-
-LEVELS = 40
 
 
 def progress(epochs: np.ndarray, tau: float) -> np.ndarray:
@@ -19,11 +16,11 @@ def progress(epochs: np.ndarray, tau: float) -> np.ndarray:
     return epochs + tau * np.expm1(-epochs / tau)
 
 
-def fit(
+def worth(
     epochs: np.ndarray, losses: np.ndarray, reference_epochs: np.ndarray,
-    reference_losses: np.ndarray, reference_tau: float,
-) -> float:
-    """Tau of a run, from its training losses and those of a reference with a known one.
+    reference_losses: np.ndarray, reference_tau: float, at: np.ndarray,
+) -> np.ndarray:
+    """How many epochs with a full accumulator a run's training was worth `at` its epochs.
 
     Args:
         epochs: rising; when `losses` were measured.
@@ -31,27 +28,12 @@ def fit(
         reference_epochs: the same of a run with a small tau.
         reference_losses: the same of it.
         reference_tau: B/(N(1-m)) of the reference, in epochs.
+        at: epochs of the run to answer for.
     """
     ours, theirs = _falling(epochs, losses), _falling(reference_epochs, reference_losses)
-    # Losses that both curves pass, without the ends, which an isotonic fit flattens.
-    high = min(np.quantile(ours, 0.98), np.quantile(theirs, 0.98))
-    low = max(np.quantile(ours, 0.02), np.quantile(theirs, 0.02))
-    if not low < high:
-        raise ValueError("the two runs have no training loss in common: nothing can be fitted.")
-    levels = np.linspace(high, low, LEVELS)
-    reached = _when(epochs, ours, levels)
-    worth = progress(_when(reference_epochs, theirs, levels), reference_tau)
-
-    def squares(log_tau: float) -> float:
-        return float(np.square(progress(reached, np.exp(log_tau)) - worth).sum())
-
-    longest = np.log(10 * epochs[-1])
-    return float(np.exp(minimize_scalar(squares, bounds=(np.log(1e-3), longest)).x))
+    reached = np.interp(-np.interp(at, epochs, ours), -theirs, reference_epochs)
+    return progress(reached, reference_tau)
 
 
 def _falling(epochs: np.ndarray, losses: np.ndarray) -> np.ndarray:
     return IsotonicRegression(increasing=False).fit_transform(epochs, losses)
-
-
-def _when(epochs: np.ndarray, falling: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    return np.interp(-levels, -falling, epochs)

@@ -17,10 +17,11 @@ from experiments.figures import (
     load_config,
     read_digitised,
 )
-from experiments.lost_epochs import fit
+from experiments.lost_epochs import progress, worth
 from experiments.verdicts import Comparison, compare, inside
 
 LABELS = {"train_loss": "training cross entropy", "test_accuracy": "test accuracy"}
+LOST_AT, LOST_WINDOW = (0.25, 0.5), 0.05  # shares of a run where lost epochs are tabulated
 LAST_SHARE = 0.1  # of a run, over which its final training loss is averaged
 Results = Mapping[str, Sequence[Run]]  # by Curve.config, one run a seed
 
@@ -55,8 +56,10 @@ class LostEpochs(NamedTuple):
 
     label: str
     batch_size: int
-    predicted: float  # B/(N(1-m))
-    measured: list[float]  # one a seed
+    tau: float  # B/(N(1-m)): lost in the end
+    trained: np.ndarray  # T
+    worth_SxT: np.ndarray  # how many epochs with a full accumulator, measured, for each seed
+    predicted_T: np.ndarray  # the same, by theory
 
 
 def final_value(run: Run, quantity: str) -> float:
@@ -99,17 +102,19 @@ def lost_epochs_of(panel: Panel, results: Results) -> list[LostEpochs]:
                      for name in ("epoch", "train_loss"))
 
     first, *others = panel.curves
-    references = results[first.config]
-    tau = references[0].phases[0]["lost_epochs"]
-    return [
-        LostEpochs(
-            curve.label, results[curve.config][0].phases[0]["batch_size"],
-            results[curve.config][0].phases[0]["lost_epochs"],
-            [fit(*losses(run), *losses(reference), tau)
-             for run, reference in zip(results[curve.config], references, strict=True)],
-        )
-        for curve in others
-    ]
+    references, found = results[first.config], []
+    first_tau = references[0].phases[0]["lost_epochs"]
+    trained = np.linspace(0.0, references[0].events[-1]["epoch"], 81)[1:]
+    for curve in others:
+        runs = results[curve.config]
+        tau = runs[0].phases[0]["lost_epochs"]
+        measured = [worth(*losses(run), *losses(reference), first_tau, trained)
+                    for run, reference in zip(runs, references, strict=True)]
+        found.append(LostEpochs(
+            curve.label, runs[0].phases[0]["batch_size"], tau, trained, np.stack(measured),
+            progress(trained, tau),
+        ))
+    return found
 
 
 def make(figure: Figure, scale: str, results: Results) -> list[Table]:
@@ -169,16 +174,27 @@ def _panel_table(panel: Panel, scale: str, results: Results) -> Table:
 
 
 def _lost_epochs_table(panel: Panel, results: Results) -> Table:
-    def measured(values: Sequence[float]) -> str:
-        deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.2f}{deviation}"
+    def cells(row: LostEpochs, share: float) -> list[str]:
+        """Measured and predicted, around a share of the run."""
+        end = row.trained[-1]
+        around = np.abs(row.trained / end - share) <= LOST_WINDOW
+        lost_S = (row.trained - row.worth_SxT)[:, around].mean(axis=1)
+        predicted = (row.trained - row.predicted_T)[around].mean()
+        deviation = f" ± {lost_S.std(ddof=1):.2f}" if len(lost_S) > 1 else ""
+        return [f"{lost_S.mean():.2f}{deviation}", f"{predicted:.2f}"]
 
+    found = lost_epochs_of(panel, results)
+    end = found[0].trained[-1]
+    header = ["momentum", "batch", "n", "lost in the end, predicted"]
+    for share in LOST_AT:
+        header += [f"lost after {share * end:.1f} epochs", "predicted"]
     return Table(
-        panel.name, ["momentum", "batch", "n", "epochs lost, predicted", "epochs lost, measured"],
-        [[row.label, str(row.batch_size), str(len(row.measured)), f"{row.predicted:.2f}",
-          measured(row.measured)] for row in lost_epochs_of(panel, results)],
-        f"Predicted: B/(N(1-m)). Measured: fitted to the training losses of runs that differ from "
-        f"{panel.curves[0].label} in momentum and batch alone.",
+        panel.name, header,
+        [[row.label, str(row.batch_size), str(len(row.worth_SxT)), f"{row.tau:.2f}",
+          *(cell for share in LOST_AT for cell in cells(row, share))] for row in found],
+        "Epochs. Predicted: tau (1 - exp(-t/tau)) with tau = B/(N(1-m)). Measured: how much later "
+        f"than with {panel.curves[0].label} the same training loss was reached; runs differ in "
+        "momentum and batch alone.",
     )
 
 

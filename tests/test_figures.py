@@ -134,12 +134,13 @@ def test_progress_is_that_of_an_accumulator_that_fills():
 
 @pytest.mark.parametrize("tau", [0.15, 0.8, 3.0, 12.0])
 def test_lost_epochs_are_found_in_noisy_losses(tau):
-    random = np.random.default_rng(0)
+    random, at = np.random.default_rng(0), np.linspace(4, 8, 20)
 
     def losses(tau, often):
         epochs = np.arange(1, 1 + 20 * often) / often
-        loss = 1.2 + 1.1 * np.exp(-lost_epochs.progress(epochs, tau) / 4)
+        loss = 1.2 + 1.1 * np.exp(-lost_epochs.progress(epochs, tau) / 6)
         return epochs, loss + random.normal(0, 0.05, len(loss))
 
-    found = lost_epochs.fit(*losses(tau, 40), *losses(0.03, 80), 0.03)
-    assert found == pytest.approx(tau, rel=0.15, abs=0.15)
+    found = lost_epochs.worth(*losses(tau, 40), *losses(0.3, 80), 0.3, at)
+    assert (at - found).mean() == pytest.approx(
+        (at - lost_epochs.progress(at, tau)).mean(), rel=0.05, abs=0.15)
