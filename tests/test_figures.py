@@ -141,6 +141,6 @@ def test_lost_epochs_are_found_in_noisy_losses(tau):
         loss = 1.2 + 1.1 * np.exp(-lost_epochs.progress(epochs, tau) / 6)
         return epochs, loss + random.normal(0, 0.05, len(loss))
 
-    found = lost_epochs.worth(*losses(tau, 40), *losses(0.3, 80), 0.3, at)
+    found = lost_epochs.worth(*losses(tau, 40), *losses(0.03, 80), 0.03, at)
     assert (at - found).mean() == pytest.approx(
-        (at - lost_epochs.progress(at, tau)).mean(), rel=0.05, abs=0.15)
+        (at - lost_epochs.progress(at, tau)).mean(), rel=0.05, abs=0.2)
