@@ -71,6 +71,9 @@ def draw(
     output.mkdir(parents=True, exist_ok=True)
     pictures, text = {}, [f"# The paper's figures at the scale {scale}\n",
                           f"{figures.SCALES[scale].says} Seeds a curve: {seeds}.\n"]
+    overview = tables.summary(chosen, scale, results)
+    if overview.cells:
+        text += [f"## {overview.name}\n", tables.markdown(overview)]
     for figure in chosen:
         for kind in ("png", "svg"):
             pictures[figure.name] = output / f"figure_{figure.name}.{kind}"

@@ -127,11 +127,34 @@ def make(figure: Figure, scale: str, results: Results) -> list[Table]:
     return [_panel_table(panel, scale, results) for panel in reversed(distinct.values())]
 
 
+def summary(chosen: Sequence[Figure], scale: str, results: Results) -> Table:
+    """One table over figures: each curve's updates and final accuracy, the paper's and ours."""
+    cells, seen = [], set()
+    for figure in chosen:
+        for panel in figure.panels:
+            if (figure.kind != "curves" or panel.quantity != "test_accuracy"
+                    or panel.curves in seen):
+                continue
+            seen.add(panel.curves)
+            for row in rows(panel, scale, results):
+                cells.append([
+                    panel.name, row.label, f"{row.recipe_updates:,}",
+                    ", ".join(_number(value, panel.quantity) for value in row.paper_values)
+                    or "not given",
+                    f"{row.updates:,}", _mean(row.values, panel.quantity), str(len(row.values)),
+                    row.comparison.verdict if row.comparison else "",
+                ])
+    return Table("All figures", [
+        "figure", "schedule", "updates, paper", "accuracy, paper", f"updates, {scale}",
+        f"accuracy, {scale}", "n", "against the first",
+    ], cells, "")
+
+
 def markdown(table: Table) -> str:
     """A table as Markdown, with its note below."""
     lines = [f"| {' | '.join(row)} |" for row in (table.header, *table.cells)]
     lines.insert(1, "|---" * len(table.header) + "|")
-    return "\n".join([*lines, "", table.note, ""])
+    return "\n".join([*lines, "", table.note + "\n" * bool(table.note)])
 
 
 def _panel_table(panel: Panel, scale: str, results: Results) -> Table:
@@ -165,11 +188,11 @@ def _panel_table(panel: Panel, scale: str, results: Results) -> Table:
                         quantity, signed=True) if row.paper_values else ""),
             "the paper's inside ours": lambda row: {True: "yes", False: "no", None: ""}[row.inside],
         }
-    margin = _number(SCALES[scale].margins[quantity], quantity)
+    margin = _number(SCALES[scale].margins[quantity], quantity, signed=True)
     return Table(
         panel.name, list(columns), [[cell(row) for cell in columns.values()] for row in found],
         "Paired over seeds: same where the interval of the mean difference lies within "
-        f"±{margin}; lower or higher where it does not and holds no 0; else undecided.",
+        f"±{margin[1:]}; lower or higher where it does not and holds no 0; else undecided.",
     )
 
 

@@ -363,3 +363,28 @@ def test_oblong_images_need_a_crop():
         sources.check(dataset, data)
     data.augment.crop = data.image_size = 6
     sources.check(dataset, data)
+
+
+def test_half_resolution_averages_every_two_by_two_pixels(monkeypatch):
+    """Of the small scale's CIFAR-10."""
+    from configs import small
+
+    random = np.random.default_rng(0)
+    images = random.integers(0, 256, (3, 4, 6, 3), dtype=np.uint8)
+    labels = np.arange(3, dtype=np.int32)
+    monkeypatch.setattr(sources, "load", lambda data: sources.Dataset(
+        images, labels, images[:2], labels[:2]) if data.name == "cifar10" else None)
+    halved = small.half_resolution(small.get_config().data)
+    assert halved.train_images.shape == (3, 2, 3, 3) and halved.train_images.dtype == np.uint8
+    mean = images[1, 2:4, 4:6, 0].mean()
+    assert abs(halved.train_images[1, 1, 2, 0] - mean) <= 0.5
+    assert len(halved.test_images) == 2 and (halved.train_labels == labels).all()
+
+
+def test_the_small_digits_are_the_first_of_the_training_set():
+    from configs import small
+
+    config = small.get_config("decay,data=digits")
+    dataset = sources.load(config.data)
+    sources.check(dataset, config.data)
+    assert len(dataset.train_images) == 1280 and len(dataset.test_images) == 360
