@@ -19,6 +19,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "For logs and checkpoints: a fold
 STOP_AFTER_PHASE = flags.DEFINE_string(
     "stop_after_phase", "", "Stop with a checkpoint after this phase (name or number)."
 )
+PROFILE = flags.DEFINE_string(
+    "profile", "", "START:COUNT: trace so many updates from this one on into WORKDIR/profile."
+)
 CACHE = flags.DEFINE_string(
     "compilation_cache", "~/.cache/bigbatch", "Folder for compiled programs; empty for none."
 )
@@ -40,7 +43,8 @@ def main(arguments: Sequence[str]) -> None:
         job.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, DEAD_PEER_SECONDS.value)
         if CACHE.value:
             program_cache.keep(CACHE.value)
-        train.train_and_evaluate(config, WORKDIR.value, STOP_AFTER_PHASE.value)
+        train.train_and_evaluate(
+            config, WORKDIR.value, STOP_AFTER_PHASE.value, profile=PROFILE.value)
     except train.StoppedAfterPhase:
         job.leave(STOPPED_STATUS, together=True)
     except train.Preempted:

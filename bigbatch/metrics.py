@@ -12,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 
 def append_event(path: Path, event: dict[str, Any]) -> None:
@@ -69,34 +71,48 @@ def replace_text(path: Path, text: str) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def open_tensorboard(workdir: Path, examples_seen: int) -> SummaryWriter:
-    """TensorBoard files in `workdir`/tensorboard; steps are examples seen.
+def open_tensorboard(workdir: Path, examples_seen: int) -> EventsWriter:
+    """A TensorBoard file in `workdir`/tensorboard; steps are examples seen.
 
-    What an earlier start wrote past `examples_seen` is marked as discarded.
+    What an earlier start wrote past `examples_seen` is marked as discarded. Not a SummaryWriter,
+    which hands each number to a thread through a pipe and waits for the disk at each flush: longer
+    than an update of a small network takes.
     """
-    return SummaryWriter(str(workdir / "tensorboard"), purge_step=examples_seen + 1)
+    folder = workdir / "tensorboard"
+    folder.mkdir(parents=True, exist_ok=True)
+    board = EventsWriter(str(folder / "events"))
+    board.write_event(Event(wall_time=time.time(), step=examples_seen + 1,
+                            session_log=SessionLog(status=SessionLog.START)))
+    return board
 
 
-def close_board(board: SummaryWriter) -> None:
-    """Closes the files. On a full disk they end early; metrics.jsonl has what they had."""
+def close_board(board: EventsWriter) -> None:
+    """Closes the file. On a full disk it ends early; metrics.jsonl has what it had."""
     with contextlib.suppress(OSError):
         board.close()
 
 
-def write_board(board: SummaryWriter, event: dict[str, Any]) -> None:
-    """Puts the numbers of an event on the board."""
-    for name, value in event.items():
-        if isinstance(value, int | float) and name != "examples_seen":
-            board.add_scalar(name, value, event["examples_seen"])
-    board.flush()
+def write_board(board: EventsWriter, event: dict[str, Any]) -> None:
+    """Puts the numbers of an event on the board; on the disk where there was an evaluation."""
+    values = [
+        Summary.Value(tag=name, simple_value=value) for name, value in event.items()
+        if isinstance(value, int | float) and name != "examples_seen"
+    ]
+    board.write_event(Event(
+        wall_time=time.time(), step=event["examples_seen"], summary=Summary(value=values)))
+    if "test_accuracy" in event:
+        board.flush()
 
 
 class TimeShares:
-    """Where the wall-clock time of a loop goes."""
+    """Where the wall-clock time of a loop goes, since the last question and in all."""
+
+    SPENT_ON = ("update", "input", "evaluation", "checkpoint", "compile")  # the rest is "other"
 
     def __init__(self):
-        self._seconds: dict[str, float] = {}
-        self._since = time.perf_counter()
+        self._seconds = dict.fromkeys(self.SPENT_ON, 0.0)  # in all
+        self._began = self._since = time.perf_counter()
+        self._before, self._trained = dict(self._seconds), 0.0  # at the last question
 
     @contextlib.contextmanager
     def spent_on(self, what: str) -> Iterator[None]:
@@ -105,30 +121,53 @@ class TimeShares:
         try:
             yield
         finally:
-            passed = time.perf_counter() - started
-            self._seconds[what] = self._seconds.get(what, 0.0) + passed
+            self._seconds[what] += time.perf_counter() - started
 
     def move(self, source: str, target: str, seconds: float) -> None:
         """Counts `seconds` of what was counted as spent on `source` as spent on `target`."""
-        self._seconds[source] = self._seconds.get(source, 0.0) - seconds
-        self._seconds[target] = self._seconds.get(target, 0.0) + seconds
+        self._seconds[source] -= seconds
+        self._seconds[target] += seconds
 
-    def speed(self, updates: int, batch_size: int) -> dict[str, Any]:
+    def training(self) -> float:
+        """Seconds since the start, without evaluation, checkpoints and waiting for a compile."""
+        apart = sum(self._seconds[what] for what in ("evaluation", "checkpoint", "compile"))
+        return time.perf_counter() - self._began - apart
+
+    def speed(
+        self, updates: int, batch_size: int, flops: float | None, peak: float | None
+    ) -> dict[str, Any]:
         """Speeds and shares since the last call, for timing.jsonl; starts over.
 
-        Evaluation, checkpoints and waiting for a compile are not counted into the speeds.
+        Speeds are over `training` alone.
+
+        Args:
+            updates: made since then.
+            batch_size: of each.
+            flops: floating-point operations of an update on all devices, if they are known.
+            peak: the most of all devices a second, if that is known.
         """
-        now = time.perf_counter()
-        seconds = now - self._since
-        shares = {what: spent / seconds for what, spent in self._seconds.items()}
-        shares["other"] = 1.0 - sum(shares.values())
-        training = seconds * (shares["other"] + sum(
-            shares[what] for what in ("update", "input") if what in shares))
-        self._seconds, self._since = {}, now
+        now, trained = time.perf_counter(), self.training()
+        seconds, training = now - self._since, trained - self._trained
+        spent = {what: self._seconds[what] - self._before[what] for what in self.SPENT_ON}
+        self._since, self._trained, self._before = now, trained, dict(self._seconds)
+        utilisation: float | str | None = "unknown chip"
+        if peak is not None:
+            utilisation = None if flops is None else round(updates * flops / training / peak, 4)
         return {
             "updates": updates,
             "seconds": round(seconds, 4),
             "updates_per_second": round(updates / training, 3),
             "examples_per_second": round(updates * batch_size / training, 1),
-            "time_share": {what: round(share, 4) for what, share in shares.items()},
+            "model_flop_utilisation": utilisation,
+            "time_share": _shares(spent, seconds),
         }
+
+    def whole(self) -> dict[str, Any]:
+        """Shares of all the time since the start, and how many seconds that is."""
+        seconds = time.perf_counter() - self._began
+        return {"wall_seconds": round(seconds, 4), "time_share": _shares(self._seconds, seconds)}
+
+
+def _shares(spent: dict[str, float], seconds: float) -> dict[str, float]:
+    shares = {what: round(part / seconds, 4) for what, part in spent.items()}
+    return shares | {"other": round(1.0 - sum(spent.values()) / seconds, 4)}

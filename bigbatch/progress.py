@@ -54,6 +54,12 @@ def describe(phase: Phase, phases: Sequence[Phase]) -> str:
     )
 
 
+def describe_shares(shares: Mapping[str, float], seconds: float) -> str:
+    """One line on where the time of a run went."""
+    parts = ", ".join(f"{what} {100 * share:.1f} %" for what, share in shares.items())
+    return f"time: {format_seconds(seconds)}, of which {parts}"
+
+
 class Display:
     """A bar on a terminal, plain lines elsewhere; silent where `shown` is False."""
 

@@ -3,7 +3,7 @@
 import contextlib
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -11,12 +11,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.profiler import StepTraceAnnotation
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from bigbatch import (
     bucket,
     checkpoint,
+    chip_peaks,
     compilation,
     continuing,
     evaluate,
@@ -24,6 +26,7 @@ from bigbatch import (
     metrics,
     network,
     preemption,
+    profiling,
     programs,
     progress,
     schedule,
@@ -34,14 +37,11 @@ from bigbatch import (
 from bigbatch.config import check, due, make_phases, make_seatings
 from bigbatch.data import feed
 from bigbatch.devices import cut, make_mesh, place, replicated, shape_of
+from bigbatch.dispatch import NotFinite, check_finite, take_update
 
 # More, and the host would hold one more copy of the state; with fewer a checkpoint at a phase's end
 # would wait for one just before it.
 SAVES_AT_ONCE = 2
-
-
-class NotFinite(ArithmeticError):
-    """The loss or a parameter is no longer a finite number."""
 
 
 class Preempted(Exception):
@@ -53,7 +53,8 @@ class StoppedAfterPhase(Exception):
 
 
 def train_and_evaluate(
-    config: ConfigDict, workdir_path: str | Path, stop_after_phase: str = "", show: bool = True
+    config: ConfigDict, workdir_path: str | Path, stop_after_phase: str = "", show: bool = True,
+    profile: str = "",
 ) -> update.State:
     """Trains what `config` describes in `workdir_path`, from where it stands, to its end.
 
@@ -63,6 +64,7 @@ def train_and_evaluate(
             begun there is continued.
         stop_after_phase: "", or the name or number of a phase to stop after.
         show: whether to print progress.
+        profile: "", or START:COUNT, the updates to trace (see `profiling`).
 
     Returns:
         The state at the end.
@@ -83,6 +85,7 @@ def train_and_evaluate(
         last_phase = schedule.find_phase(phases, stop_after_phase, "--stop_after_phase")
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
+    span = profiling.parse(profile, phases[-1].start_update + phases[-1].updates)
     mesh = make_mesh()
     seatings = make_seatings(config, phases, mesh.size)
     net = network.build(config)
@@ -143,17 +146,23 @@ def train_and_evaluate(
         log = partial(_log, folder, writing, board, names_what_fails)
         display = progress.Display(phases, examples, show and writing)
         at_end.callback(display.close)
+        kind = mesh.devices.flat[0].device_kind
         log("timing", {
             "event": "start", "examples_seen": examples_seen, "devices": mesh.size,
-            "device_kind": mesh.devices.flat[0].device_kind, "jax": jax.__version__,
-            "time": time.time(),
+            "device_kind": kind, "jax": jax.__version__, "time": time.time(),
         })
-        for text in [*found.faults, *(f"changed: {change}" for change in allowed_changes)]:
+
+        def tell(text: str) -> None:
             display.line(text)
             log("timing", {"event": "notice", "examples_seen": examples_seen, "text": text})
+
+        for text in [*found.faults, *(f"changed: {change}" for change in allowed_changes)]:
+            tell(text)
         if found.path:
             display.line(f"continuing at epoch {examples_seen / examples:.2f}, update {updates}")
-        display.line(f"{mesh.size} x {mesh.devices.flat[0].device_kind}")
+        display.line(f"{mesh.size} x {kind}")
+        tracer = profiling.Tracer(span, updates, folder, workdir_path, tell)
+        at_end.callback(tracer.close)
 
         # What the loop does between updates.
         shares = metrics.TimeShares()
@@ -161,8 +170,12 @@ def train_and_evaluate(
         boundaries = {phase.end_example for phase in phases}
         saved_at = examples_seen
         last_speed = updates
+        peak = chip_peaks.peak_flops(kind, config.dtype)
+        flops: float | None = None  # of an update on all devices
+        idle_since: float | None = None  # by `shares.training`: the end of the phase before
         number = jax.tree.leaves(state.params)[0].dtype.type
         previous: tuple[int, int, update.Metrics] | None = None  # not yet known to be finite
+        unwritten: Callable[[], dict[str, Any]] | None = None  # of `previous`: its event
 
         def save() -> None:
             nonlocal saved_at
@@ -182,7 +195,7 @@ def train_and_evaluate(
                 saves.popleft().result()
 
         def settle(event: dict[str, Any]) -> None:
-            """Evaluates, if that is due, and writes the event."""
+            """Evaluates, if that is due, and writes the event of a finished update."""
             nonlocal last_speed
             if event.pop("evaluate"):
                 with shares.spent_on("evaluation"):
@@ -190,24 +203,32 @@ def train_and_evaluate(
                     event |= evaluate.whole_test_set(
                         program, state.params, state.batch_stats, fed, watch.before_reduction)
                 display.line(
-                    f"epoch {event['epoch']:.2f}, update {updates}: train loss "
+                    f"epoch {event['epoch']:.2f}, update {event['updates']}: train loss "
                     f"{event['train_loss']:.4f}, test accuracy {event['test_accuracy']:.4f}"
                 )
             log("metrics", event)
-            speed = shares.speed(updates - last_speed, event["batch_size"])
-            last_speed = updates
-            log("timing", {"event": "speed", "examples_seen": examples_seen, **speed}
+            speed = shares.speed(event["updates"] - last_speed, event["batch_size"], flops,
+                                 peak and peak * mesh.size)
+            last_speed = event["updates"]
+            log("timing", {"event": "speed", "examples_seen": event["examples_seen"], **speed}
                 | ({"images_skipped": fed.skipped} if config.data.streaming else {}))
             if speed["updates"]:
                 seconds_per_update[event["batch_size"]] = 1 / speed["updates_per_second"]
-            display.advance(examples_seen, seconds_per_update)
+            display.advance(event["examples_seen"], seconds_per_update)
+
+        def tell_shares() -> None:
+            whole = shares.whole()
+            log("timing", {"event": "time_share", "examples_seen": examples_seen, **whole})
+            display.line(progress.describe_shares(whole["time_share"], whole["wall_seconds"]))
 
         # The programs, and the loop. Everything due is a function of the examples seen.
         try:
+            display.line("compiling")
             with shares.spent_on("compile"):
                 futures, sums = _start_compiling(
                     config, net, mesh, seatings_to_run,
                     jax.tree.map(shape_of, (state, fed.resident, fed.test)), watch,
+                    counted=peak is not None,
                 )
             if owed:
                 settle(dict(owed))
@@ -218,52 +239,71 @@ def train_and_evaluate(
                 began = time.perf_counter()
                 with shares.spent_on("compile"):
                     keys = compilation.keys_of(seating)
+                    if not all(futures[key].done() for key in keys):
+                        tell(f"waiting for the compiler: phase {phase.name} is not ready")
                     watch.wait(lambda keys=keys: all(futures[key].done() for key in keys))
                     compiled = [futures[key].result() for key in keys]
-                log("timing", {
+                flops = compilation.update_flops(compiled, seating)
+                entering: dict[str, Any] | None = {
                     "event": "phase", "examples_seen": examples_seen, "phase": phase.name,
                     "compile_seconds": [round(program.seconds, 3) for program in compiled],
                     "waited_seconds": round(time.perf_counter() - began, 3),
-                })
+                }
                 while examples_seen < phase.end_example:
                     # One update.
                     rate = schedule.learning_rate_at(phase, examples_seen)
-                    with shares.spent_on("update"):
-                        state, sums, measured, waited = _take_update(
+                    tracer.before(updates + 1, state)
+                    step = StepTraceAnnotation("update", step_num=updates + 1)
+                    with step, shares.spent_on("update"):
+                        state, sums, measured, waited = take_update(
                             [program.call for program in compiled], state, sums, fed.resident,
                             fed.update(phase, seating, examples_seen),
                             (number(rate), number(phase.momentum)), watch,
                             previous and previous[2].loss,
                         )
                     shares.move("update", "input", waited)
+                    dispatched = shares.training()
+
+                    # The one before is finished and written down while this one runs.
+                    with shares.spent_on("update"):
+                        check_finite(previous)
+                    if unwritten:
+                        settle(unwritten())
+                        unwritten = None
                     start, examples_seen = examples_seen, examples_seen + phase.batch_size
                     updates += 1
+                    previous = updates, start, measured
+                    tracer.after(updates, state)
+                    if entering:  # the one wait in a phase: for its first update, to know its time
+                        check_finite(previous)
+                        log("timing", entering | {
+                            "extra_seconds": idle_since and round(dispatched - idle_since, 4),
+                            "first_update_seconds": round(shares.training() - dispatched, 4),
+                        })
+                        entering = None
 
                     # What is due after it.
                     ends = examples_seen == phase.end_example
                     evaluating = is_due("eval", start, examples_seen)
                     saving = ends or is_due("checkpoint", start, examples_seen)
-                    logging = ends or evaluating or is_due("log", start, examples_seen)
-                    with shares.spent_on("update"):
-                        # The update before, while this one runs; this one too if something is due.
-                        _check_finite(previous)
-                        previous = updates, start, measured
-                        if logging or saving:
-                            _check_finite(previous)
-                    if logging:
-                        owed = {
+                    if ends or evaluating or is_due("log", start, examples_seen):
+                        unwritten = partial(_event, {
                             "updates": updates, "examples_seen": examples_seen,
                             "epoch": examples_seen / examples, "phase": phase.name,
                             "batch_size": phase.batch_size, "learning_rate": rate,
                             "momentum": phase.momentum,
                             "noise_scale": schedule.noise_scale(
                                 rate, phase.momentum, examples, phase.batch_size),
-                            "train_loss": float(measured.loss),
-                            "train_accuracy": float(measured.accuracy),
                             "evaluate": evaluating,
-                        }
-                        settle(dict(owed))
-                        owed = None
+                        }, measured)
+                    if evaluating or saving:
+                        with shares.spent_on("update"):
+                            check_finite(previous)
+                        idle_since = shares.training()
+                        if unwritten:
+                            owed, unwritten = unwritten(), None
+                            settle(dict(owed))
+                            owed = None
                     with shares.spent_on("checkpoint"):
                         finish_saves(SAVES_AT_ONCE)
                         if saving:
@@ -273,14 +313,19 @@ def train_and_evaluate(
             raise
         except preemption.Stop:
             finish_saves(0)
-            _check_finite(previous)
+            check_finite(previous)
+            if unwritten:
+                settle(unwritten())
             if examples_seen != saved_at:
                 save()
             finish_saves(0)
+            tell_shares()
             display.line(f"told to stop: saved at example {examples_seen}, update {updates}")
             raise Preempted(f"told to stop at example {examples_seen}") from None
 
-        finish_saves(0)
+        with shares.spent_on("checkpoint"):
+            finish_saves(0)
+        tell_shares()
         if examples_seen < total:
             display.line(f"stopped after phase {last_phase.name} at example {examples_seen}")
             raise StoppedAfterPhase(f"stopped after phase {last_phase.name}")
@@ -290,7 +335,7 @@ def train_and_evaluate(
 
 def _start_compiling(
     config: ConfigDict, net: network.Network, mesh: Mesh, seatings: Sequence[seats.Seating],
-    shapes: tuple, watch: preemption.Watch,
+    shapes: tuple, watch: preemption.Watch, counted: bool,
 ) -> tuple[dict[compilation.Key, Future], update.Sums | None]:
     """Lowers all programs and starts compiling them; with room for the sums if they accumulate."""
     state, resident, test = shapes
@@ -300,7 +345,7 @@ def _start_compiling(
     for key in first + later:
         watch.poll()
         lowered[key] = lower(key)
-    futures = compilation.compile_ahead(lowered, first + later)
+    futures = compilation.compile_ahead(lowered, first + later, counted)
     watch.wait(lambda: all(futures[key].done() for key in first))
     for key in first:
         futures[key].result()
@@ -313,53 +358,9 @@ def _start_compiling(
     return futures, room() if accumulates else None
 
 
-def _take_update(
-    calls: Sequence[Callable], state: update.State, sums: update.Sums | None, resident: Mapping,
-    batches: Iterator[Mapping], hyper: tuple, watch: preemption.Watch, running: jax.Array | None,
-) -> tuple[update.State, update.Sums | None, update.Metrics, float]:
-    """Dispatches one update: one program, or a pass for each microbatch and the reduction.
-
-    `running` is something of the update before, to wait for: the devices hold two microbatches.
-    The last of what is returned is how many seconds the devices had nothing to do but wait for
-    input, at most.
-    """
-    waited = 0.0
-
-    def fetch() -> Mapping | None:
-        nonlocal waited
-        began = time.perf_counter()
-        batch = next(batches, None)
-        if running is None or running.is_ready():
-            waited += time.perf_counter() - began
-        return batch
-
-    if len(calls) == 1:
-        batch = fetch()
-        watch.before_reduction()
-        state, measured = calls[0](state, resident, batch, *hyper)
-        return state, sums, measured, waited
-    accumulate, apply = calls
-    first = True
-    while (batch := fetch()) is not None:
-        watch.poll()
-        sums, done = accumulate(state, sums, resident, batch, np.bool_(first))
-        if running is not None:
-            running.block_until_ready()
-        running, first = done, False
-    watch.before_reduction()
-    state, measured = apply(state, sums, *hyper)
-    return state, sums, measured, waited
-
-
-def _check_finite(taken: tuple[int, int, update.Metrics] | None) -> None:
-    """Waits for an update and refuses to go on from one that broke down."""
-    if taken and not bool(taken[2].finite):
-        updates, start, measured = taken
-        raise NotFinite(
-            f"update {updates} (from example {start}) left a loss of {float(measured.loss):g} and "
-            "parameters that are not all finite; the last checkpoint is from before it. A lower "
-            "recipe.learning_rate or a warm-up usually helps."
-        )
+def _event(event: Mapping[str, Any], measured: update.Metrics) -> dict[str, Any]:
+    """The event of an update with what was measured in it, for which it waits."""
+    return {**event, "train_loss": float(measured.loss), "train_accuracy": float(measured.accuracy)}
 
 
 def _log(

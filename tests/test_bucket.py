@@ -82,7 +82,7 @@ def test_a_run_in_a_bucket_is_the_run_in_a_folder(server, whole, in_bucket):
     board = next(name for name in names if name.startswith("tensorboard/"))
     assert b"test_accuracy" in server.content(f"bucket/run/{board}")
     last = json.loads(server.content("bucket/run/timing.jsonl").splitlines()[-1])
-    assert last["event"] == "save", "the last lines did not come up at the end"
+    assert last["event"] == "time_share", "the last lines did not come up at the end"
 
 
 def test_logs_go_up_before_the_state_and_the_state_before_its_marker(in_bucket):

@@ -215,7 +215,7 @@ def test_sigterm_while_the_first_program_is_compiled_ends_at_once(tmp_path):
     told = time.monotonic()
     processes.end(process, status=42)
     assert time.monotonic() - told < 15
-    assert [event["event"] for event in read_events(timing)] == ["start"]
+    assert [event["event"] for event in read_events(timing)] == ["start", "time_share"]
     assert checkpoint.finished(tmp_path / "run") == []
 
 
