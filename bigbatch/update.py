@@ -115,15 +115,20 @@ def _init(config: ConfigDict, network: Network, seed: jax.Array) -> State:
     return State(params, batch_stats, optimizer.init(params))
 
 
-def make_update(config: ConfigDict, network: Network, mesh: Mesh) -> Update:
+def make_update(
+    config: ConfigDict, network: Network, mesh: Mesh, prepare: Callable | None = None
+) -> Update:
     """The update's functions over `mesh`, jitted but not yet compiled for any shape.
 
     Their arguments: `state` replicated; `resident`, replicated too: the run's `seed` (an input, so
     that the seeds of a sweep share programs), and the training set's `images` and `labels` unless
     they are fed; `batch`, one microbatch: `examples` (rows as `seats.seat_examples` makes them),
     and `images` and `labels` where they are fed, all cut over devices; `sums`, one of each device.
+    `prepare`, where it is given, makes a microbatch's images of (config, resident, batch) in the
+    place of `prepare_microbatch`.
     """
     whole, parts = P(), P(AXIS)
+    microbatch_sums = partial(_microbatch_sums, config, network, prepare or prepare_microbatch)
 
     def mapped(function: Callable, in_specs: tuple, out_specs: Any) -> Callable:
         # check_vma would make gradients of replicated parameters arrive summed over devices, one
@@ -134,12 +139,12 @@ def make_update(config: ConfigDict, network: Network, mesh: Mesh) -> Update:
 
     def update(state: State, resident: Mapping, batch: Mapping, rate: jax.Array,
                momentum: jax.Array) -> tuple[State, Metrics]:
-        sums = _microbatch_sums(config, network, state, resident, batch)
+        sums = microbatch_sums(state, resident, batch)
         return _apply_sums(config, network, state, sums, rate, momentum)
 
     def accumulate(state: State, sums: Sums, resident: Mapping, batch: Mapping,
                    first: jax.Array) -> tuple[Sums, jax.Array]:
-        new = _microbatch_sums(config, network, state, resident, batch)
+        new = microbatch_sums(state, resident, batch)
         # `first` overwrites what the last update left, whatever it is: nothing has to be zeroed.
         sums = jax.tree.map(lambda old, new: jnp.where(first, 0, old) + new[None], sums, new)
         return sums, sums.examples + 0
@@ -177,10 +182,11 @@ def abstract_sums(state: State, mesh: Mesh) -> Sums:
 
 
 def _microbatch_sums(
-    config: ConfigDict, network: Network, state: State, resident: Mapping, batch: Mapping
+    config: ConfigDict, network: Network, prepare: Callable, state: State, resident: Mapping,
+    batch: Mapping
 ) -> Sums:
     """One device's sums over one microbatch."""
-    images, labels, dropout_keys = _prepare(config, resident, batch)
+    images, labels, dropout_keys = prepare(config, resident, batch)
     ghosts_after_G = batch["examples"][:: config.ghost_size, 3]
     seated = (batch["examples"][:, 3] >= 0) & (labels >= 0)
     dtype = jnp.promote_types(config.dtype, jnp.float32)
@@ -223,7 +229,7 @@ def _microbatch_sums(
     )
 
 
-def _prepare(
+def prepare_microbatch(
     config: ConfigDict, resident: Mapping, batch: Mapping
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """A microbatch's images, augmented and normalised, its labels and its dropout keys."""
@@ -248,9 +254,10 @@ def _apply_sums(
     momentum: jax.Array
 ) -> tuple[State, Metrics]:
     """The one reduction, then the optimizer and the running statistics."""
-    # As one vector: of a network's hundreds of arrays XLA would make several reductions.
-    vector, unravel = ravel_pytree(sums)
-    sums = unravel(jax.lax.psum(vector, AXIS))
+    if jax.lax.axis_size(AXIS) > 1:
+        # As one vector: of a network's hundreds of arrays XLA would make several reductions.
+        vector, unravel = ravel_pytree(sums)
+        sums = unravel(jax.lax.psum(vector, AXIS))
     gradient = jax.tree.map(lambda leaf: leaf / sums.examples, sums.gradient)
     optimizer = make_optimizer(config, network.in_norm, rate, momentum)
     steps, opt_state = optimizer.update(gradient, state.opt_state, state.params)

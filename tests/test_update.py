@@ -126,6 +126,7 @@ def test_draws_follow_the_epoch_and_the_place_in_it(model):
     assert len(set(drawn.values())) >= (12 if model is ByKey else 8), drawn
     assert drawn == {(epoch, at): loss(1, epoch, at) for epoch, at in drawn}
     config.seed = 1
+    resident = resident | {"seed": np.uint32(1)}
     updater = prepare(config)
     state = updater.state
     assert loss(0, 0, 0) != drawn[0, 0] or loss(0, 0, 1) != drawn[0, 1]
@@ -282,7 +283,7 @@ def test_an_empty_seat_adds_nothing_whatever_comes_out_of_it():
             "labels": np.array([1, 2, 3, 4], np.int32),
         }, cut(updater.mesh))
         state = jax.tree.map(jnp.copy, updater.state)
-        left.append(jax.device_get(updater.take(state, {}, [fed], 0.5, 0.0)))
+        left.append(jax.device_get(updater.take(state, {"seed": np.uint32(0)}, [fed], 0.5, 0.0)))
     jax.tree.map(np.testing.assert_array_equal, *left)
     state, measured = left[1]
     assert measured.finite and measured.accuracy in (0.0, 0.5, 1.0)

@@ -68,30 +68,39 @@ class GhostBatchNorm(nnx.Module):
             ValueError: in training, when the batch is no whole number of ghost batches.
         """
         batch, features = inputs.shape[0], inputs.shape[-1]
-        # The middle axis is everything a statistic is taken over: (ghosts, examples x pixels, C).
+        wide = self.bias[...].dtype
         if train:
             if batch % self.ghost_size:
                 raise ValueError(
                     f"GhostBatchNorm got {batch} examples, no whole number of ghost batches of "
                     f"{self.ghost_size}."
                 )
-            grouped = inputs.reshape(batch // self.ghost_size, -1, features)
-            grouped = grouped.astype(self.bias[...].dtype)
-            mean = grouped.mean(axis=1)
+            x_GxExPxC = inputs.reshape(batch // self.ghost_size, self.ghost_size, -1, features)
+            x_GxExPxC = x_GxExPxC.astype(wide)
+            mean = _over_ghost(x_GxExPxC)
             # One pass over the activations; the clamp only meets rounding on constant features.
-            var = jnp.maximum(jnp.square(grouped).mean(axis=1) - jnp.square(mean), 0.0)
+            var = jnp.maximum(_over_ghost(jnp.square(x_GxExPxC)) - jnp.square(mean), 0.0)
             # `[...] =` would keep the shape; these gain the axis of ghosts.
-            self.mean.set_value(mean)
-            self.var.set_value(var)
-            mean, var = mean[:, None], var[:, None]
+            self.mean.set_value(mean.reshape(-1, features))
+            self.var.set_value(var.reshape(-1, features))
         else:
-            grouped = inputs.reshape(batch, -1, features).astype(self.bias[...].dtype)
+            x_GxExPxC = inputs.reshape(1, batch, -1, features).astype(wide)
             mean, var = self.mean[...], self.var[...]
         gain = jax.lax.rsqrt(var + self.epsilon)
         if self.scale is not None:
             gain = gain * self.scale[...]
-        outputs = (grouped - mean) * gain + self.bias[...]
+        # One multiplication and one addition an activation. That it rounds at the size of the mean
+        # matters less than that the variance does.
+        outputs = x_GxExPxC * gain + (self.bias[...] - mean * gain)
         return outputs.reshape(inputs.shape).astype(self.dtype)
+
+
+def _over_ghost(x_GxExPxC: jax.Array) -> jax.Array:
+    """The mean over each ghost batch's examples and their pixels, (ghosts, 1, 1, features).
+
+    Over pixels first: XLA on CPU takes one long sum an order of magnitude more slowly.
+    """
+    return x_GxExPxC.mean(axis=2, keepdims=True).mean(axis=1, keepdims=True)
 
 
 def fold_weights(ghosts_after_G: jax.Array, decay: float, dtype: jnp.dtype) -> jax.Array:

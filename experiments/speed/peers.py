@@ -1,0 +1,212 @@
+"""An update beside that of others: Flax's ImageNet example, Flax's BatchNorm, PyTorch."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from bigbatch import chip_peaks, compilation
+from bigbatch.models.normalization import GhostBatchNorm
+from bigbatch.models.wide_resnet import WideResNet
+from bigbatch.network import Network
+from experiments.figures import load_config
+from experiments.speed import flax_resnet
+from experiments.speed.bare import NOISE, BareUpdate
+from experiments.speed.measure import Figure, paired, ratios
+
+
+def on_gpu() -> bool:
+    """Whether updates run on a GPU: then in bfloat16 and at full size."""
+    return jax.default_backend() == "gpu"
+
+
+def flax_example(repeats: int, short: bool) -> list[Figure]:
+    """ResNet-50's update beside that of Flax's ImageNet example, images on the device.
+
+    Raises:
+        RuntimeError: if the two are not the same network.
+    """
+    batch, size = (128, 224) if on_gpu() else (4, 32) if short else (32, 64)
+    width, classes = (4, 10) if short else (64, 1000)
+    dtype = "bfloat16" if on_gpu() else "float32"
+    config = load_config(
+        f"configs/imagenet_resnet50.py:batch_8k,{NOISE},dtype={dtype},ghost_size={batch},"
+        f"recipe.batch_size={batch},max_per_device_batch={batch},data.train_examples={batch},"
+        f"data.test_examples=1,data.image_size={size},data.num_classes={classes},"
+        f"model.width={width}")
+    ours = BareUpdate(config, augmented=False)
+    theirs = flax_resnet.ResNet(classes, jnp.dtype(dtype), width=width)
+    init, step = flax_resnet.make_step(theirs, 0.01, config.recipe.momentum, 1e-4)
+    # Copies: our update writes its own over.
+    copied = jax.tree.map(jnp.array, (ours.state.params, ours.state.batch_stats))
+    state = init(*map(flax_resnet.from_ours, copied))
+    images, labels = ours.batches[0]["images"], ours.batches[0]["labels"]
+    expected = jax.eval_shape(theirs.init, jax.random.key(0), images)["params"]
+    if jax.tree.map(jnp.shape, state.params) != jax.tree.map(jnp.shape, expected):
+        raise RuntimeError("Flax's ResNet has other parameters than ours.")
+    call = step.lower(state, images, labels).compile()
+    losses: list[float] = []
+
+    def take_theirs() -> None:
+        nonlocal state
+        state, (loss, _) = call(state, images, labels)
+        jax.block_until_ready(state)
+        losses.append(float(loss))
+
+    ours.take()
+    take_theirs()
+    if abs(ours.loss - losses[0]) > (0.02 if on_gpu() else 1e-4) * losses[0]:
+        raise RuntimeError(f"our first loss is {ours.loss}, that of Flax's ResNet {losses[0]}.")
+    seconds = paired({"bigbatch": ours.take, "flax": take_theirs}, repeats)
+    return [Figure(
+        "update beside Flax's ImageNet example",
+        f"ResNet-50, batch {batch} of {size}x{size}, {dtype}, one device; equal parameters and "
+        "first loss", ">= 1.0", "x", ratios(seconds["flax"], seconds["bigbatch"]),
+        seconds=seconds)]
+
+
+class FlaxNorm(nnx.BatchNorm):
+    """Flax's BatchNorm, called as our models call a layer of normalisation."""
+
+    def __call__(self, inputs: jax.Array, train: bool) -> jax.Array:
+        return super().__call__(inputs, use_running_average=not train)
+
+
+def with_flax_norm(config: ConfigDict) -> Network:
+    """WRN with Flax's BatchNorm, over the whole batch, in the place of every GhostBatchNorm.
+
+    `network.build` refuses it, rightly: this is to be timed, not to be trained.
+    """
+    ghosts = config.recipe.batch_size // config.ghost_size
+
+    def construct(seed: jax.Array) -> nnx.Module:
+        rngs = nnx.Rngs(jax.random.key(seed))
+        module = WideResNet(
+            config.data.num_classes, jnp.dtype(config.dtype), rngs, **config.model.to_dict())
+        layers = [layer for _, layer in nnx.iter_modules(module)]
+        for layer in layers:
+            for name, part in list(vars(layer).items()):
+                if isinstance(part, GhostBatchNorm):
+                    setattr(layer, name, FlaxNorm(
+                        part.bias.shape[0], momentum=0.9, epsilon=part.epsilon,
+                        dtype=jnp.dtype(config.dtype), rngs=rngs))
+        return module
+
+    graph, params, stats, _ = nnx.split(
+        nnx.eval_shape(lambda: construct(0)), nnx.Param, nnx.BatchStat, ...)
+
+    def filled(state: nnx.State, values: dict) -> nnx.State:
+        copied = jax.tree.map(lambda leaf: leaf, state)
+        nnx.replace_by_pure_dict(copied, values)
+        return copied
+
+    def init(seed: jax.Array) -> tuple[dict, dict]:
+        _, drawn, began, _ = nnx.split(construct(seed), nnx.Param, nnx.BatchStat, ...)
+        return nnx.to_pure_dict(drawn), nnx.to_pure_dict(began)
+
+    def apply(
+        params_dict: dict, stats_dict: dict, images: jax.Array, train: bool, keys: jax.Array
+    ) -> tuple[jax.Array, list, dict]:
+        module = nnx.merge(graph, filled(params, params_dict), filled(stats, stats_dict), copy=True)
+        logits = module(images, train, keys)
+        # The update folds one row a ghost batch; here they are all alike.
+        rows = jax.tree.map(
+            lambda row: jnp.broadcast_to(row, (ghosts, *row.shape)),
+            nnx.to_pure_dict(nnx.state(module, nnx.BatchStat)))
+        return logits, [], rows
+
+    return Network(
+        init, apply, jax.tree.map(lambda _: 0.9, nnx.to_pure_dict(stats)),
+        jax.tree.map(lambda _: False, nnx.to_pure_dict(params)))
+
+
+def wide_resnet_config(batch: int, ghost: int, short: bool, *settings: str) -> ConfigDict:
+    """configs/cifar10.py with noise for images: WRN-16-4, or WRN-10-1 in the short form."""
+    dtype = "bfloat16" if on_gpu() else "float32"
+    model = "model.depth=10,model.width=1,data.image_size=8,data.augment.crop=8" if short else ""
+    return load_config(",".join(filter(None, [
+        f"configs/cifar10.py:decay,{NOISE},dtype={dtype},ghost_size={ghost},"
+        f"recipe.batch_size={batch},max_per_device_batch={batch},"
+        f"data.train_examples={max(batch, 512)},data.test_examples=1", model, *settings])))
+
+
+def flax_norm(repeats: int, short: bool) -> list[Figure]:
+    """WRN-16-4's update with ghost batch normalisation beside it with Flax's BatchNorm.
+
+    Raises:
+        RuntimeError: if with one ghost batch they do not give the same loss.
+    """
+    batch = 1024 if on_gpu() else 16 if short else 64
+    found = []
+    for ghosts in (1, 4):
+        config = wide_resnet_config(batch, batch // ghosts, short)
+        ours = BareUpdate(config)
+        theirs = BareUpdate(config, with_flax_norm(config))
+        # From the same parameters, but for their order they are the same tree.
+        theirs.state = theirs.state._replace(
+            params=jax.tree.map(jnp.array, ours.state.params))
+        ours.take()
+        theirs.take()
+        if ghosts == 1 and abs(ours.loss - theirs.loss) > (0.02 if on_gpu() else 1e-4) * ours.loss:
+            raise RuntimeError(
+                f"first losses: {ours.loss} with ghost batches, {theirs.loss} with Flax's.")
+        seconds = paired({"ghost": ours.take, "flax": theirs.take}, repeats)
+        found.append(Figure(
+            "ghost batch norm beside Flax's BatchNorm",
+            f"WRN-16-4 update, batch {batch}, {ghosts} ghost batch{'es' * (ghosts > 1)}",
+            ">= 0.97", "x", ratios(seconds["flax"], seconds["ghost"]), seconds=seconds))
+    return found
+
+
+def pytorch(repeats: int, short: bool) -> list[Figure]:
+    """WRN-16-4's update beside the same network in PyTorch, images on the device.
+
+    Raises:
+        RuntimeError: if the networks have different numbers of parameters.
+    """
+    batches = (128, 5120) if on_gpu() else (16,) if short else (64,)
+    dtype, name = "bfloat16" if on_gpu() else "float32", "update beside PyTorch"
+    try:
+        from experiments.speed import torch_wide_resnet
+    except ImportError:
+        return [Figure(name, "WRN-16-4", ">= 1.0", "x", [],
+                       "skipped: torch is not installed in this environment")]
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found = []
+    for batch in batches:
+        config = wide_resnet_config(batch, batch, short)
+        ours = BareUpdate(config, augmented=False)
+        theirs = torch_wide_resnet.Update(
+            config.model.depth, config.model.width, config.data.num_classes,
+            np.asarray(ours.batches[0]["images"], np.float32),
+            np.asarray(ours.batches[0]["labels"]), 0.01, config.recipe.momentum,
+            config.optimizer.weight_decay, threads)
+        own = sum(leaf.size for leaf in jax.tree.leaves(ours.state.params))
+        if own != theirs.parameters:
+            raise RuntimeError(f"{own} parameters beside {theirs.parameters} in PyTorch.")
+        seconds = paired({"bigbatch": ours.take, "torch": theirs.take}, repeats)
+        torch = torch_wide_resnet.torch
+        how = "autocast, compiled" if on_gpu() else f"{threads} threads"
+        setting = f"WRN-{config.model.depth}-{config.model.width}, batch {batch}, {dtype}"
+        found.append(Figure(
+            name, f"{setting}; torch {torch.__version__}, channels last, {how}", ">= 1.0", "x",
+            ratios(seconds["torch"], seconds["bigbatch"]), seconds=seconds))
+        found += _absolute(ours, setting, batch, dtype, seconds["bigbatch"])
+    return found
+
+
+def _absolute(
+    ours: BareUpdate, setting: str, batch: int, dtype: str, seconds: list[float]
+) -> list[Figure]:
+    """Examples a second, and the share of the chip's peak where that is known."""
+    flops = compilation.count_flops(ours.lowered[0])
+    peak = chip_peaks.peak_flops(jax.devices()[0].device_kind, dtype)
+    found = [Figure("examples a second", setting, "", "examples/s",
+                    [round(batch / second, 1) for second in seconds])]
+    if peak and flops:
+        found.append(Figure("share of the chip's peak", setting, "", "x",
+                            [round(flops / second / peak, 4) for second in seconds]))
+    return found

@@ -1,0 +1,94 @@
+"""The table of speeds: every benchmark, or some, side by side on this machine.
+
+    python -m experiments.speed.table --output=FILE.json [--only=NAME,...] [--repeats=N] [--short]
+
+Prints a Markdown table and writes FILE.json with the machine, versions and every repeat. What is
+compared is paired inside one run and taken in turns, so trust ratios more than seconds. On a GPU
+updates are in bfloat16 and of full size, on CPU in float32 and smaller. About 12 minutes on 2
+cores. The rows beside PyTorch need `pip install torch` and say so without. `--short` shows in a few
+minutes that all of it runs; its figures say nothing.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+# Runs start in processes of their own beside this one, which keeps what it used of a GPU's memory.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # compilations are among what is measured
+
+from experiments import provenance  # JAX reads the environment
+from experiments.speed.measure import Figure, spread
+
+# Each is a function of (repeats, short) that gives figures.
+BENCHMARKS = {
+    "goodput": "whole_runs.goodput",
+    "demo": "whole_runs.demo_python",
+    "phases": "whole_runs.phase_changes",
+    "time_to_accuracy": "whole_runs.time_to_accuracy",
+    "starts": "starts.starts",
+    "flax_example": "peers.flax_example",
+    "flax_norm": "peers.flax_norm",
+    "pytorch": "peers.pytorch",
+    "accumulation": "updates.accumulation",
+    "resident_input": "updates.resident_input",
+}
+
+
+def measure(name: str, repeats: int, short: bool) -> list[Figure]:
+    """The figures of one benchmark."""
+    module, _, function = BENCHMARKS[name].partition(".")
+    return getattr(importlib.import_module(f"experiments.speed.{module}"), function)(repeats, short)
+
+
+def markdown(figures: Sequence[Figure], machine: str) -> str:
+    """The table."""
+    lines = ["| figure | to reach | median (range) | n | machine |", "|---|---|---|---|---|"]
+    for figure in figures:
+        said = figure.note or spread(figure)
+        if figure.note and figure.values:
+            said = f"{spread(figure)}; {figure.note}"
+        lines.append(f"| {figure.name}<br>{figure.setting} | {figure.target or 'reported'} | "
+                     f"{said} | {len(figure.values)} | {machine} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measures what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
+    parser.add_argument("--only", default=",".join(BENCHMARKS), help="names, with commas between")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--short", action="store_true", help="tiny settings, to see that it runs")
+    options = parser.parse_args()
+    names = options.only.split(",")
+    if unknown := [name for name in names if name not in BENCHMARKS]:
+        parser.error(f"--only: {', '.join(unknown)} unknown; allowed are {', '.join(BENCHMARKS)}")
+    if options.repeats < 1:
+        parser.error(f"--repeats is {options.repeats}; it must be 1 or more")
+    if not options.output.parent.is_dir():
+        parser.error(f"--output: there is no folder {options.output.parent}")
+
+    record = provenance.describe(provenance.command_line("experiments.speed.table"), [])
+    del record["configs"]
+    record |= {"short": options.short, "load_before": round(os.getloadavg()[0], 2), "figures": []}
+    figures: list[Figure] = []
+    for name in names:
+        began = time.perf_counter()
+        found = measure(name, options.repeats, options.short)
+        took = round(time.perf_counter() - began, 1)
+        figures += found
+        record["figures"] += [
+            {"benchmark": name, "benchmark_seconds": took, **figure._asdict()} for figure in found]
+        options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        print(f"{name}: {took} s", file=sys.stderr, flush=True)
+    print(markdown(figures, record["hardware"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""The benchmarks: that what is compared is the same work, and that the command leaves a record."""
+
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from bigbatch.models.resnet import ResNet
+from experiments.speed import flax_resnet, measure
+from experiments.speed.bare import BareUpdate
+from experiments.speed.peers import with_flax_norm
+from tests.configs import tiny
+from tests.updates import NO_AUGMENTATION, conv_net, distance, inputs, prepare, training_set
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+def test_rows_take_turns_and_ratios_are_of_the_same_repeat():
+    taken = []
+    seconds = measure.paired({name: lambda name=name: taken.append(name) for name in "ab"}, 3)
+    assert "".join(taken) == "ab" + "ba" + "ab" + "ba"
+    assert {name: len(row) for name, row in seconds.items()} == {"a": 3, "b": 3}
+    assert measure.ratios([2.0, 9.0], [1.0, 3.0]) == [2.0, 3.0]
+    figure = measure.Figure("a figure", "a setting", "<= 1", "s", [3.0, 1.0, 8.0])
+    assert measure.spread(figure) == "3 s (1 to 8)"
+
+
+@pytest.mark.parametrize("settings", [(), ("microbatches=3",)])
+def test_the_bare_update_is_a_runs_update(settings):
+    """With augmentation and with several microbatches; its loss is the run's first."""
+    config = conv_net(*settings)
+    updater = prepare(config)
+    _, batches = inputs(updater, config.recipe.batch_size)
+    expected, measured = updater.take(
+        updater.state, training_set(updater), batches, 0.01, config.recipe.momentum)
+    bare = BareUpdate(config)
+    bare.take()
+    assert bare.loss == pytest.approx(float(measured.loss), rel=1e-6)
+    assert distance(bare.state.params, expected.params) < 1e-6
+
+
+def test_fixed_tensors_are_what_the_network_gets_unaugmented():
+    config = conv_net(*NO_AUGMENTATION)
+    fed, fixed = BareUpdate(config), BareUpdate(config, augmented=False)
+    assert "images" not in fixed.resident and fixed.batches[0]["images"].dtype == jnp.float32
+    fed.take()
+    fixed.take()
+    assert distance(fixed.state.params, fed.state.params) < 1e-6
+
+
+def test_flaxs_batch_norm_gives_the_update_of_one_ghost_batch():
+    config = tiny("ghost_size=48", "limits.granularity=48")
+    ours, flaxs = BareUpdate(config), BareUpdate(config, with_flax_norm(config))
+    flaxs.state = flaxs.state._replace(params=jax.tree.map(jnp.array, ours.state.params))
+    ours.take()
+    flaxs.take()
+    assert flaxs.loss == pytest.approx(ours.loss, rel=1e-5)
+    assert distance(flaxs.state.params, ours.state.params) < 1e-5
+
+
+def test_flaxs_resnet_is_ours_parameter_for_parameter():
+    """The same logits from the same parameters: depth 50, 1/16 of the width."""
+    module = ResNet(10, jnp.float32, nnx.Rngs(0), ghost_size=4, width=4)
+    graph, params, stats = nnx.split(module, nnx.Param, nnx.BatchStat)
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(4, 32, 32, 3)), jnp.float32)
+    flaxs = flax_resnet.ResNet(10, jnp.float32, width=4)
+    variables = {"params": flax_resnet.from_ours(nnx.to_pure_dict(params)),
+                 "batch_stats": flax_resnet.from_ours(nnx.to_pure_dict(stats))}
+    # Blocks end with a scale of 0; with 1 they take part.
+    for name, block in variables["params"].items():
+        if name.startswith("block_"):
+            block["norm_2"]["scale"] = jnp.ones_like(block["norm_2"]["scale"])
+    for block in module.blocks:
+        block.norms[2].scale.set_value(jnp.ones_like(block.norms[2].scale[...]))
+    graph, params, stats = nnx.split(module, nnx.Param, nnx.BatchStat)
+    compiled = partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    ours = compiled(lambda params, stats: nnx.merge(graph, params, stats, copy=True)(
+        images, True, None))(params, stats)
+    theirs, _ = compiled(lambda variables: flaxs.apply(
+        variables, images, mutable=["batch_stats"]))(variables)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-3 * float(np.abs(ours).max()))
+    whole = jax.eval_shape(flax_resnet.ResNet(1000, jnp.float32).init, jax.random.key(0), images)
+    assert sum(leaf.size for leaf in jax.tree.leaves(whole["params"])) == 25_557_032
+
+
+def test_the_command_prints_a_table_and_writes_a_record(tmp_path):
+    output = tmp_path / "speed.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.speed.table", f"--output={output}", "--short",
+         "--only=demo", "--repeats=1"],
+        cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(output.read_text())
+    demo = record["figures"][0]
+    assert demo["benchmark"] == "demo" and record["versions"]["jax"] == jax.__version__
+    assert len(demo["values"]) == len(demo["seconds"]["run"]) == 1
+    for value, run, bare in zip(demo["values"], *demo["seconds"].values(), strict=True):
+        assert value == pytest.approx(1.0 - bare / run, abs=2e-3)
+    rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + len(record["figures"])
+    names = measure.Figure._fields
+    said = measure.spread(measure.Figure(**{name: demo[name] for name in names}))
+    assert f"| <= 0.05 | {said} | 1 |" in rows[2]
+
+
+def test_a_mistake_is_one_line(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.speed.table",
+         f"--output={tmp_path / 'speed.json'}", "--only=goodput,fastness"],
+        cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "fastness unknown; allowed are goodput, demo" in done.stderr
+    assert not list(tmp_path.iterdir())
