@@ -14,6 +14,7 @@ trains nothing, and draws from a workdir or a record.
 """
 
 import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -125,7 +126,8 @@ def main() -> None:
         draw(chosen, options.scale, options.seeds, workdir, output)
         if options.record:
             records.keep(workdir, [run.workdir for run in needed], options.record)
-            draw(chosen, options.scale, options.seeds, options.record, options.record)
+            for drawn in ["tables.md", *(f"figure_{figure.name}.png" for figure in chosen)]:
+                shutil.copy(output / drawn, options.record)
     except (ValueError, RuntimeError) as error:
         sys.exit(f"experiments.reproduce: {error}")
     except KeyboardInterrupt:
