@@ -24,7 +24,7 @@ from bigbatch.metrics import read_events
 COLOURS = ("#3b6fb6", "#d9822b", "#3a9a5b", "#8a4fa3", "#b6403b", "#6b6b6b", "#c2a415")
 
 
-class Run(NamedTuple):
+class Logs(NamedTuple):
     """What one workdir says of its run."""
 
     events: list[dict[str, Any]]
@@ -32,7 +32,7 @@ class Run(NamedTuple):
     phases: list[dict[str, Any]]
 
 
-def read_run(workdir: str | Path) -> Run:
+def read_run(workdir: str | Path) -> Logs:
     """The logs of a finished run, in a folder or in a bucket (gs://).
 
     Raises:
@@ -53,7 +53,7 @@ def read_run(workdir: str | Path) -> Run:
             f"{phases[-1]['end_example']}: give its command again until it has finished."
         )
     seconds = [event["seconds"] for event in timing if "seconds" in event]
-    return Run(events, sum(seconds) or None, phases)
+    return Logs(events, sum(seconds) or None, phases)
 
 
 def epoch_means(events: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -68,7 +68,7 @@ def epoch_means(events: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndar
     return whole.astype(float), np.array([values[of == epoch].mean() for epoch in whole])
 
 
-def at_updates(run: Run, epochs: np.ndarray) -> np.ndarray:
+def at_updates(run: Logs, epochs: np.ndarray) -> np.ndarray:
     """How many updates `run` had made by each of `epochs`."""
     ends = np.array([0.0] + [event["epoch"] for event in run.events])
     updates = np.array([0.0] + [event["updates"] for event in run.events])
@@ -81,7 +81,7 @@ def spread(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarr
     return table.mean(axis=0), table.min(axis=0), table.max(axis=0)
 
 
-def draw(schedules: Mapping[str, Sequence[Run]], path: Path, title: str = "") -> None:
+def draw(schedules: Mapping[str, Sequence[Logs]], path: Path, title: str = "") -> None:
     """The picture: rows are train loss and test accuracy, columns epochs and updates."""
     if len(schedules) > len(COLOURS):
         raise ValueError(f"{len(schedules)} schedules are more than the {len(COLOURS)} colours.")
@@ -125,7 +125,7 @@ def draw(schedules: Mapping[str, Sequence[Run]], path: Path, title: str = "") ->
     figure.savefig(path, dpi=110)
 
 
-def table(schedules: Mapping[str, Sequence[Run]]) -> str:
+def table(schedules: Mapping[str, Sequence[Logs]]) -> str:
     """Markdown: final accuracy, updates and seconds of each schedule."""
     lines = [
         "| schedule | seeds | final test accuracy | updates | seconds a run |",
@@ -144,7 +144,7 @@ def table(schedules: Mapping[str, Sequence[Run]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _examples(run: Run) -> float:
+def _examples(run: Logs) -> float:
     """N, from any event."""
     return run.events[-1]["examples_seen"] / run.events[-1]["epoch"]
 

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Picture
 
 from bigbatch.config import make_phases
-from experiments.curves import COLOURS, Run, spread
+from experiments.curves import COLOURS, Logs, spread
 from experiments.figures import SCALES, Figure, Panel, config_text, load_config, read_digitised
 from experiments.tables import LABELS, Results, lost_epochs_of
 
@@ -35,7 +35,7 @@ class Points(NamedTuple):
     value: np.ndarray
 
 
-def points(run: Run, quantity: str) -> Points:
+def points(run: Logs, quantity: str) -> Points:
     """What was measured: each evaluation, or the training loss averaged over stretches."""
     events = [event for event in run.events if quantity in event]
     epoch, update, value = (
@@ -169,7 +169,7 @@ def _axes(rows: int, columns: int) -> tuple[Picture, np.ndarray]:
     return picture, picture.subplots(rows, columns, squeeze=False)
 
 
-def _mark_falls(axis: Axes, run: Run) -> None:
+def _mark_falls(axis: Axes, run: Logs) -> None:
     examples = run.events[-1]["examples_seen"] / run.events[-1]["epoch"]
     for phase in run.phases[1:]:
         axis.axvline(phase["start_example"] / examples, color="black", alpha=0.3, linewidth=0.8,

@@ -40,7 +40,7 @@ def folder_of(workdir: Path, text: str) -> Path:
 
 def read(
     chosen: Sequence[figures.Figure], scale: str, seeds: int, workdir: Path
-) -> dict[str, list[curves.Run]]:
+) -> dict[str, list[curves.Logs]]:
     """What figures are drawn from, by the curve's config.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bigbatch.config import make_phases
-from experiments.curves import Run
+from experiments.curves import Logs
 from experiments.figures import (
     SCALES,
     Curve,
@@ -23,7 +23,7 @@ from experiments.verdicts import Comparison, compare, inside
 LABELS = {"train_loss": "training cross entropy", "test_accuracy": "test accuracy"}
 LOST_AT, LOST_WINDOW = (0.25, 0.5), 0.05  # shares of a run where lost epochs are tabulated
 LAST_SHARE = 0.1  # of a run, over which its final training loss is averaged
-Results = Mapping[str, Sequence[Run]]  # by Curve.config, one run a seed
+Results = Mapping[str, Sequence[Logs]]  # by Curve.config, one run a seed
 
 
 class Row(NamedTuple):
@@ -62,7 +62,7 @@ class LostEpochs(NamedTuple):
     predicted_T: np.ndarray  # the same, by theory
 
 
-def final_value(run: Run, quantity: str) -> float:
+def final_value(run: Logs, quantity: str) -> float:
     """The last evaluation, or the training loss averaged over the last tenth of the run."""
     if quantity != "train_loss":
         return run.events[-1][quantity]
@@ -97,7 +97,7 @@ def rows(panel: Panel, scale: str, results: Results) -> list[Row]:
 
 def lost_epochs_of(panel: Panel, results: Results) -> list[LostEpochs]:
     """The rows of appendix A: all momenta but the first, which the others are measured against."""
-    def losses(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    def losses(run: Logs) -> tuple[np.ndarray, np.ndarray]:
         return tuple(np.array([event[name] for event in run.events])
                      for name in ("epoch", "train_loss"))
 
