@@ -19,7 +19,7 @@ are far below the paper's, nor what momentum costs: as many epochs are lost, of 
 
 `optimizer=` momentum, nesterov, sgd or adam as in configs/cifar10.py. `data=digits` in the place of
 CIFAR-10 takes scikit-learn's 8x8 digits, which need no download: 1 280 images, batches a quarter.
-A run takes one to two minutes on one CPU core, ten seconds with the digits.
+A run takes one to two and a half minutes on one CPU core, a quarter of a minute with the digits.
 
 The data: TFDS's `cifar10` as ArrayRecord files, see README.md; `data.dir=FOLDER` says where.
 """

@@ -48,13 +48,14 @@ def main() -> None:
             raise ValueError(f"--seeds is {options.seeds}; it must be 1 or more.")
         if not all(is_finished(run) for run in runs):
             provenance.add(output, provenance.describe(
-                provenance.command_line("experiments.demo"), [run.config for run in runs]))
+                provenance.command_line("experiments.demo"),
+                [run.config for run in runs if not is_finished(run)]))
             train_all(runs, ["--config.tensorboard=false"])
         text = draw(output, options.seeds, output)
         if options.record:
             records.keep(output, [run.workdir for run in runs], options.record)
             draw(options.record, options.seeds, options.record)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"experiments.demo: {error}")
     except KeyboardInterrupt:
         sys.exit("experiments.demo: stopped; the same command goes on from here.")

@@ -53,11 +53,20 @@ def points(run: Logs, quantity: str) -> Points:
 
 def draw(figure: Figure, scale: str, results: Results, path: Path) -> None:
     """Draws `figure` into `path` (.png or .svg)."""
-    {"curves": _draw_curves, "schedules": _draw_schedules, "lost_epochs": _draw_lost_epochs,
-     "initial_rate": _draw_initial_rate}[figure.kind](figure, scale, results, path)
+    make(figure, scale, results).savefig(path, dpi=110)
 
 
-def _draw_curves(figure: Figure, scale: str, results: Results, path: Path) -> None:
+def make(figure: Figure, scale: str, results: Results) -> Picture:
+    """The picture of `figure`."""
+    kinds = {"curves": _curves, "schedules": _schedules, "lost_epochs": _lost_epochs,
+             "initial_rate": _initial_rate}
+    picture = kinds[figure.kind](figure, scale, results)
+    for axis in picture.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    return picture
+
+
+def _curves(figure: Figure, scale: str, results: Results) -> Picture:
     overlaid = SCALES[scale].comparable
     plotted = {stretch.panel for stretch in read_digitised()}
     beside = not overlaid and any(panel.name in plotted for panel in figure.panels)
@@ -90,7 +99,7 @@ def _draw_curves(figure: Figure, scale: str, results: Results, path: Path) -> No
             below.set_ylim(PAPER_LIMITS[panel.family][panel.quantity])
             _finish(below, panel)
             below.set_title("the paper's, read off its plots", fontsize=9)
-    _save(picture, path)
+    return picture
 
 
 def _draw_paper(axis: Axes, panel: Panel, width: float, alpha: float) -> None:
@@ -105,7 +114,7 @@ def _draw_paper(axis: Axes, panel: Panel, width: float, alpha: float) -> None:
     axis.set_xlim(left=0)
 
 
-def _draw_schedules(figure: Figure, scale: str, results: Results, path: Path) -> None:
+def _schedules(figure: Figure, scale: str, results: Results) -> Picture:
     picture, axes_RxC = _axes(1, 3)
     (panel,) = figure.panels
     for number, (colour, curve) in enumerate(zip(COLOURS, panel.curves, strict=False)):
@@ -122,10 +131,10 @@ def _draw_schedules(figure: Figure, scale: str, results: Results, path: Path) ->
                                          "noise scale εN/(B(1−m))"), strict=True):
         axis.set(yscale="log", ylabel=label, xlabel="epochs", xlim=(0, None))
         axis.legend(frameon=False, fontsize=8)
-    _save(picture, path)
+    return picture
 
 
-def _draw_lost_epochs(figure: Figure, scale: str, results: Results, path: Path) -> None:
+def _lost_epochs(figure: Figure, scale: str, results: Results) -> Picture:
     picture, (axes,) = _axes(1, 2)
     (panel,) = figure.panels
     for colour, curve in zip(COLOURS, panel.curves, strict=False):
@@ -143,10 +152,10 @@ def _draw_lost_epochs(figure: Figure, scale: str, results: Results, path: Path) 
     axes[1].plot([], [], color="black", linestyle=":", label="predicted")
     axes[1].set(xlabel=AXES[panel.axis], ylabel="epochs lost", xlim=(0, None))
     axes[1].legend(frameon=False, fontsize=8)
-    _save(picture, path)
+    return picture
 
 
-def _draw_initial_rate(figure: Figure, scale: str, results: Results, path: Path) -> None:
+def _initial_rate(figure: Figure, scale: str, results: Results) -> Picture:
     picture, ((axis,),) = _axes(1, 1)
     (panel,) = figure.panels
     rates, finals = [], []
@@ -160,7 +169,7 @@ def _draw_initial_rate(figure: Figure, scale: str, results: Results, path: Path)
     axis.set(xscale="log", xlabel="initial learning rate", ylabel="final test accuracy")
     axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
     axis.minorticks_off()
-    _save(picture, path)
+    return picture
 
 
 def _axes(rows: int, columns: int) -> tuple[Picture, np.ndarray]:
@@ -181,9 +190,3 @@ def _finish(axis: Axes, panel: Panel) -> None:
     axis.set_title(panel.title, fontsize=10)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(frameon=False, fontsize=8)
-
-
-def _save(picture: Picture, path: Path) -> None:
-    for axis in picture.axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    picture.savefig(path, dpi=110)

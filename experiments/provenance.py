@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 import platform
 import shlex
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any
 
 from bigbatch.metrics import replace_text
 from experiments.figures import REPOSITORY
+from experiments.runs import own_cores
 
 FILE = "trainings.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -71,11 +71,10 @@ def _hardware() -> str:
          " d[0].device_kind)"], capture_output=True, text=True, check=True,
     ).stdout.strip().splitlines()[-1]
     backend, _, devices = asked.partition(" ")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines()
                  if line.startswith("model name")]
         processor = names[0] if names else processor
-    return f"{cores} cores of {processor}" + f", {devices}" * (backend != "cpu")
+    return f"{len(own_cores())} cores of {processor}" + f", {devices}" * (backend != "cpu")

@@ -9,6 +9,7 @@ import contextlib
 import gzip
 import io
 import json
+import os
 import shutil
 import tarfile
 import tempfile
@@ -32,13 +33,16 @@ def keep(workdir: Path, folders: Sequence[Path], record: Path) -> None:
     Raises:
         ValueError: if nothing is known of how the runs were trained.
     """
+    if missing := [folder for folder in folders if not folder.is_dir()]:
+        raise ValueError(f"{missing[0]} is not there: a record is made from a workdir's own runs.")
     if not provenance.read(workdir):
         raise ValueError(f"{workdir} has no {provenance.FILE}: no record can say how it was made.")
     record.mkdir(parents=True, exist_ok=True)
     shutil.copy(workdir / provenance.FILE, record / provenance.FILE)
     # Without times of now in it, so that the same logs make the same file.
+    beside = record / (ARCHIVE + ".new")  # a stop while writing leaves the old one whole
     with (
-        (record / ARCHIVE).open("wb") as file,
+        beside.open("wb") as file,
         gzip.GzipFile("", "wb", 9, file, mtime=0) as packed,
         tarfile.open(fileobj=packed, mode="w") as archive,
     ):
@@ -53,6 +57,7 @@ def keep(workdir: Path, folders: Sequence[Path], record: Path) -> None:
                 content = text.encode()
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
+    os.replace(beside, record / ARCHIVE)
 
 
 @contextlib.contextmanager
@@ -79,8 +84,9 @@ def _times(path: Path) -> str:
     """timing.jsonl with the lines on speed, hundreds of them, added up into one."""
     events = read_events(path)
     speeds = [event for event in events if event["event"] == "speed"]
-    total = {"event": "speed", "examples_seen": speeds[-1]["examples_seen"],
-             "updates": sum(event["updates"] for event in speeds),
-             "seconds": round(sum(event["seconds"] for event in speeds), 3)}
     kept = [event for event in events if event["event"] != "speed"]
-    return "".join(json.dumps(event) + "\n" for event in [*kept, total])
+    if speeds:
+        kept.append({"event": "speed", "examples_seen": speeds[-1]["examples_seen"],
+                     "updates": sum(event["updates"] for event in speeds),
+                     "seconds": round(sum(event["seconds"] for event in speeds), 3)})
+    return "".join(json.dumps(event) + "\n" for event in kept)

@@ -71,8 +71,10 @@ def _section(
     title = escape(figure.title)
     heading = f"Figure {figure.name}. {title}" if figure.name.isdigit() else title
     runs = "" if figure.kind == "schedules" else _runs(figure, scale, seeds, results)
+    other = not figures.SCALES[scale].comparable and figure.panels[0].family != "cifar10"
+    note = "<p>Here its schedules alone: network and data are this scale's.</p>" * other
     return f"""<h2 id="figure-{figure.name}">{heading}</h2>
-<p>{escape(figure.claim)}</p>
+<p>The paper: {escape(figure.claim[0].lower() + figure.claim[1:])}</p>{note}
 <img alt="{title}" src="data:image/svg+xml;base64,{image}">
 {made}{runs}"""
 
@@ -114,5 +116,5 @@ def _training(training: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in training["versions"].items())
     return f"""<pre>{escape(training["command"])}</pre>
 <p>{escape(training["began"])}, on {escape(training["hardware"])}. {escape(versions)}. Revision
-{escape(training["revision"])}. {len(training["configs"])} runs were wanted; what was finished
-before was left as it was.</p>"""
+{escape(training["revision"])}. For {len(training["configs"])} runs; what was finished before
+was left as it was.</p>"""

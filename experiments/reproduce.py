@@ -39,9 +39,16 @@ def folder_of(workdir: Path, text: str) -> Path:
 
 
 def read(
-    chosen: Sequence[figures.Figure], scale: str, seeds: int, workdir: Path
+    chosen: Sequence[figures.Figure], scale: str, seeds: int, folder: Path, source: Path
 ) -> dict[str, list[curves.Logs]]:
     """What figures are drawn from, by the curve's config.
+
+    Args:
+        chosen: the figures.
+        scale: one of `figures.SCALES`.
+        seeds: runs of each curve.
+        folder: with the runs in it.
+        source: what to call that in messages: a workdir, or the record that was unpacked there.
 
     Raises:
         ValueError: naming the first run that is missing, not finished, or of another config.
@@ -52,9 +59,12 @@ def read(
             texts = [figures.config_text(scale, panel, curve, seed) for seed in range(seeds)]
             results[curve.config] = []
             for text in texts:
-                folder = folder_of(workdir, text)
-                found = curves.read_run(folder)
-                runs.is_finished(runs.Run(text, folder))  # raises where it is another config's
+                run = runs.Run(text, folder_of(folder, text))
+                try:
+                    found = curves.read_run(run.workdir)
+                    runs.is_finished(run)  # raises where it is another config's
+                except ValueError as error:
+                    raise ValueError(f"{source} cannot be drawn from: {error}") from None
                 results[curve.config].append(found)
     return results
 
@@ -67,9 +77,11 @@ def draw(
     Raises:
         ValueError: see `read`; nothing has been drawn then.
     """
-    with records.opened(source) as folder:
-        results = read(chosen, scale, seeds, folder)
     output.mkdir(parents=True, exist_ok=True)
+    results = {}
+    if _trained(chosen):
+        with records.opened(source) as folder:
+            results = read(chosen, scale, seeds, folder, source)
     pictures, text = {}, [f"# The paper's figures at the scale {scale}\n",
                           f"{figures.SCALES[scale].says} Seeds a curve: {seeds}.\n"]
     overview = tables.summary(chosen, scale, results)
@@ -84,6 +96,11 @@ def draw(
     (output / "tables.md").write_text("\n".join(text), encoding="utf-8")
     report.write(output / "report.html", chosen, scale, seeds, results, pictures,
                  provenance.read(source))
+
+
+def _absolute(folder: str) -> str:
+    """A data_dir as runs find it, which start in the repository."""
+    return folder if "://" in folder else str(Path(folder).expanduser().resolve())
 
 
 def _trained(chosen: Sequence[figures.Figure]) -> list[tuple[figures.Panel, figures.Curve]]:
@@ -110,8 +127,14 @@ def main() -> None:
     parser.add_argument("--record", type=Path,
                         help="also keep the runs' logs in this folder, with tables and pictures")
     options = parser.parse_args()
-    workdir, output = options.workdir.resolve(), options.output or options.workdir
+    workdir = options.workdir.expanduser().resolve()
+    output = options.output or workdir
     try:
+        if options.record and options.record.resolve() in (workdir, output.resolve()):
+            raise ValueError(f"--record is {options.record}; it must be a folder of its own, "
+                             "neither --workdir nor --output.")
+        for folder in filter(None, (output, options.record)):
+            folder.mkdir(parents=True, exist_ok=True)  # what cannot be, before hours of training
         if options.seeds < 1:
             raise ValueError(f"--seeds is {options.seeds}; it must be 1 or more.")
         if options.at_once < 0:
@@ -119,16 +142,18 @@ def main() -> None:
         chosen = figures.select(options.figure)
         needed = wanted(chosen, options.scale, options.seeds, workdir)
         if not options.draw_only and not all(runs.is_finished(run) for run in needed):
+            missing = [run for run in needed if not runs.is_finished(run)]
             provenance.add(workdir, provenance.describe(
-                provenance.command_line("experiments.reproduce"), [run.config for run in needed]))
-            settings = [f"--config.data.dir={options.data_dir}"] if options.data_dir else []
-            runs.train_all(needed, settings, options.at_once)
+                provenance.command_line("experiments.reproduce"),
+                [run.config for run in missing]))
+            settings = [f"--config.data.dir={_absolute(options.data_dir)}"]
+            runs.train_all(needed, settings * bool(options.data_dir), options.at_once)
         draw(chosen, options.scale, options.seeds, workdir, output)
         if options.record:
             records.keep(workdir, [run.workdir for run in needed], options.record)
             for drawn in ["tables.md", *(f"figure_{figure.name}.png" for figure in chosen)]:
                 shutil.copy(output / drawn, options.record)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         sys.exit(f"experiments.reproduce: {error}")
     except KeyboardInterrupt:
         sys.exit("experiments.reproduce: stopped; the same command goes on from here.")

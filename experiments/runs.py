@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from queue import Queue
@@ -77,52 +77,84 @@ def train_all(
 
     Raises:
         ValueError: see `is_finished`; nothing has been trained then.
-        RuntimeError: with what a run said, if it failed. Those beside it have saved and stopped.
+        RuntimeError: with what a run said, if one failed, once all others have ended.
     """
     missing = [run for run in runs if not is_finished(run)]
     if len(missing) < len(runs):
         say(f"{len(runs) - len(missing)} of {len(runs)} runs are finished already")
     if not missing:
         return
-    backend = _backend()
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    backend, cores = _backend(), own_cores()
     at_once = min(at_once or (len(cores) if backend == "cpu" else 1), len(missing))
     places: Queue[int] = Queue()
     for place in range(at_once):
         places.put(place)
-    began, stopping = time.perf_counter(), threading.Event()
-    children: set[subprocess.Popen] = set()
+    began, children, failures = time.perf_counter(), Children(), []
 
     def one(run: Run) -> None:
         place = places.get()
         try:
             core = cores[place % len(cores)] if backend == "cpu" and at_once > 1 else None
-            _train(run, settings, core, at_once, children, stopping)
+            _train(run, settings, core, at_once, children)
         finally:
             places.put(place)
 
     with _ended_by_signals(), ThreadPoolExecutor(at_once) as executor:
-        futures = {executor.submit(one, run): run for run in missing}
+        futures = {}
         try:
+            futures |= {executor.submit(one, run): run for run in missing}
             for number, future in enumerate(as_completed(futures), 1):
-                future.result()
                 passed = time.perf_counter() - began
                 left = passed / number * (len(missing) - number)
-                say(f"{number} of {len(missing)}, {passed:.0f} s: {futures[future].config} "
-                    f"(about {left / 60:.0f} min left)")
+                said = f"(about {left / 60:.0f} min left)"
+                if error := future.exception():
+                    failures.append(error)
+                    said = f"FAILED {said}"
+                say(f"{number} of {len(missing)}, {passed:.0f} s: {futures[future].config} {said}")
         except BaseException:
-            stopping.set()
             for future in futures:
                 future.cancel()
-            for child in list(children):
-                with contextlib.suppress(ProcessLookupError):
-                    child.send_signal(signal.SIGTERM)  # it saves and ends
+            children.stop()
             raise
+    if failures:
+        raise RuntimeError(f"{len(failures)} of {len(missing)} runs failed. The first: "
+                           f"{failures[0]}") from failures[0]
+
+
+class Children:
+    """The processes under way; once they are told to stop, no more are started."""
+
+    def __init__(self):
+        self._running: set[subprocess.Popen] = set()
+        self._stopped, self._lock = False, threading.Lock()
+
+    def run(self, command: Sequence[str], share: Mapping[str, str]) -> tuple[int, str]:
+        """Runs one to its end: its status and what it said; (0, "") if all are stopped."""
+        with self._lock:
+            if self._stopped:
+                return 0, ""
+            child = subprocess.Popen(
+                command, cwd=REPOSITORY, env=os.environ | share, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C reaches this program alone, which passes it on
+            )
+            self._running.add(child)
+        said, _ = child.communicate()
+        with self._lock:
+            self._running.discard(child)
+            return 0 if self._stopped else child.returncode, said
+
+    def stop(self) -> None:
+        """Tells all to save and end."""
+        with self._lock:
+            self._stopped = True
+            for child in self._running:
+                with contextlib.suppress(ProcessLookupError):
+                    child.send_signal(signal.SIGTERM)
 
 
 def _train(
-    run: Run, settings: Sequence[str], core: int | None, at_once: int,
-    children: set[subprocess.Popen], stopping: threading.Event,
+    run: Run, settings: Sequence[str], core: int | None, at_once: int, children: Children
 ) -> None:
     """One run, until it ends otherwise than by asking to be started again."""
     command = [sys.executable, *run.command(settings)[1:]]
@@ -131,20 +163,19 @@ def _train(
     # Of a GPU's memory JAX would take three quarters for the first process. CPUs do not read this.
     share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / at_once:.3f}"} if at_once > 1 else {}
     status = preemption.EXIT_STATUS
-    while status == preemption.EXIT_STATUS and not stopping.is_set():
-        child = subprocess.Popen(
-            command, cwd=REPOSITORY, env=os.environ | share, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C reaches this program alone, which passes it on once
-        )
-        children.add(child)
-        said, _ = child.communicate()
-        children.discard(child)
-        status = child.returncode
-    if status and not stopping.is_set():
+    while status == preemption.EXIT_STATUS:
+        status, said = children.run(command, share)
+    if status:
         raise RuntimeError(
             f"{' '.join(run.command(settings))} ended with status {status}:\n{said[-4000:]}"
         )
+
+
+def own_cores() -> list[int]:
+    """The processor cores that this process may use, by number."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 def _backend() -> str:

@@ -32,14 +32,14 @@ class Row(NamedTuple):
     label: str
     config: str
     updates: int
-    paper_updates: int | None  # as the paper states them
+    paper_updates: str  # as the paper states them; "" where it does not
     recipe_updates: int  # at the paper's scale, as the planner counts them
     values: list[float]  # final, one a seed
     paper_values: list[float]  # stated, or else read off the end of its plot
+    read_off: bool  # the latter: to be looked at, not to be tested against
     comparison: Comparison | None  # with the first curve; of the first itself and of one seed None
     claim: str  # the paper's: same, lower, or "" for none
-    inside: bool | None  # whether the paper's values lie inside ours; None: cannot be asked
-    seconds: float | None  # of wall-clock time a run
+    inside: bool | None  # whether what the paper states lies inside ours; None: cannot be asked
 
 
 class Table(NamedTuple):
@@ -81,15 +81,13 @@ def rows(panel: Panel, scale: str, results: Results) -> list[Row]:
     for curve in panel.curves:
         runs = results[curve.config]
         values = [final_value(run, panel.quantity) for run in runs]
-        papers = list(curve.finals) if panel.quantity == "test_accuracy" else []
-        papers = papers or _plotted_finals(panel, curve.plotted)
-        seconds = [run.seconds for run in runs if run.seconds]
+        stated = list(curve.finals) if panel.quantity == "test_accuracy" else []
         found.append(Row(
             curve.label, curve.config, runs[0].events[-1]["updates"], curve.updates,
-            _recipe_updates(panel, curve), values, papers,
+            _recipe_updates(panel, curve), values,
+            stated or _plotted_finals(panel, curve.plotted), not stated,
             compare(values, reference, margin) if reference else None, curve.claim,
-            inside(values, papers) if SCALES[scale].comparable else None,
-            statistics.mean(seconds) if seconds else None,
+            inside(values, stated) if SCALES[scale].comparable else None,
         ))
         reference = reference or values
     return found
@@ -139,8 +137,7 @@ def summary(chosen: Sequence[Figure], scale: str, results: Results) -> Table:
             for row in rows(panel, scale, results):
                 cells.append([
                     panel.name, row.label, f"{row.recipe_updates:,}",
-                    ", ".join(_number(value, panel.quantity) for value in row.paper_values)
-                    or "not given",
+                    _paper(row, panel.quantity),
                     f"{row.updates:,}", _mean(row.values, panel.quantity), str(len(row.values)),
                     row.comparison.verdict if row.comparison else "",
                 ])
@@ -170,10 +167,10 @@ def _panel_table(panel: Panel, scale: str, results: Results) -> Table:
         "n": lambda row: str(len(row.values)),
         "updates": lambda row: fewer(row.updates, first.updates),
         "of the paper's recipe": lambda row: fewer(row.recipe_updates, first.recipe_updates),
-        "the paper says": lambda row: f"{row.paper_updates:,}" if row.paper_updates else "",
+        "the paper says": lambda row: row.paper_updates,
         f"final {LABELS[quantity]}": lambda row: _mean(row.values, quantity),
-        "the paper's" if comparable else "the paper's (of its task)": lambda row: (
-            ", ".join(_number(value, quantity) for value in row.paper_values) or "not given"),
+        "the paper's" if comparable else "the paper's (of its task)": (
+            lambda row: _paper(row, quantity)),
         "less the first curve's (90 % interval)": lambda row: (
             _interval(row.comparison, quantity) if row.comparison else ""),
         "verdict": lambda row: (
@@ -185,14 +182,17 @@ def _panel_table(panel: Panel, scale: str, results: Results) -> Table:
         columns |= {
             "ours less the paper's": lambda row: (
                 _number(statistics.mean(row.values) - statistics.mean(row.paper_values),
-                        quantity, signed=True) if row.paper_values else ""),
+                        quantity, signed=True)
+                if row.paper_values and not row.read_off else ""),
             "the paper's inside ours": lambda row: {True: "yes", False: "no", None: ""}[row.inside],
         }
     margin = _number(SCALES[scale].margins[quantity], quantity, signed=True)
     return Table(
         panel.name, list(columns), [[cell(row) for cell in columns.values()] for row in found],
         "Paired over seeds: same where the interval of the mean difference lies within "
-        f"±{margin[1:]}; lower or higher where it does not and holds no 0; else undecided.",
+        f"±{margin[1:]}; lower or higher where it does not and holds no 0; else undecided. Values "
+        "with ~ were read off the paper's plots (accuracies ±0.3 points; its training loss may "
+        "include the weight decay's term).",
     )
 
 
@@ -241,6 +241,13 @@ def _number(value: float, quantity: str, signed: bool = False) -> str:
     if quantity == "train_loss":
         return f"{value:+.3f}" if signed else f"{value:.3f}"
     return f"{100 * value:+.2f} points" if signed else f"{100 * value:.1f} %"
+
+
+def _paper(row: Row, quantity: str) -> str:
+    """The paper's final values; "~" before what was read off a plot."""
+    return ", ".join(
+        "~" * row.read_off + _number(value, quantity) for value in row.paper_values
+    ) or "not given"
 
 
 def _mean(values: Sequence[float], quantity: str) -> str:

@@ -1,5 +1,6 @@
 """What figures are made of: curves with their configs at every scale; the tests behind verdicts."""
 
+import re
 import statistics
 
 import numpy as np
@@ -26,20 +27,30 @@ def plan(scale, panel, curve):
 def test_every_scale_has_the_papers_schedule_in_small(panel, curve):
     """Falls at the same fractions, batches and noise in the same ratios, updates as many fewer."""
     first = panel.curves[0]
-    _, paper = plan("paper", panel, curve)
     _, paper_first = plan("paper", panel, first)
+    paper_config, paper = plan("paper", panel, curve)
     if curve.updates:
-        # It says "about" or "under" each of these.
-        assert sum(phase.updates for phase in paper) == pytest.approx(curve.updates, rel=0.065)
+        stated, found = int(re.sub(r"\D", "", curve.updates)), sum(p.updates for p in paper)
+        # 3 519 is "under 3 500" when an epoch's last partial batch is dropped.
+        assert found == pytest.approx(stated, rel=0.065)
+        assert found < stated * 1.01 or "under" not in curve.updates
     for scale in ("small", "digits"):
         config, phases = plan(scale, panel, curve)
         _, phases_first = plan(scale, panel, first)
-        assert [phase.name for phase in phases] == [phase.name for phase in paper]
+        assert config.optimizer.name == paper_config.optimizer.name
+        assert [(phase.name, phase.momentum) for phase in phases] == [
+            (phase.name, phase.momentum) for phase in paper]
         assert [phase.batch_size / phases_first[0].batch_size for phase in phases] == [
             phase.batch_size / paper_first[0].batch_size for phase in paper]
         np.testing.assert_allclose(
-            [phase.learning_rate / phases_first[-1].learning_rate for phase in phases[1:]],
-            [phase.learning_rate / paper_first[-1].learning_rate for phase in paper[1:]])
+            [phase.learning_rate_end / phases_first[-1].learning_rate for phase in phases],
+            [phase.learning_rate_end / paper_first[-1].learning_rate for phase in paper])
+        # Of one family's curves; the families' first noise scales are their own.
+        np.testing.assert_allclose(
+            [phase.noise_scale_approximate / phases_first[-1].noise_scale_approximate
+             for phase in phases[1:]],
+            [phase.noise_scale_approximate / paper_first[-1].noise_scale_approximate
+             for phase in paper[1:]])
         np.testing.assert_allclose(
             [phase.nominal_end_example / phases[-1].nominal_end_example for phase in phases],
             [phase.nominal_end_example / paper[-1].nominal_end_example for phase in paper],

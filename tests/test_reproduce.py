@@ -90,6 +90,8 @@ def test_a_record_says_what_its_workdir_says(made, tmp_path):
     (("--figure=9",), "--figure names '9'"),
     (("--figure=6", "--seeds=0"), "--seeds is 0"),
     (("--figure=6", "--at_once=-1"), "--at_once is -1"),
+    (("--figure=6", "--record=runs", "--output=runs"), "neither --workdir nor --output"),
+    (("--figure=6", "--output=README.md"), "File exists: 'README.md'"),
 ])
 def test_what_cannot_be_drawn_is_one_line(made, tmp_path, monkeypatch, arguments, said):
     workdir = tmp_path / "copy"
@@ -140,7 +142,7 @@ def test_a_tables_numbers(tmp_path):
         ]
     first, second, *_ = tables.rows(panel, "paper", results)
     assert first.values == pytest.approx([0.7, 0.71]) and first.paper_values == [0.943]
-    assert first.comparison is None and first.inside is False and first.seconds == 2.5
+    assert first.comparison is None and first.inside is False and not first.read_off
     assert second.comparison.difference == pytest.approx(-0.1)
     assert second.comparison.verdict == "lower" and second.claim == "same"
     (table,) = tables.make(figures.FIGURES["5"], "paper", results)
@@ -152,15 +154,16 @@ def test_a_tables_numbers(tmp_path):
     assert tables.final_value(run, "train_loss") == pytest.approx(0.3)  # of the last tenth alone
 
 
-@pytest.mark.parametrize("scale", ["paper", "small"])
-def test_every_figure_can_be_drawn_at_every_scale(tmp_path, scale):
-    made = {}
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Two made-up runs of every curve."""
+    folder, made = tmp_path_factory.mktemp("written"), {}
     for figure in figures.FIGURES.values():
         for panel in figure.panels:
             for curve in panel.curves:
                 if curve.config not in made:
                     runs_of = [
-                        write_run(tmp_path / f"{len(made)}-{seed}",
+                        write_run(folder / f"{len(made)}-{seed}",
                                   [0.1 * u for u in range(1, 11)],
                                   [2.0 / u + 0.1 * seed for u in range(1, 11)])
                         for seed in (0, 1)
@@ -168,6 +171,60 @@ def test_every_figure_can_be_drawn_at_every_scale(tmp_path, scale):
                     for run in runs_of:
                         run.phases[0] |= {"lost_epochs": 0.1 + len(made), "batch_size": 10}
                     made[curve.config] = runs_of
-        path = tmp_path / f"{figure.name}.png"
-        drawing.draw(figure, scale, made, path)
-        assert path.stat().st_size > 5000, figure.name
+    return made
+
+
+@pytest.mark.parametrize("scale", ["paper", "small"])
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_a_figure_shows_its_curves_and_the_papers_points(written, name, scale):
+    figure = figures.FIGURES[name]
+    picture = drawing.make(figure, scale, written)
+    if figure.kind == "schedules":
+        assert len(picture.axes) == 3 and all(len(axis.patches) == 3 for axis in picture.axes)
+        return
+    for column, panel in enumerate(figure.panels):
+        axis = picture.axes[column]
+        lines = {line.get_label().split(" (")[0]: line for line in axis.get_lines()
+                 if not line.get_label().endswith("(paper)")}
+        for number, curve in enumerate(panel.curves):
+            line = lines[curve.label] if figure.kind != "initial_rate" else axis.get_lines()[-1]
+            if figure.kind == "initial_rate":  # one point a curve: the mean of the last values
+                assert line.get_ydata()[number] == pytest.approx(1.0)
+                continue
+            across = [10 * u / (50 if panel.axis == "epoch" else 10) for u in range(1, 11)]
+            expected = {"test_accuracy": [0.1 * u for u in range(1, 11)],
+                        "train_loss": [2.0 / u + 0.05 for u in range(1, 11)]}[panel.quantity]
+            assert line.get_xdata() == pytest.approx(across)
+            assert line.get_ydata() == pytest.approx(expected)
+        segments = {
+            (*line.get_xdata(), *line.get_ydata())
+            for where in (picture.axes if scale == "small" else [axis])
+            for line in where.get_lines() if len(line.get_xdata()) == 2
+        }
+        points = {(p.start, p.end, p.mean, p.mean) for p in figures.read_digitised()
+                  if p.panel == panel.name}
+        assert points <= segments
+
+
+def test_a_failed_run_does_not_keep_others_from_ending(tmp_path):
+    """The first of three fails at once; beside it and after it the others train to their end."""
+    tiny = "tests/small_config.py:resident"
+    wanted = [runs.Run("configs/small.py:decay", tmp_path / "fails")]
+    wanted += [runs.Run(f"{tiny},seed={seed}", tmp_path / f"run{seed}") for seed in (0, 1)]
+    said = []
+    with pytest.raises(RuntimeError, match="1 of 3 runs failed"):
+        runs.train_all(wanted, [f"--config.data.dir={tmp_path / 'none'}"], 2, said.append)
+    assert [runs.is_finished(run) for run in wanted] == [False, True, True]
+    assert sum("FAILED" in line for line in said) == 1
+
+
+def test_after_a_stop_nothing_more_is_started():
+    children = runs.Children()
+    children.stop()
+    assert children.run(["false"], {}) == (0, "")
+
+
+def test_figure_1_needs_no_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", [*COMMAND[1:], "--figure=1", f"--workdir={tmp_path / 'new'}"])
+    reproduce.main()
+    assert (tmp_path / "new" / "report.html").exists()

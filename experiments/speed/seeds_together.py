@@ -24,6 +24,7 @@ from bigbatch import network, update
 from bigbatch.config import make_phases, make_seatings
 from bigbatch.data import feed
 from bigbatch.devices import make_mesh, place, replicated
+from experiments import provenance
 from experiments.figures import load_config
 
 
@@ -86,7 +87,7 @@ def measure(config_text: str, seeds: int, repeats: int, updates: int) -> dict[st
     ratios = [b / a for a, b in zip(seconds["together"], seconds["one by one"], strict=True)]
     return {
         "config": config_text, "seeds": seeds, "batch_size": phase.batch_size,
-        "device": jax.devices()[0].device_kind, "jax": jax.__version__, "seconds": seconds,
+        "device": jax.devices()[0].device_kind, "seconds": seconds,
         "speed_together_over_one_by_one": {
             "median": statistics.median(ratios), "range": [min(ratios), max(ratios)]},
     }
@@ -111,7 +112,9 @@ def main() -> None:
         measured = measure(options.config, options.seeds, options.repeats, options.updates)
     except (ValueError, RuntimeError) as error:
         sys.exit(f"experiments.speed.seeds_together: {error}")
-    print(json.dumps(measured, indent=1))
+    made = provenance.describe(
+        provenance.command_line("experiments.speed.seeds_together"), [options.config])
+    print(json.dumps(made | measured, indent=1))
 
 
 if __name__ == "__main__":
