@@ -32,7 +32,7 @@ def test_every_record_that_is_named_is_there():
 
 def test_the_results_table_is_the_records():
     with records.opened(SMALL) as folder:
-        results = reproduce.read(figures.select("all"), "small", 3, folder)
+        results = reproduce.read(figures.select("all"), "small", 3, folder, SMALL)
     made = tables.summary(figures.select("all"), "small", results)
     shown = rows_below("| figure | schedule |")
     assert len(shown) > 10
