@@ -31,6 +31,7 @@ from ml_collections import ConfigDict
 
 from bigbatch.config import base_config, from_argument
 from bigbatch.data import sources
+from configs.cifar10 import OPTIMIZERS
 
 FIGURE_5 = {"strategy": "increase", "limits.max_batch_size": 640}
 # A fifth of ImageNet's epochs and about as many updates in each: N/B is 156 there, 160 here.
@@ -61,13 +62,6 @@ PRESETS = {
     "batch_8k": RESNET_50 | {"strategy": "decay"},
     "thirty_minutes": RESNET_50 | {"strategy": "increase", "limits.max_batch_size": 64},
     "batch_16k": RESNET_50 | {"strategy": "decay", "scale_up.learning_rate": 2.0},
-}
-
-OPTIMIZERS = {
-    "momentum": {"optimizer.name": "momentum"},
-    "nesterov": {"optimizer.name": "nesterov"},
-    "sgd": {"optimizer.name": "sgd", "recipe.momentum": 0.0},
-    "adam": {"optimizer.name": "adam", "recipe.learning_rate": 0.001},
 }
 
 

@@ -11,9 +11,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from experiments import curves, provenance, records
+from experiments import curves, records
 from experiments.figures import REPOSITORY
-from experiments.runs import Run, is_finished, train_all
+from experiments.runs import Run, train_noted
 
 PRESETS = ("decay", "hybrid", "increase")  # the longest first, so that no core idles at the end
 
@@ -46,11 +46,7 @@ def main() -> None:
     try:
         if options.seeds < 1:
             raise ValueError(f"--seeds is {options.seeds}; it must be 1 or more.")
-        if not all(is_finished(run) for run in runs):
-            provenance.add(output, provenance.describe(
-                provenance.command_line("experiments.demo"),
-                [run.config for run in runs if not is_finished(run)]))
-            train_all(runs, ["--config.tensorboard=false"])
+        train_noted(output, "experiments.demo", runs, ["--config.tensorboard=false"])
         text = draw(output, options.seeds, output)
         if options.record:
             records.keep(output, [run.workdir for run in runs], options.record)

@@ -6,6 +6,7 @@ laptop's, and the digits. Numbers read off the paper's plots are in paper/digiti
 """
 
 import csv
+import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -264,6 +265,7 @@ class Stretch(NamedTuple):
     mean: float
 
 
+@functools.cache
 def read_digitised() -> list[Stretch]:
     """What was read off the paper's plots; see paper/README.md."""
     with DIGITISED.open(encoding="utf-8", newline="") as file:

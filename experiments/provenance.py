@@ -13,7 +13,7 @@ from typing import Any
 
 from bigbatch.metrics import replace_text
 from experiments.figures import REPOSITORY
-from experiments.runs import own_cores
+from experiments.machine import jax_devices, own_cores
 
 FILE = "trainings.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -65,12 +65,7 @@ def _revision() -> str:
 
 def _hardware() -> str:
     """The processor, how many cores are ours, and JAX's accelerators if there are any."""
-    # In a process of its own: asking takes the accelerator.
-    asked = subprocess.run(
-        [sys.executable, "-c", "import jax; d = jax.devices(); print(d[0].platform, len(d), 'x',"
-         " d[0].device_kind)"], capture_output=True, text=True, check=True,
-    ).stdout.strip().splitlines()[-1]
-    backend, _, devices = asked.partition(" ")
+    backend, devices = jax_devices()
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():

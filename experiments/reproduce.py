@@ -141,13 +141,10 @@ def main() -> None:
             raise ValueError(f"--at_once is {options.at_once}; it must be 0 or more.")
         chosen = figures.select(options.figure)
         needed = wanted(chosen, options.scale, options.seeds, workdir)
-        if not options.draw_only and not all(runs.is_finished(run) for run in needed):
-            missing = [run for run in needed if not runs.is_finished(run)]
-            provenance.add(workdir, provenance.describe(
-                provenance.command_line("experiments.reproduce"),
-                [run.config for run in missing]))
+        if not options.draw_only:
             settings = [f"--config.data.dir={_absolute(options.data_dir)}"]
-            runs.train_all(needed, settings * bool(options.data_dir), options.at_once)
+            runs.train_noted(workdir, "experiments.reproduce", needed,
+                             settings * bool(options.data_dir), options.at_once)
         draw(chosen, options.scale, options.seeds, workdir, output)
         if options.record:
             records.keep(workdir, [run.workdir for run in needed], options.record)

@@ -24,7 +24,9 @@ from typing import NamedTuple
 from bigbatch import continuing, preemption
 from bigbatch.config import check, make_phases
 from bigbatch.metrics import read_events
+from experiments import provenance
 from experiments.figures import REPOSITORY, load_config
+from experiments.machine import jax_devices, own_cores
 
 
 class Run(NamedTuple):
@@ -63,6 +65,23 @@ def is_finished(run: Run) -> bool:
     return seen == phases[-1].end_example
 
 
+def train_noted(
+    folder: Path, module: str, runs: Sequence[Run], settings: Sequence[str] = (), at_once: int = 0
+) -> None:
+    """`train_all`; what is trained, and with what, is first noted in `folder`.
+
+    Args:
+        folder: the workdir of all.
+        module: the running program's, as "experiments.demo".
+        runs: see `train_all`.
+        settings: see there.
+        at_once: see there.
+    """
+    if missing := [run.config for run in runs if not is_finished(run)]:
+        provenance.add(folder, provenance.describe(provenance.command_line(module), missing))
+    train_all(runs, settings, at_once)
+
+
 def train_all(
     runs: Sequence[Run], settings: Sequence[str] = (), at_once: int = 0,
     say: Callable[[str], None] = print,
@@ -84,7 +103,7 @@ def train_all(
         say(f"{len(runs) - len(missing)} of {len(runs)} runs are finished already")
     if not missing:
         return
-    backend, cores = _backend(), own_cores()
+    backend, cores = jax_devices().backend, own_cores()
     at_once = min(at_once or (len(cores) if backend == "cpu" else 1), len(missing))
     places: Queue[int] = Queue()
     for place in range(at_once):
@@ -169,22 +188,6 @@ def _train(
         raise RuntimeError(
             f"{' '.join(run.command(settings))} ended with status {status}:\n{said[-4000:]}"
         )
-
-
-def own_cores() -> list[int]:
-    """The processor cores that this process may use, by number."""
-    if hasattr(os, "sched_getaffinity"):
-        return sorted(os.sched_getaffinity(0))
-    return list(range(os.cpu_count() or 1))
-
-
-def _backend() -> str:
-    """What JAX would run on; asked in a process of its own, since asking takes the accelerator."""
-    asked = subprocess.run(
-        [sys.executable, "-c", "import jax; print(jax.default_backend())"],
-        capture_output=True, text=True, check=True,
-    )
-    return asked.stdout.split()[-1]
 
 
 @contextlib.contextmanager

@@ -30,7 +30,6 @@ class Row(NamedTuple):
     """A curve's results. Values are accuracies as fractions, or training losses."""
 
     label: str
-    config: str
     updates: int
     paper_updates: str  # as the paper states them; "" where it does not
     recipe_updates: int  # at the paper's scale, as the planner counts them
@@ -83,7 +82,7 @@ def rows(panel: Panel, scale: str, results: Results) -> list[Row]:
         values = [final_value(run, panel.quantity) for run in runs]
         stated = list(curve.finals) if panel.quantity == "test_accuracy" else []
         found.append(Row(
-            curve.label, curve.config, runs[0].events[-1]["updates"], curve.updates,
+            curve.label, runs[0].events[-1]["updates"], curve.updates,
             _recipe_updates(panel, curve), values,
             stated or _plotted_finals(panel, curve.plotted), not stated,
             compare(values, reference, margin) if reference else None, curve.claim,
