@@ -1,6 +1,7 @@
 """What the programs' command lines share: --config with its settings, and one-line errors."""
 
 import functools
+import gc
 import importlib.util
 import signal
 import traceback
@@ -55,6 +56,9 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         return left
 
     def checked_main(arguments: Sequence[str]) -> None:
+        # What was imported stays. Looking through it for garbage over and over, while programs are
+        # traced and later between updates, took a fifth of the time of tracing.
+        gc.freeze()
         try:
             for key, text in settings:
                 set_from_text(config(), key, text)

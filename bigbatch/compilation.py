@@ -2,15 +2,16 @@
 
 A program belongs to its shapes, not to a phase: two phases whose devices take the same number of
 ghost batches in a pass share one. All are lowered at the start (tracing holds the interpreter, so
-it would slow training down later), then compiled in a background thread. Training waits for what
-it begins with and for the largest microbatch, so that running out of memory shows at once; the
-others follow, in the order in which they are needed, while it goes on.
+it would slow training down later) and compiled in a background thread, each as soon as it is
+lowered. Training waits for what it begins with and for the largest microbatch, so that running out
+of memory shows at once; the others follow, in the order in which they are needed, while it goes on.
 """
 
 import atexit
+import queue
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from jax._src.lib import _jax  # the only way to an analysis for another platfor
 from bigbatch import program_cache
 from bigbatch.seats import Seating
 
-Key = tuple  # ("update", seats), ("accumulate", seats), ("apply",), ("evaluate",)
+Key = tuple  # ("init",), ("update", seats), ("accumulate", seats), ("apply",), ("evaluate",)
 
 
 def keys_of(seating: Seating) -> tuple[Key, ...]:
@@ -39,54 +40,71 @@ class Compiled(NamedTuple):
 
 
 def compile_ahead(
-    lowered: Mapping[Key, jax.stages.Lowered], order: Sequence[Key], counted: bool = False
+    lower: Callable[[Key], jax.stages.Lowered], order: Sequence[Key], counted: bool = False
 ) -> dict[Key, Future]:
-    """Starts compiling in the background, in `order`; returns a future of `Compiled` by key.
-
-    What the compiler raises is raised by the future's `result`.
+    """Lowers programs in `order` and compiles them in the background; returns when all are lowered.
 
     Args:
-        lowered: the programs.
-        order: their keys.
+        lower: gives the program of a key. What it raises passes through.
+        order: the keys.
         counted: whether to count their operations, which takes a part of a second each.
+
+    Returns:
+        A future of `Compiled` by key. What the compiler raises is raised by its `result`.
     """
     futures = {key: Future() for key in order}
+    lowered: queue.SimpleQueue[tuple[Key, jax.stages.Lowered] | None] = queue.SimpleQueue()
     ended = threading.Event()
 
     def compile_all() -> None:
-        for key in order:
-            if ended.is_set():
-                return
+        while (taken := lowered.get()) and not ended.is_set():
+            key, program = taken
             started = time.perf_counter()
             try:
-                program = lowered[key].compile()
+                compiled = program.compile()
                 program_cache.seal()
                 seconds = time.perf_counter() - started
-                flops = count_flops(lowered[key]) if counted else None
+                flops = count_flops(program) if counted else None
             except BaseException as error:
                 futures[key].set_exception(error)
             else:
-                futures[key].set_result(Compiled(program, seconds, flops))
+                futures[key].set_result(Compiled(compiled, seconds, flops))
 
     # A daemon: a run that stops does not wait for programs it no longer needs. Where Python itself
     # ends (a script, a notebook) it has to, as a thread stopped inside the compiler aborts it.
     thread = threading.Thread(target=compile_all, name="compile", daemon=True)
     thread.start()
-    atexit.register(lambda: (ended.set(), thread.join()))
+
+    def end() -> None:
+        ended.set()
+        lowered.put(None)
+        thread.join()
+
+    atexit.register(end)
+    try:
+        for key in order:
+            lowered.put((key, lower(key)))
+    finally:
+        lowered.put(None)
     return futures
 
 
-def compile_order(seatings: Sequence[Seating]) -> tuple[list[Key], list[Key]]:
+def compile_order(
+    seatings: Sequence[Seating], begins: bool = False
+) -> tuple[list[Key], list[Key]]:
     """Which programs to compile before the first update, and which later, in order.
 
     Args:
         seatings: of the phases still to run, in order; none where only an evaluation is.
+        begins: whether the run has no state yet.
     """
     in_order = list(dict.fromkeys(key for seating in seatings for key in keys_of(seating)))
     first: list[Key] = [("evaluate",)]
     if seatings:
         largest = max(seatings, key=lambda seating: seating.seats)
         first = list(dict.fromkeys([*keys_of(seatings[0]), *first, *keys_of(largest)]))
+    if begins:
+        first.insert(0, ("init",))
     return first, [key for key in in_order if key not in first]
 
 

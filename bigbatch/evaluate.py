@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from bigbatch import checkpoint, command_line, network
 from bigbatch.data import augment
 from bigbatch.data.feed import Feed, open_feed
-from bigbatch.devices import AXIS, make_mesh
+from bigbatch.devices import AXIS, compiler_options, make_mesh
 
 
 def make_evaluate(config: ConfigDict, net: network.Network, mesh: Mesh) -> Callable:
@@ -56,9 +56,10 @@ def make_evaluate(config: ConfigDict, net: network.Network, mesh: Mesh) -> Calla
         ])
         return jax.lax.psum(sums, AXIS)
 
-    return jax.jit(jax.shard_map(
+    mapped = jax.shard_map(
         evaluate, mesh=mesh, in_specs=(P(), P(), P(), P(AXIS)), out_specs=P(), check_vma=False
-    ))
+    )
+    return jax.jit(mapped, compiler_options=compiler_options(mesh))
 
 
 def whole_test_set(

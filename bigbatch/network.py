@@ -22,7 +22,9 @@ INITIALISATION, AUGMENTATION, DROPOUT = 1, 2, 3
 class Network(NamedTuple):
     """A model without its variables. Trees are nested dicts of arrays."""
 
-    init: Callable[[int], tuple[Tree, Tree]]  # seed -> parameters, running statistics
+    init: Callable[[jax.Array], tuple[Tree, Tree]]  # seed, uint32 -> parameters, statistics
+    params: Tree  # their shapes
+    batch_stats: Tree  # the same of the running statistics
     # (parameters, statistics, images_BxHxWxC, train, keys_B) -> logits_BxK, [(weight, logits)...],
     # statistics: in training one row a ghost batch.
     apply: Callable[..., tuple[jax.Array, list, Tree]]
@@ -55,7 +57,8 @@ def build(config: ConfigDict) -> Network:
     arguments = config.model.to_dict()
     _check_arguments(function, arguments, name)
 
-    def construct(seed: int | jax.Array) -> nnx.Module:
+    @jax.jit  # so that it is traced once: here for its shapes, in `init` for what it draws
+    def construct(seed: jax.Array) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.State]:
         key = jax.random.key(seed, impl="threefry2x32")
         rngs = nnx.Rngs(jax.random.fold_in(key, INITIALISATION))  # for streams of any name
         module = function(num_classes, dtype, rngs, **arguments)
@@ -63,13 +66,14 @@ def build(config: ConfigDict) -> Network:
         for bridge in _bridges(module).values():
             # Left over from initialisation; what a layer drew from them would be no example's own.
             bridge.to_nnx__rngs = None
-        return module
+        return nnx.split(module, nnx.Param, nnx.BatchStat, ...)
 
     linen_layers: dict[tuple, str] = {}  # by path: the class's name
     with linen.intercept_methods(_watch_linen(linen_layers, name)):
-        abstract = nnx.eval_shape(lambda: construct(0))
+        seed = jax.ShapeDtypeStruct((), jnp.uint32)
+        graph, params, batch_stats, rest = jax.eval_shape(construct, seed)
+        abstract = nnx.merge(graph, params, batch_stats, rest)
         _check_modules(abstract, name)
-        graph, params, batch_stats, rest = nnx.split(abstract, nnx.Param, nnx.BatchStat, ...)
         _check_state(params, batch_stats, rest, config)
 
         def apply(
@@ -83,18 +87,19 @@ def build(config: ConfigDict) -> Network:
             )
             return logits, auxiliary, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
 
-        _trace(apply, nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats), config)
+        shapes = nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
+        _trace(apply, *shapes, config)
 
-    def init(seed: int | jax.Array) -> tuple[Tree, Tree]:
-        _, params, batch_stats = nnx.split(construct(seed), nnx.Param, nnx.BatchStat)
-        return nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
+    def init(seed: jax.Array) -> tuple[Tree, Tree]:
+        _, drawn, began, _ = construct(seed)
+        return nnx.to_pure_dict(drawn), nnx.to_pure_dict(began)
 
     decays = jax.tree.map(
         lambda variable: variable.get_metadata()["decay"], batch_stats,
         is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
     )
     return Network(
-        init, apply, nnx.to_pure_dict(decays), _in_norm(abstract, params, linen_layers)
+        init, *shapes, apply, nnx.to_pure_dict(decays), _in_norm(abstract, params, linen_layers)
     )
 
 

@@ -136,7 +136,7 @@ def _fills_devices(config: ConfigDict, phase: schedule.Phase) -> int:
 def count_parameters(config: ConfigDict) -> int:
     """Trainable numbers of the config's network; traces it and computes nothing."""
     with jax.enable_x64(config.dtype == "float64"):
-        params, _ = jax.eval_shape(network.build(config).init, 0)
+        params = network.build(config).params
     return int(parameter_overview.count_parameters(params))
 
 

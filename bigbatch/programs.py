@@ -34,6 +34,8 @@ def lowering(
 
     def lower(key: compilation.Key) -> jax.stages.Lowered:
         kind, *seats_each = key
+        if kind == "init":
+            return update.make_init(config, net).lower(jax.ShapeDtypeStruct((), np.uint32))
         if kind == "evaluate":
             return evaluate.make_evaluate(config, net, mesh).lower(
                 state.params, state.batch_stats, test, feed.evaluation_shapes(config, mesh))

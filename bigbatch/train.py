@@ -116,17 +116,13 @@ def train_and_evaluate(
         to_run = phases[now.index : last_phase.index + 1] if now else ()
         seatings_to_run = [seatings[phase.index] for phase in to_run]
 
-        # The data and the state, on the devices.
+        # The data, on the devices.
         is_due = partial(due, config, total)
         evaluated_at = [examples_seen] if owed else []  # a stop between is inside an evaluation
         evaluated_at += [end for start, end in schedule.spans(to_run, examples_seen)
                          if is_due("eval", start, end)]
         fed = feed.open_feed(config, mesh, to_run, seatings_to_run, examples_seen, evaluated_at)
         at_end.callback(fed.close)
-        state = jax.tree.map(np.asarray, update.init_state(config, net))
-        if found.path:
-            state = checkpoint.restore(folder / found.path, state, mirror)
-        state = place(state, replicated(mesh))
 
         # The logs, cut back to where the run stands.
         describe_run = partial(continuing.describe_run, config, phases)
@@ -166,6 +162,7 @@ def train_and_evaluate(
 
         # What the loop does between updates.
         shares = metrics.TimeShares()
+        state = update.abstract_state(config, net, mesh)  # filled in while programs compile
         seconds_per_update: dict[int, float] = {}
         boundaries = {phase.end_example for phase in phases}
         saved_at = examples_seen
@@ -221,15 +218,30 @@ def train_and_evaluate(
             log("timing", {"event": "time_share", "examples_seen": examples_seen, **whole})
             display.line(progress.describe_shares(whole["time_share"], whole["wall_seconds"]))
 
-        # The programs, and the loop. Everything due is a function of the examples seen.
+        # The programs, the state and the loop. Everything due is a function of the examples seen.
         try:
             display.line("compiling")
             with shares.spent_on("compile"):
-                futures, sums = _start_compiling(
-                    config, net, mesh, seatings_to_run,
-                    jax.tree.map(shape_of, (state, fed.resident, fed.test)), watch,
-                    counted=peak is not None,
-                )
+                lower = programs.lowering(
+                    config, net, mesh, state, *jax.tree.map(shape_of, (fed.resident, fed.test)))
+                first, later = compilation.compile_order(seatings_to_run, not found.path)
+
+                def lower_next(key: compilation.Key) -> jax.stages.Lowered:
+                    watch.poll()
+                    return lower(key)
+
+                futures = compilation.compile_ahead(lower_next, first + later, peak is not None)
+                if found.path:
+                    state = checkpoint.restore(folder / found.path, state, mirror)
+                else:
+                    init = futures[("init",)]
+                    watch.wait(init.done)
+                    state = jax.tree.map(np.asarray, init.result().call(np.uint32(config.seed)))
+                state = place(state, replicated(mesh))
+                sums = _room_for_sums(state, seatings_to_run, mesh)
+                watch.wait(lambda: all(futures[key].done() for key in first))
+                for key in first:
+                    futures[key].result()
             if owed:
                 settle(dict(owed))
                 owed = None
@@ -333,29 +345,17 @@ def train_and_evaluate(
         return state
 
 
-def _start_compiling(
-    config: ConfigDict, net: network.Network, mesh: Mesh, seatings: Sequence[seats.Seating],
-    shapes: tuple, watch: preemption.Watch, counted: bool,
-) -> tuple[dict[compilation.Key, Future], update.Sums | None]:
-    """Lowers all programs and starts compiling them; with room for the sums if they accumulate."""
-    state, resident, test = shapes
-    lower = programs.lowering(config, net, mesh, state, resident, test)
-    first, later = compilation.compile_order(seatings)
-    lowered = {}
-    for key in first + later:
-        watch.poll()
-        lowered[key] = lower(key)
-    futures = compilation.compile_ahead(lowered, first + later, counted)
-    watch.wait(lambda: all(futures[key].done() for key in first))
-    for key in first:
-        futures[key].result()
-    sums = update.abstract_sums(state, mesh)
-    accumulates = any(seating.microbatches > 1 for seating in seatings)
-    room = jax.jit(
-        lambda: jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), sums),
+def _room_for_sums(
+    state: update.State, seatings: Sequence[seats.Seating], mesh: Mesh
+) -> update.Sums | None:
+    """What microbatches add up in, on each device; None where an update has but one."""
+    if all(seating.microbatches == 1 for seating in seatings):
+        return None
+    shapes = update.abstract_sums(state, mesh)
+    return jax.jit(
+        lambda: jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), shapes),
         out_shardings=cut(mesh),
-    )
-    return futures, room() if accumulates else None
+    )()
 
 
 def _event(event: Mapping[str, Any], measured: update.Metrics) -> dict[str, Any]:

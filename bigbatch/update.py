@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
@@ -21,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from bigbatch.data import augment
-from bigbatch.devices import AXIS, cut, replicated
+from bigbatch.devices import AXIS, compiler_options, cut, replicated
 from bigbatch.models.normalization import fold_weights
 from bigbatch.network import AUGMENTATION, DROPOUT, Network
 
@@ -92,27 +93,35 @@ def make_optimizer(
     return optax.chain(*steps, optax.scale(-learning_rate))
 
 
+def make_init(config: ConfigDict, network: Network) -> Callable:
+    """The jitted function from the seed (uint32) to the state before the first update."""
+    # Run once, which is not worth the seconds that LLVM takes to optimise random generators well.
+    on_cpu = jax.default_backend() == "cpu"
+    options = {"xla_backend_optimization_level": 1} if on_cpu else None
+
+    def init(seed: jax.Array) -> State:
+        params, batch_stats = network.init(seed)
+        return State(params, batch_stats, _init_optimizer(config, network, params))
+
+    return jax.jit(init, compiler_options=options)
+
+
 def init_state(config: ConfigDict, network: Network) -> State:
     """The state before the first update; follows from the seed alone."""
-    # Drawn once, which is not worth the seconds that LLVM takes to optimise random generators.
-    on_cpu = jax.default_backend() == "cpu"
-    options = {"xla_backend_optimization_level": 0} if on_cpu else None
-    init = partial(_init, config, network)
-    return jax.jit(init, compiler_options=options)(jnp.uint32(config.seed))
+    return make_init(config, network)(np.uint32(config.seed))
 
 
 def abstract_state(config: ConfigDict, network: Network, mesh: Mesh) -> State:
     """Shapes of the state, replicated over `mesh`; computes nothing."""
-    shapes = jax.eval_shape(partial(_init, config, network), jnp.uint32(config.seed))
+    opt_state = jax.eval_shape(partial(_init_optimizer, config, network), network.params)
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)), shapes
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
+        State(network.params, network.batch_stats, opt_state),
     )
 
 
-def _init(config: ConfigDict, network: Network, seed: jax.Array) -> State:
-    params, batch_stats = network.init(seed)
-    optimizer = make_optimizer(config, network.in_norm, jnp.zeros(()), jnp.zeros(()))
-    return State(params, batch_stats, optimizer.init(params))
+def _init_optimizer(config: ConfigDict, network: Network, params: Tree) -> Tree:
+    return make_optimizer(config, network.in_norm, jnp.zeros(()), jnp.zeros(())).init(params)
 
 
 def make_update(
@@ -154,16 +163,17 @@ def make_update(
         own = jax.tree.map(lambda leaf: leaf[0], sums)
         return _apply_sums(config, network, state, own, rate, momentum)
 
+    jitted = partial(jax.jit, compiler_options=compiler_options(mesh))
     return Update(
-        update=jax.jit(
+        update=jitted(
             mapped(update, (whole, whole, parts, whole, whole), whole),
             donate_argnums=0,
         ),
-        accumulate=jax.jit(
+        accumulate=jitted(
             mapped(accumulate, (whole, parts, whole, parts, whole), (parts, parts)),
             donate_argnums=1,
         ),
-        apply=jax.jit(
+        apply=jitted(
             mapped(apply, (whole, parts, whole, whole), whole),
             donate_argnums=0,
         ),

@@ -61,7 +61,7 @@ def test_linen_and_nnx_ghost_batch_norm_are_one():
 ], ids=["WideResNet", "ConvNet", "FromLinen"])
 def test_trees_of_a_network_fit_together(config):
     net = network.build(config)
-    params, batch_stats = jax.eval_shape(net.init, 0)
+    params, batch_stats = net.params, net.batch_stats
     assert jax.tree.structure(net.in_norm) == jax.tree.structure(params)
     assert jax.tree.structure(net.decays) == jax.tree.structure(batch_stats)
     assert set(jax.tree.leaves(net.decays)) == {config.model.get("bn_decay", 0.9)}

@@ -21,7 +21,8 @@ def cifar(depth=16, width=4):
 
 
 def shapes(config):
-    return jax.eval_shape(network.build(config).init, 0)
+    net = network.build(config)
+    return net.params, net.batch_stats
 
 
 def count(tree):

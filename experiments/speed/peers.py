@@ -118,9 +118,10 @@ def with_flax_norm(config: ConfigDict) -> Network:
             nnx.to_pure_dict(nnx.state(module, nnx.BatchStat)))
         return logits, [], rows
 
+    shapes = nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
     return Network(
-        init, apply, jax.tree.map(lambda _: 0.9, nnx.to_pure_dict(stats)),
-        jax.tree.map(lambda _: False, nnx.to_pure_dict(params)))
+        init, *shapes, apply, jax.tree.map(lambda _: 0.9, shapes[1]),
+        jax.tree.map(lambda _: False, shapes[0]))
 
 
 def wide_resnet_config(batch: int, ghost: int, short: bool, *settings: str) -> ConfigDict:
