@@ -6,9 +6,9 @@ from collections import Counter
 
 import pytest
 
-from bigbatch import train
+from bigbatch import checkpoint, train
 from bigbatch.metrics import read_events
-from tests import small_config
+from tests import processes, small_config
 from tests.bucket_server import serving
 from tests.test_continuing import assert_same_bits
 
@@ -75,3 +75,18 @@ def test_the_trace_of_a_run_in_a_bucket_is_brought_there(monkeypatch):
         content = server.content(f"bucket/run/profile/plugins/profile/{trace}")
         assert b'"step_num":"2"' in gzip.decompress(content).replace(b": ", b":")
         assert any(name.endswith(".xplane.pb") for name in names)
+
+
+def test_each_process_of_a_job_traces_itself(tmp_path):
+    workdir = tmp_path / "run"
+    for process in processes.start_job(
+        workdir, **processes.SMALL, processes=2, flags=("--profile=2:3",)
+    ):
+        processes.end(process)
+    for index in range(2):
+        folder = workdir / "profile" / f"process-{index}"
+        trace, = folder.glob("plugins/profile/*/perfetto_trace.json.gz")
+        events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+        steps = [event["args"]["step_num"] for event in events if event.get("name") == "update"]
+        assert steps == ["2", "3", "4"], f"of process {index}"
+    assert checkpoint.find_newest(workdir).run["updates"] == UPDATES

@@ -9,6 +9,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from bigbatch import chip_peaks, compilation
+from bigbatch.devices import compiler_options, make_mesh
 from bigbatch.models.normalization import GhostBatchNorm
 from bigbatch.models.wide_resnet import WideResNet
 from bigbatch.network import Network
@@ -47,7 +48,8 @@ def flax_example(repeats: int, short: bool) -> list[Figure]:
     expected = jax.eval_shape(theirs.init, jax.random.key(0), images)["params"]
     if jax.tree.map(jnp.shape, state.params) != jax.tree.map(jnp.shape, expected):
         raise RuntimeError("Flax's ResNet has other parameters than ours.")
-    call = step.lower(state, images, labels).compile()
+    # Told what our own programs are told, or on CPU XLA's choice would be what is compared.
+    call = step.lower(state, images, labels).compile(compiler_options(make_mesh()))
     losses: list[float] = []
 
     def take_theirs() -> None:

@@ -1,0 +1,114 @@
+"""Programs compiled ahead of need: in the background, each once it is lowered, in order."""
+
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from bigbatch import compilation, train, update
+from bigbatch.devices import make_mesh
+from bigbatch.network import build
+from bigbatch.seats import make_seating
+from tests import small_config
+from tests.test_continuing import assert_same_bits
+from tests.updates import conv_net
+
+
+def lower(key):
+    return jax.jit(lambda x: x + key[1]).lower(np.float32(0))
+
+
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name == "compile"]
+
+
+def finished(before):
+    for thread in set(threads()) - set(before):
+        thread.join(60)
+        if thread.is_alive():
+            return False
+    return True
+
+
+def test_a_program_compiles_while_the_next_is_lowered():
+    started = threading.Event()
+
+    class First:
+        """The program of key 0, which says when its turn has come."""
+
+        def compile(self):
+            started.set()
+            return lower(("add", 0)).compile()
+
+    def lower_next(key):
+        if key[1] == 0:
+            return First()
+        assert started.wait(60), "the first program waits until the second one is lowered"
+        return lower(key)
+
+    before = threads()
+    keys = [("add", 0), ("add", 1)]
+    futures = compilation.compile_ahead(lower_next, keys)
+    assert [float(futures[key].result(60).call(np.float32(5))) for key in keys] == [5.0, 6.0]
+    assert finished(before), "the thread goes on waiting when there is nothing left to compile"
+
+
+def test_what_the_compiler_raises_is_told_where_it_is_waited_for():
+    class Broken:
+        def compile(self):
+            raise RuntimeError("out of memory")
+
+    futures = compilation.compile_ahead(
+        lambda key: lower(key) if key[1] else Broken(), [("add", 0), ("add", 1)])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        futures[("add", 0)].result(60)
+    assert float(futures[("add", 1)].result(60).call(np.float32(5))) == 6.0
+
+
+def test_a_stop_while_lowering_ends_the_thread():
+    class Stop(Exception):
+        pass
+
+    def lower_next(key):
+        if key[1] == 1:
+            raise Stop
+        return lower(key)
+
+    before = threads()
+    with pytest.raises(Stop):
+        compilation.compile_ahead(lower_next, [("add", 0), ("add", 1), ("add", 2)])
+    assert finished(before), "the thread waits for programs that will not come"
+
+
+def test_the_order_is_that_of_need_with_the_largest_pass_among_the_first():
+    seatings = [make_seating(ghosts * 8, 8, 1, 16 * 8, 0) for ghosts in (1, 2, 16, 64)]
+    assert [(seating.seats, seating.microbatches) for seating in seatings] == [
+        (1, 1), (2, 1), (16, 1), (16, 4)]
+    first, later = compilation.compile_order(seatings, begins=True)
+    assert first == [("init",), ("update", 1), ("evaluate",), ("update", 16)]
+    assert later == [("update", 2), ("accumulate", 16), ("apply",)]
+    assert compilation.compile_order(seatings[2:]) == (
+        [("update", 16), ("evaluate",)], [("accumulate", 16), ("apply",)])
+    assert compilation.compile_order([]) == ([("evaluate",)], [])
+
+
+def test_a_run_that_is_continued_draws_no_parameters(tmp_path, monkeypatch):
+    config = small_config.get_config("resident")
+    whole = train.train_and_evaluate(config, tmp_path / "whole", show=False)
+    with pytest.raises(train.StoppedAfterPhase):
+        train.train_and_evaluate(config, tmp_path / "run", stop_after_phase="0", show=False)
+    monkeypatch.setattr(update, "make_init", None)
+    assert_same_bits(train.train_and_evaluate(config, tmp_path / "run", show=False), whole, "run")
+
+
+def test_the_state_has_the_shapes_that_programs_are_lowered_for():
+    """The mesh's shapes are told without drawing anything; so nothing may be drawn otherwise."""
+    for settings in ((), ("optimizer.name=adam",), ("optimizer.name=sgd",)):
+        config = conv_net(*settings)
+        net = build(config)
+        told = update.abstract_state(config, net, make_mesh())
+        drawn = update.init_state(config, net)
+        assert jax.tree.structure(told) == jax.tree.structure(drawn)
+        assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), told) == jax.tree.map(
+            lambda leaf: (leaf.shape, leaf.dtype), drawn)
