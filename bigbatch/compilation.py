@@ -40,14 +40,16 @@ class Compiled(NamedTuple):
 
 
 def compile_ahead(
-    lower: Callable[[Key], jax.stages.Lowered], order: Sequence[Key], counted: bool = False
+    lower: Callable[[Key], jax.stages.Lowered], order: Sequence[Key], counted: bool = False,
+    before_each: Callable[[], None] = lambda: None,
 ) -> dict[Key, Future]:
     """Lowers programs in `order` and compiles them in the background; returns when all are lowered.
 
     Args:
-        lower: gives the program of a key. What it raises passes through.
+        lower: gives the program of a key.
         order: the keys.
         counted: whether to count their operations, which takes a part of a second each.
+        before_each: called before each is lowered; what it raises passes through.
 
     Returns:
         A future of `Compiled` by key. What the compiler raises is raised by its `result`.
@@ -83,6 +85,7 @@ def compile_ahead(
     atexit.register(end)
     try:
         for key in order:
+            before_each()
             lowered.put((key, lower(key)))
     finally:
         lowered.put(None)

@@ -116,13 +116,18 @@ def train_and_evaluate(
         to_run = phases[now.index : last_phase.index + 1] if now else ()
         seatings_to_run = [seatings[phase.index] for phase in to_run]
 
-        # The data, on the devices.
+        # The data and the state, on the devices. That of a new run is drawn once its programs are
+        # lowered: until then its shapes are enough.
         is_due = partial(due, config, total)
         evaluated_at = [examples_seen] if owed else []  # a stop between is inside an evaluation
         evaluated_at += [end for start, end in schedule.spans(to_run, examples_seen)
                          if is_due("eval", start, end)]
         fed = feed.open_feed(config, mesh, to_run, seatings_to_run, examples_seen, evaluated_at)
         at_end.callback(fed.close)
+        state = update.abstract_state(config, net, mesh)
+        if found.path:
+            state = checkpoint.restore(folder / found.path, state, mirror)
+            state = place(state, replicated(mesh))
 
         # The logs, cut back to where the run stands.
         describe_run = partial(continuing.describe_run, config, phases)
@@ -162,7 +167,6 @@ def train_and_evaluate(
 
         # What the loop does between updates.
         shares = metrics.TimeShares()
-        state = update.abstract_state(config, net, mesh)  # filled in while programs compile
         seconds_per_update: dict[int, float] = {}
         boundaries = {phase.end_example for phase in phases}
         saved_at = examples_seen
@@ -223,21 +227,15 @@ def train_and_evaluate(
             display.line("compiling")
             with shares.spent_on("compile"):
                 lower = programs.lowering(
-                    config, net, mesh, state, *jax.tree.map(shape_of, (fed.resident, fed.test)))
+                    config, net, mesh, *jax.tree.map(shape_of, (state, fed.resident, fed.test)))
                 first, later = compilation.compile_order(seatings_to_run, not found.path)
-
-                def lower_next(key: compilation.Key) -> jax.stages.Lowered:
-                    watch.poll()
-                    return lower(key)
-
-                futures = compilation.compile_ahead(lower_next, first + later, peak is not None)
-                if found.path:
-                    state = checkpoint.restore(folder / found.path, state, mirror)
-                else:
+                futures = compilation.compile_ahead(
+                    lower, first + later, peak is not None, watch.poll)
+                if not found.path:
                     init = futures[("init",)]
                     watch.wait(init.done)
                     state = jax.tree.map(np.asarray, init.result().call(np.uint32(config.seed)))
-                state = place(state, replicated(mesh))
+                    state = place(state, replicated(mesh))
                 sums = _room_for_sums(state, seatings_to_run, mesh)
                 watch.wait(lambda: all(futures[key].done() for key in first))
                 for key in first:

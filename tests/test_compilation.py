@@ -70,14 +70,16 @@ def test_a_stop_while_lowering_ends_the_thread():
     class Stop(Exception):
         pass
 
-    def lower_next(key):
-        if key[1] == 1:
-            raise Stop
-        return lower(key)
+    asked, before = [], threads()
 
-    before = threads()
+    def stop_at_the_second():
+        asked.append(None)
+        if len(asked) == 2:
+            raise Stop
+
     with pytest.raises(Stop):
-        compilation.compile_ahead(lower_next, [("add", 0), ("add", 1), ("add", 2)])
+        compilation.compile_ahead(
+            lower, [("add", 0), ("add", 1)], before_each=stop_at_the_second)
     assert finished(before), "the thread waits for programs that will not come"
 
 
