@@ -5,7 +5,6 @@ Hoffer, Hubara, Soudry, "Train longer, generalize better", NeurIPS 2017, section
 
 import math
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -68,51 +67,32 @@ class GhostBatchNorm(nnx.Module):
         Raises:
             ValueError: in training, when the batch is no whole number of ghost batches.
         """
-        scale = None if self.scale is None else self.scale[...]
-        if not train:
-            return _normalise(
-                inputs, self.mean[...], self.var[...], scale, self.bias[...], self.epsilon
-            ).astype(self.dtype)
-        if len(inputs) % self.ghost_size:
-            raise ValueError(
-                f"GhostBatchNorm got {len(inputs)} examples, no whole number of ghost batches of "
-                f"{self.ghost_size}."
-            )
-        outputs, mean, var = _normalise_ghosts(
-            inputs, scale, self.bias[...], self.ghost_size, self.epsilon
-        )
-        # `[...] =` would keep the shape; these gain the axis of ghosts.
-        self.mean.set_value(mean)
-        self.var.set_value(var)
-        return outputs.astype(self.dtype)
-
-
-# Jitted, so that layers of one shape share a trace and a function of the program: a third less to
-# trace and to lower in a deep network. XLA compiles it as if it were written out.
-@partial(jax.jit, static_argnames=("ghost_size", "epsilon"))
-def _normalise_ghosts(
-    inputs: jax.Array, scale_C: jax.Array | None, bias_C: jax.Array, ghost_size: int, epsilon: float
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The inputs, each ghost batch normalised by its own statistics; these means and variances."""
-    batch, features = inputs.shape[0], inputs.shape[-1]
-    x_GxExPxC = inputs.reshape(batch // ghost_size, ghost_size, -1, features).astype(bias_C.dtype)
-    mean = _over_ghost(x_GxExPxC)
-    # One pass over the activations; the clamp only meets rounding on constant features.
-    var = jnp.maximum(_over_ghost(jnp.square(x_GxExPxC)) - jnp.square(mean), 0.0)
-    outputs = _normalise(x_GxExPxC, mean, var, scale_C, bias_C, epsilon)
-    return outputs.reshape(inputs.shape), mean.reshape(-1, features), var.reshape(-1, features)
-
-
-def _normalise(
-    x: jax.Array, mean: jax.Array, var: jax.Array, scale_C: jax.Array | None, bias_C: jax.Array,
-    epsilon: float,
-) -> jax.Array:
-    gain = jax.lax.rsqrt(var + epsilon)
-    if scale_C is not None:
-        gain = gain * scale_C
-    # One multiplication and one addition an activation. That it rounds at the size of the mean
-    # matters less than that the variance does.
-    return x.astype(bias_C.dtype) * gain + (bias_C - mean * gain)
+        batch, features = inputs.shape[0], inputs.shape[-1]
+        wide = self.bias[...].dtype
+        if train:
+            if batch % self.ghost_size:
+                raise ValueError(
+                    f"GhostBatchNorm got {batch} examples, no whole number of ghost batches of "
+                    f"{self.ghost_size}."
+                )
+            x_GxExPxC = inputs.reshape(batch // self.ghost_size, self.ghost_size, -1, features)
+            x_GxExPxC = x_GxExPxC.astype(wide)
+            mean = _over_ghost(x_GxExPxC)
+            # One pass over the activations; the clamp only meets rounding on constant features.
+            var = jnp.maximum(_over_ghost(jnp.square(x_GxExPxC)) - jnp.square(mean), 0.0)
+            # `[...] =` would keep the shape; these gain the axis of ghosts.
+            self.mean.set_value(mean.reshape(-1, features))
+            self.var.set_value(var.reshape(-1, features))
+        else:
+            x_GxExPxC = inputs.reshape(1, batch, -1, features).astype(wide)
+            mean, var = self.mean[...], self.var[...]
+        gain = jax.lax.rsqrt(var + self.epsilon)
+        if self.scale is not None:
+            gain = gain * self.scale[...]
+        # One multiplication and one addition an activation. That it rounds at the size of the mean
+        # matters less than that the variance does.
+        outputs = x_GxExPxC * gain + (self.bias[...] - mean * gain)
+        return outputs.reshape(inputs.shape).astype(self.dtype)
 
 
 def _over_ghost(x_GxExPxC: jax.Array) -> jax.Array:
