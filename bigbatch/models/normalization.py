@@ -68,7 +68,7 @@ class GhostBatchNorm(nnx.Module):
             ValueError: in training, when the batch is no whole number of ghost batches.
         """
         # Not one jitted function that layers of a shape share: that is traced sooner, but the TPU's
-        # compiler fuses less of it (an update of ResNet-50 takes 1.15 times as long by its estimate).
+        # compiler fuses less of it (an update of ResNet-50 takes 1.15 times as long by its word).
         batch, features = inputs.shape[0], inputs.shape[-1]
         wide = self.bias[...].dtype
         if train:
