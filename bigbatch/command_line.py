@@ -117,10 +117,8 @@ def refuse(text: str) -> None:
     leave(USAGE_STATUS, text)
 
 
-def said_here(trace: TracebackType | None) -> bool:
-    """Whether an error was raised by a statement of this package, and not somewhere beneath it."""
+def said_here(trace: TracebackType | None, package: Path = Path(__file__).parent) -> bool:
+    """Whether an error was raised by a statement of a package, and not somewhere beneath it."""
     last = traceback.extract_tb(trace)[-1]
     # The statement is looked at because what Python itself raises, as max(()) does, has no frame.
-    return Path(last.filename).is_relative_to(Path(__file__).parent) and last.line.startswith(
-        "raise"
-    )
+    return Path(last.filename).is_relative_to(package) and last.line.startswith("raise")

@@ -318,7 +318,13 @@ def train_and_evaluate(
                         finish_saves(SAVES_AT_ONCE)
                         if saving:
                             save()
-        except (NotFinite, ValueError):  # the latter from an image that cannot be decoded
+        except NotFinite:
+            finish_saves(0)
+            broken, start, _ = previous
+            log("timing", {"event": "diverged", "updates": broken - 1, "examples_seen": start,
+                           "epoch": start / examples})
+            raise
+        except ValueError:  # from an image that cannot be decoded
             finish_saves(0)
             raise
         except preemption.Stop:

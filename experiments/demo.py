@@ -8,10 +8,10 @@ into --output. Run again, it continues what is there.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from experiments import curves, records
+from experiments.command_line import one_line_errors
 from experiments.figures import REPOSITORY
 from experiments.runs import Run, train_noted
 
@@ -43,7 +43,7 @@ def main() -> None:
         Run(f"configs/digits.py:{preset},seed={seed}", output / "runs" / f"{preset}-{seed}")
         for preset in PRESETS for seed in range(options.seeds)
     ]
-    try:
+    with one_line_errors("experiments.demo"):
         if options.seeds < 1:
             raise ValueError(f"--seeds is {options.seeds}; it must be 1 or more.")
         train_noted(output, "experiments.demo", runs, ["--config.tensorboard=false"])
@@ -51,10 +51,6 @@ def main() -> None:
         if options.record:
             records.keep(output, [run.workdir for run in runs], options.record)
             draw(options.record, options.seeds, options.record)
-    except (ValueError, RuntimeError, OSError) as error:
-        sys.exit(f"experiments.demo: {error}")
-    except KeyboardInterrupt:
-        sys.exit("experiments.demo: stopped; the same command goes on from here.")
     print(f"\n{text}\n{output / 'curves.png'} has the curves.")
 
 

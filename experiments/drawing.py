@@ -2,9 +2,11 @@
 
 Lines are means over seeds, bands go from the lowest to the highest, dotted lines stand where the
 noise falls. At the paper's scale its points lie over our curves. At another one they have axes of
-their own below ours, since only the shape can be compared.
+their own below ours, since only the shape can be compared. A run that diverged is in no mean: it is
+a dashed line, with a cross at the axis where it broke down.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Picture
 
 from bigbatch.config import make_phases
-from experiments.curves import COLOURS, Logs, spread
+from experiments.curves import COLOURS, Logs, divergences, finished, plot_runs, spread
 from experiments.figures import SCALES, Figure, Panel, config_text, load_config, read_digitised
 from experiments.tables import LABELS, Results, lost_epochs_of
 
@@ -31,24 +33,24 @@ class Points(NamedTuple):
     """A run's values of one quantity."""
 
     epoch: np.ndarray
-    update: np.ndarray
+    updates: np.ndarray
     value: np.ndarray
 
 
 def points(run: Logs, quantity: str) -> Points:
     """What was measured: each evaluation, or the training loss averaged over stretches."""
     events = [event for event in run.events if quantity in event]
-    epoch, update, value = (
+    epoch, updates, value = (
         np.array([event[name] for event in events], float)
         for name in ("epoch", "updates", quantity)
     )
     if quantity == "train_loss":
-        stretch = np.ceil(epoch / epoch[-1] * LOSS_POINTS).astype(int)
+        stretch = np.ceil(epoch / epoch.max(initial=0.0) * LOSS_POINTS).astype(int)
         inside = [stretch == number for number in np.unique(stretch)]
-        epoch, update, value = (
-            np.array([column[rows].mean() for rows in inside]) for column in (epoch, update, value)
+        epoch, updates, value = (
+            np.array([column[rows].mean() for rows in inside]) for column in (epoch, updates, value)
         )
-    return Points(epoch, update, value)
+    return Points(epoch, updates, value)
 
 
 def draw(figure: Figure, scale: str, results: Results, path: Path) -> None:
@@ -75,21 +77,16 @@ def _curves(figure: Figure, scale: str, results: Results) -> Picture:
         axis = axes_RxC[0][column]
         lows, highs = [], []
         for colour, curve in zip(COLOURS, panel.curves, strict=False):
-            runs = results[curve.config]
-            of_seeds = [points(run, panel.quantity) for run in runs]
-            mean, low, high = spread([found.value for found in of_seeds])
-            across = getattr(of_seeds[0], panel.axis)
-            axis.fill_between(across, low, high, color=colour, alpha=0.18, linewidth=0)
-            axis.plot(across, mean, color=colour, linewidth=1.4,
-                      label=f"{curve.label} ({runs[0].events[-1]['updates']:,} updates)")
-            lows.append(np.quantile(mean, 0.08))
-            highs.append(mean.max())
+            mean = _plot(axis, panel, results[curve.config], colour, curve.label)
+            if len(mean):
+                lows.append(np.quantile(mean, 0.08))
+                highs.append(mean.max())
         if panel.axis == "epoch":
             _mark_falls(axis, results[panel.curves[0].config][0])
         if overlaid:
             _draw_paper(axis, panel, 2.6, 0.55)
             axis.set_ylim(PAPER_LIMITS[panel.family][panel.quantity])
-        elif panel.quantity == "test_accuracy":
+        elif panel.quantity == "test_accuracy" and highs:
             room = 0.06 * (max(highs) - min(lows))
             axis.set_ylim(min(lows) - room, max(highs) + 3 * room)
         _finish(axis, panel)
@@ -138,15 +135,13 @@ def _lost_epochs(figure: Figure, scale: str, results: Results) -> Picture:
     picture, (axes,) = _axes(1, 2)
     (panel,) = figure.panels
     for colour, curve in zip(COLOURS, panel.curves, strict=False):
-        of_seeds = [points(run, panel.quantity) for run in results[curve.config]]
-        mean, low, high = spread([found.value for found in of_seeds])
-        axes[0].fill_between(of_seeds[0].epoch, low, high, color=colour, alpha=0.18, linewidth=0)
-        axes[0].plot(of_seeds[0].epoch, mean, color=colour, linewidth=1.4, label=curve.label)
+        _plot(axes[0], panel, results[curve.config], colour, curve.label)
     _finish(axes[0], panel)
     for colour, row in zip(COLOURS[1:], lost_epochs_of(panel, results), strict=False):
-        mean, low, high = spread([row.trained - worth for worth in row.worth_SxT])
-        axes[1].fill_between(row.trained, low, high, color=colour, alpha=0.18, linewidth=0)
-        axes[1].plot(row.trained, mean, color=colour, linewidth=1.4, label=row.label)
+        if len(row.worth_SxT):
+            mean, low, high = spread([row.trained - worth for worth in row.worth_SxT])
+            axes[1].fill_between(row.trained, low, high, color=colour, alpha=0.18, linewidth=0)
+            axes[1].plot(row.trained, mean, color=colour, linewidth=1.4, label=row.label)
         axes[1].plot(row.trained, row.trained - row.predicted_T, color=colour, linewidth=1.4,
                      linestyle=":")
     axes[1].plot([], [], color="black", linestyle=":", label="predicted")
@@ -158,14 +153,19 @@ def _lost_epochs(figure: Figure, scale: str, results: Results) -> Picture:
 def _initial_rate(figure: Figure, scale: str, results: Results) -> Picture:
     picture, ((axis,),) = _axes(1, 1)
     (panel,) = figure.panels
-    rates, finals = [], []
+    rates, means = [], []
     for curve in panel.curves:
         runs = results[curve.config]
-        rates.append(runs[0].events[0]["learning_rate"])
-        finals.append([run.events[-1][panel.quantity] for run in runs])
-    for column in zip(*finals, strict=True):
-        axis.plot(rates, column, "o", color=COLOURS[0], alpha=0.4, markersize=4)
-    axis.plot(rates, np.mean(finals, axis=1), color=COLOURS[0])
+        rate = runs[0].phases[0]["learning_rate"]
+        finals = [run.events[-1][panel.quantity] for run in finished(runs)]
+        axis.plot([rate] * len(finals), finals, "o", color=COLOURS[0], alpha=0.4, markersize=4)
+        if told := divergences(runs):
+            axis.plot(rate, 0.02, "x", color=COLOURS[0], clip_on=False, label=f"{rate:g}: {told}",
+                      transform=axis.get_xaxis_transform())
+            axis.legend(frameon=False, fontsize=8)
+        rates.append(rate)
+        means.append(np.mean(finals) if finals else np.nan)
+    axis.plot(rates, means, color=COLOURS[0])
     axis.set(xscale="log", xlabel="initial learning rate", ylabel="final test accuracy")
     axis.set_xticks(rates, [f"{rate:g}" for rate in rates])
     axis.minorticks_off()
@@ -178,10 +178,18 @@ def _axes(rows: int, columns: int) -> tuple[Picture, np.ndarray]:
     return picture, picture.subplots(rows, columns, squeeze=False)
 
 
+def _plot(axis: Axes, panel: Panel, runs: Sequence[Logs], colour: str, name: str) -> np.ndarray:
+    """See `plot_runs`."""
+    clock = {"epoch": "epoch", "update": "updates"}[panel.axis]
+    of_seeds = [points(run, panel.quantity) for run in runs]
+    return plot_runs(
+        axis, runs, [(getattr(found, clock), found.value) for found in of_seeds], clock, colour,
+        name)
+
+
 def _mark_falls(axis: Axes, run: Logs) -> None:
-    examples = run.events[-1]["examples_seen"] / run.events[-1]["epoch"]
     for phase in run.phases[1:]:
-        axis.axvline(phase["start_example"] / examples, color="black", alpha=0.3, linewidth=0.8,
+        axis.axvline(phase["start_example"] / run.examples, color="black", alpha=0.3, linewidth=0.8,
                      linestyle=":")
 
 

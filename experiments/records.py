@@ -13,8 +13,9 @@ import os
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from bigbatch.metrics import read_events
 from experiments import provenance
@@ -23,7 +24,7 @@ ARCHIVE = "runs.tar.gz"
 
 
 def keep(workdir: Path, folders: Sequence[Path], record: Path) -> None:
-    """Keeps the logs of finished runs.
+    """Keeps the logs of runs that are over.
 
     Args:
         workdir: where they were trained; it has `trainings.json`.
@@ -50,8 +51,8 @@ def keep(workdir: Path, folders: Sequence[Path], record: Path) -> None:
             inside = folder.relative_to(workdir).as_posix()
             for name, text in (
                 ("config.json", (folder / "config.json").read_text(encoding="utf-8")),
-                ("metrics.jsonl", (folder / "metrics.jsonl").read_text(encoding="utf-8")),
-                ("timing.jsonl", _times(folder / "timing.jsonl")),
+                ("metrics.jsonl", _lines(read_events(folder / "metrics.jsonl"))),
+                ("timing.jsonl", _lines(_times(folder / "timing.jsonl"))),
             ):
                 member = tarfile.TarInfo(f"{inside}/{name}")
                 content = text.encode()
@@ -80,8 +81,12 @@ def opened(folder: Path) -> Iterator[Path]:
         )
 
 
-def _times(path: Path) -> str:
-    """timing.jsonl with the lines on speed, hundreds of them, added up into one."""
+def _lines(events: Iterable[dict[str, Any]]) -> str:
+    return "".join(json.dumps(event) + "\n" for event in events)
+
+
+def _times(path: Path) -> list[dict[str, Any]]:
+    """The events of timing.jsonl with the lines on speed, hundreds of them, added up into one."""
     events = read_events(path)
     speeds = [event for event in events if event["event"] == "speed"]
     kept = [event for event in events if event["event"] != "speed"]
@@ -89,4 +94,4 @@ def _times(path: Path) -> str:
         kept.append({"event": "speed", "examples_seen": speeds[-1]["examples_seen"],
                      "updates": sum(event["updates"] for event in speeds),
                      "seconds": round(sum(event["seconds"] for event in speeds), 3)})
-    return "".join(json.dumps(event) + "\n" for event in kept)
+    return kept

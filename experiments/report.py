@@ -1,6 +1,7 @@
 """report.html: figures, tables, commands, hardware and versions in one file, without a network."""
 
 import base64
+import shlex
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 from experiments import figures, tables
 from experiments.figures import Figure
+from experiments.runs import Run
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem;
@@ -49,8 +51,9 @@ def write(
 <p>Figures and tables of Smith, Kindermans, Ying and Le (ICLR 2018), reproduced at the scale
 <b>{escape(scale)}</b>. {escape(figures.SCALES[scale].says)}</p>
 <p>Lines are means over {seeds} seed{"s" * (seeds > 1)}, bands go from the lowest to the highest,
-dotted lines stand where the noise scale falls. The paper's points are means over stretches of its
-plotted curves, right to about 0.003.</p>
+dotted lines stand where the noise scale falls. A run that diverged is in no mean: it is a dashed
+line, with a cross at the axis where it broke down. The paper's points are means over stretches of
+its plotted curves, right to about 0.003.</p>
 <nav>{links}<a href="#made">How it was made</a></nav>
 {"".join(sections)}
 <h2 id="made">How it was made</h2>
@@ -95,8 +98,11 @@ def _runs(figure: Figure, scale: str, seeds: int, results: tables.Results) -> st
     for panel in figure.panels:
         for curve in panel.curves:
             text = figures.config_text(scale, panel, curve, 0).rpartition("seed=")[0] + "seed=SEED"
-            commands[f"python -m bigbatch.main --config={text} --workdir=DIR"] = None
-            for phase in results[curve.config][0].phases:
+            first = results[curve.config][0]
+            data_dir = first.config["data"]["dir"]
+            settings = [f"--config.data.dir={data_dir}"] * bool(data_dir)
+            commands[shlex.join(Run(text, Path("DIR")).command(settings))] = None
+            for phase in first.phases:
                 rows[curve.config, phase["index"]] = [
                     f"{curve.label} ({curve.config})", phase["name"], str(phase["batch_size"]),
                     f"{phase['learning_rate']:.5g}", f"{phase['momentum']:g}",

@@ -5,7 +5,8 @@
 Trains what is missing (skips what is finished, continues what was cut short), then draws a picture
 a figure, tables.md and report.html. Figures are 1 to 7, A, B and 30min, or one panel of them, or
 all. Scales: `paper`, the full recipes; `small`, for a laptop with CIFAR-10; `digits`, the quickest,
-without a download.
+without a download. That a run diverges is a result: it is drawn as far as it came, is in no mean,
+and is not trained again.
 
     python -m experiments.reproduce --figure=all --scale=small --draw_only --workdir=RECORD \
         --output=DIR
@@ -15,11 +16,11 @@ trains nothing, and draws from a workdir or a record.
 
 import argparse
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import curves, drawing, figures, provenance, records, report, runs, tables
+from experiments.command_line import one_line_errors
 
 
 def wanted(
@@ -51,7 +52,7 @@ def read(
         source: what to call that in messages: a workdir, or the record that was unpacked there.
 
     Raises:
-        ValueError: naming the first run that is missing, not finished, or of another config.
+        ValueError: naming the first run that is missing, not over, or of another config.
     """
     results = {}
     for panel, curve in _trained(chosen):
@@ -62,7 +63,7 @@ def read(
                 run = runs.Run(text, folder_of(folder, text))
                 try:
                     found = curves.read_run(run.workdir)
-                    runs.is_finished(run)  # raises where it is another config's
+                    runs.is_over(run)  # raises where it is another config's
                 except ValueError as error:
                     raise ValueError(f"{source} cannot be drawn from: {error}") from None
                 results[curve.config].append(found)
@@ -129,12 +130,15 @@ def main() -> None:
     options = parser.parse_args()
     workdir = options.workdir.expanduser().resolve()
     output = options.output or workdir
-    try:
+    with one_line_errors("experiments.reproduce"):
         if options.record and options.record.resolve() in (workdir, output.resolve()):
             raise ValueError(f"--record is {options.record}; it must be a folder of its own, "
                              "neither --workdir nor --output.")
         for folder in filter(None, (output, options.record)):
-            folder.mkdir(parents=True, exist_ok=True)  # what cannot be, before hours of training
+            try:  # before hours of training
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ValueError(f"{folder} can be no folder: {error.strerror}.") from None
         if options.seeds < 1:
             raise ValueError(f"--seeds is {options.seeds}; it must be 1 or more.")
         if options.at_once < 0:
@@ -150,10 +154,6 @@ def main() -> None:
             records.keep(workdir, [run.workdir for run in needed], options.record)
             for drawn in ["tables.md", *(f"figure_{figure.name}.png" for figure in chosen)]:
                 shutil.copy(output / drawn, options.record)
-    except (ValueError, RuntimeError, OSError) as error:
-        sys.exit(f"experiments.reproduce: {error}")
-    except KeyboardInterrupt:
-        sys.exit("experiments.reproduce: stopped; the same command goes on from here.")
     print(f"{output}: report.html has it all, tables.md the numbers")
 
 

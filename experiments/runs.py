@@ -2,13 +2,14 @@
 
 On CPU one run a core at a time, each held to its core: networks this small are too small to share
 out. On an accelerator one after the other, or `at_once` together, each with its share of the
-memory (a small network does not fill a large accelerator alone). A finished run is left alone; one
-that was cut short goes on.
+memory (a small network does not fill a large accelerator alone). A run that has finished or
+diverged is left alone; one that was cut short goes on.
 """
 
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -24,7 +25,7 @@ from typing import NamedTuple
 from bigbatch import continuing, preemption
 from bigbatch.config import check, make_phases
 from bigbatch.metrics import read_events
-from experiments import provenance
+from experiments import curves, provenance
 from experiments.figures import REPOSITORY, load_config
 from experiments.machine import jax_devices, own_cores
 
@@ -41,8 +42,13 @@ class Run(NamedTuple):
                 f"--workdir={self.workdir}"]
 
 
-def is_finished(run: Run) -> bool:
-    """Whether the workdir holds the run, to its end.
+def diverged(run: Run) -> bool:
+    """Whether training broke down, as it would again."""
+    return curves.divergence(read_events(run.workdir / "timing.jsonl")) is not None
+
+
+def is_over(run: Run) -> bool:
+    """Whether the workdir holds the run to its end, or to where it diverged.
 
     Raises:
         ValueError: if the config can be no run, or the workdir holds one of another config.
@@ -62,7 +68,7 @@ def is_finished(run: Run) -> bool:
             f"{run.workdir} holds a run of another config than {run.config}: {'; '.join(refused)}. "
             "Give another --workdir, or remove that folder."
         )
-    return seen == phases[-1].end_example
+    return seen == phases[-1].end_example or diverged(run)
 
 
 def train_noted(
@@ -77,7 +83,7 @@ def train_noted(
         settings: see there.
         at_once: see there.
     """
-    if missing := [run.config for run in runs if not is_finished(run)]:
+    if missing := [run.config for run in runs if not is_over(run)]:
         provenance.add(folder, provenance.describe(provenance.command_line(module), missing))
     train_all(runs, settings, at_once)
 
@@ -86,7 +92,7 @@ def train_all(
     runs: Sequence[Run], settings: Sequence[str] = (), at_once: int = 0,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Trains those of `runs` that are not finished, in their order.
+    """Trains those of `runs` that are not over, in their order. To diverge is no failure.
 
     Args:
         runs: what to train.
@@ -95,12 +101,14 @@ def train_all(
         say: is told of each run that has ended.
 
     Raises:
-        ValueError: see `is_finished`; nothing has been trained then.
+        ValueError: see `is_over`; nothing has been trained then.
         RuntimeError: with what a run said, if one failed, once all others have ended.
     """
-    missing = [run for run in runs if not is_finished(run)]
+    missing = [run for run in runs if not is_over(run)]
     if len(missing) < len(runs):
-        say(f"{len(runs) - len(missing)} of {len(runs)} runs are finished already")
+        broken = [run for run in runs if diverged(run)]
+        say(f"{len(runs) - len(missing)} of {len(runs)} runs are over already"
+            + f", {len(broken)} of them diverged" * bool(broken))
     if not missing:
         return
     backend, cores = jax_devices().backend, own_cores()
@@ -129,6 +137,8 @@ def train_all(
                 if error := future.exception():
                     failures.append(error)
                     said = f"FAILED {said}"
+                elif diverged(futures[future]):
+                    said = f"DIVERGED {said}"
                 say(f"{number} of {len(missing)}, {passed:.0f} s: {futures[future].config} {said}")
         except BaseException:
             for future in futures:
@@ -184,9 +194,9 @@ def _train(
     status = preemption.EXIT_STATUS
     while status == preemption.EXIT_STATUS:
         status, said = children.run(command, share)
-    if status:
+    if status and not diverged(run):
         raise RuntimeError(
-            f"{' '.join(run.command(settings))} ended with status {status}:\n{said[-4000:]}"
+            f"{shlex.join(run.command(settings))} ended with status {status}:\n{said[-4000:]}"
         )
 
 

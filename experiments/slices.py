@@ -17,6 +17,7 @@ import jax
 
 from bigbatch import command_line, topology
 from bigbatch.plan import REMEMBERED, plan_for_slices
+from experiments.command_line import one_line_errors
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 FAMILIES = ("imagenet_resnet50", "imagenet_inception_resnet_v2")
@@ -63,18 +64,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", required=True, help="file for the record, JSON")
     output = parser.parse_args().output
-    topology.compile_elsewhere()
-    plans = []
-    for family in FAMILIES:
-        for preset in load(family).PRESETS:
-            config = f"{family}:{preset}"
-            for name in [ON_TWO[config]] * (config in ON_TWO) + list(SLICES):
-                planned = plan_for_slices(load(family).get_config(preset), name, REMEMBERED)
-                plans.append({"config": config, "topology": name, **planned})
-    command = f"python -m experiments.slices --output={output}"
-    record = {"command": command, "jax": jax.__version__, "plans": plans}
-    Path(output).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(table(plans))
+    with one_line_errors("experiments.slices"):
+        topology.compile_elsewhere()
+        plans = []
+        for family in FAMILIES:
+            for preset in load(family).PRESETS:
+                config = f"{family}:{preset}"
+                for name in [ON_TWO[config]] * (config in ON_TWO) + list(SLICES):
+                    planned = plan_for_slices(load(family).get_config(preset), name, REMEMBERED)
+                    plans.append({"config": config, "topology": name, **planned})
+        command = f"python -m experiments.slices --output={output}"
+        record = {"command": command, "jax": jax.__version__, "plans": plans}
+        Path(output).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        print(table(plans))
 
 
 if __name__ == "__main__":

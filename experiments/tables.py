@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from bigbatch.config import make_phases
-from experiments.curves import Logs
+from experiments.curves import Logs, divergences, finished
 from experiments.figures import (
     SCALES,
     Curve,
@@ -22,6 +22,7 @@ from experiments.verdicts import Comparison, compare, inside
 
 LABELS = {"train_loss": "training cross entropy", "test_accuracy": "test accuracy"}
 LOST_AT, LOST_WINDOW = (0.25, 0.5), 0.05  # shares of a run where lost epochs are tabulated
+TIMED = ("30min",)  # panels of which the paper compares the wall-clock times
 LAST_SHARE = 0.1  # of a run, over which its final training loss is averaged
 Results = Mapping[str, Sequence[Logs]]  # by Curve.config, one run a seed
 
@@ -30,15 +31,19 @@ class Row(NamedTuple):
     """A curve's results. Values are accuracies as fractions, or training losses."""
 
     label: str
+    n: int  # runs
     updates: int
     paper_updates: str  # as the paper states them; "" where it does not
     recipe_updates: int  # at the paper's scale, as the planner counts them
-    values: list[float]  # final, one a seed
+    values: list[float]  # final, one a seed that did not diverge
+    diverged: str  # see `curves.divergences`
     paper_values: list[float]  # stated, or else read off the end of its plot
     read_off: bool  # the latter: to be looked at, not to be tested against
-    comparison: Comparison | None  # with the first curve; of the first itself and of one seed None
+    # With the first curve; None of that itself, of one seed, and where a run of either diverged.
+    comparison: Comparison | None
     claim: str  # the paper's: same, lower, or "" for none
     inside: bool | None  # whether what the paper states lies inside ours; None: cannot be asked
+    seconds: float | None  # of training, mean over the runs; None where that of one is not known
 
 
 class Table(NamedTuple):
@@ -57,12 +62,15 @@ class LostEpochs(NamedTuple):
     batch_size: int
     tau: float  # B/(N(1-m)): lost in the end
     trained: np.ndarray  # T
-    worth_SxT: np.ndarray  # how many epochs with a full accumulator, measured, for each seed
+    # How many epochs with a full accumulator, measured, for each seed of which neither this run nor
+    # the one it is measured against diverged.
+    worth_SxT: np.ndarray
     predicted_T: np.ndarray  # the same, by theory
+    diverged: str  # see `curves.divergences`
 
 
 def final_value(run: Logs, quantity: str) -> float:
-    """The last evaluation, or the training loss averaged over the last tenth of the run."""
+    """Of a finished run: the last evaluation, or the training loss averaged over its last tenth."""
     if quantity != "train_loss":
         return run.events[-1][quantity]
     end = run.events[-1]["examples_seen"]
@@ -76,19 +84,22 @@ def rows(panel: Panel, scale: str, results: Results) -> list[Row]:
     """A panel's rows, in its order."""
     found = []
     margin = SCALES[scale].margins[panel.quantity]
-    reference: list[float] = []
     for curve in panel.curves:
         runs = results[curve.config]
-        values = [final_value(run, panel.quantity) for run in runs]
+        values = [final_value(run, panel.quantity) for run in finished(runs)]
         stated = list(curve.finals) if panel.quantity == "test_accuracy" else []
+        seconds = [run.training_seconds for run in runs]
+        # Of the runs that are left nothing is said: which diverge is no matter of chance alone.
+        testable = not divergences(runs)
+        comparable = testable and found and not found[0].diverged
         found.append(Row(
-            curve.label, runs[0].events[-1]["updates"], curve.updates,
-            _recipe_updates(panel, curve), values,
+            curve.label, len(runs), runs[0].updates, curve.updates,
+            _recipe_updates(panel, curve), values, divergences(runs),
             stated or _plotted_finals(panel, curve.plotted), not stated,
-            compare(values, reference, margin) if reference else None, curve.claim,
-            inside(values, stated) if SCALES[scale].comparable else None,
+            compare(values, found[0].values, margin) if comparable else None, curve.claim,
+            inside(values, stated) if testable and SCALES[scale].comparable else None,
+            None if None in seconds else statistics.mean(seconds),
         ))
-        reference = reference or values
     return found
 
 
@@ -101,15 +112,17 @@ def lost_epochs_of(panel: Panel, results: Results) -> list[LostEpochs]:
     first, *others = panel.curves
     references, found = results[first.config], []
     first_tau = references[0].phases[0]["lost_epochs"]
-    trained = np.linspace(0.0, references[0].events[-1]["epoch"], 81)[1:]
+    end = references[0].phases[-1]["end_example"] / references[0].examples
+    trained = np.linspace(0.0, end, 81)[1:]
     for curve in others:
         runs = results[curve.config]
         tau = runs[0].phases[0]["lost_epochs"]
         measured = [worth(*losses(run), *losses(reference), first_tau, trained)
-                    for run, reference in zip(runs, references, strict=True)]
+                    for run, reference in zip(runs, references, strict=True)
+                    if not divergences([run, reference])]
         found.append(LostEpochs(
-            curve.label, runs[0].phases[0]["batch_size"], tau, trained, np.stack(measured),
-            progress(trained, tau),
+            curve.label, runs[0].phases[0]["batch_size"], tau, trained,
+            np.reshape(measured, (-1, len(trained))), progress(trained, tau), divergences(runs),
         ))
     return found
 
@@ -137,7 +150,7 @@ def summary(chosen: Sequence[Figure], scale: str, results: Results) -> Table:
                 cells.append([
                     panel.name, row.label, f"{row.recipe_updates:,}",
                     _paper(row, panel.quantity),
-                    f"{row.updates:,}", _mean(row.values, panel.quantity), str(len(row.values)),
+                    f"{row.updates:,}", _final(row, panel.quantity), str(row.n),
                     row.comparison.verdict if row.comparison else "",
                 ])
     return Table("All figures", [
@@ -163,18 +176,19 @@ def _panel_table(panel: Panel, scale: str, results: Results) -> Table:
 
     columns = {
         "curve": lambda row: row.label,
-        "n": lambda row: str(len(row.values)),
+        "n": lambda row: str(row.n),
         "updates": lambda row: fewer(row.updates, first.updates),
         "of the paper's recipe": lambda row: fewer(row.recipe_updates, first.recipe_updates),
         "the paper says": lambda row: row.paper_updates,
-        f"final {LABELS[quantity]}": lambda row: _mean(row.values, quantity),
+        f"final {LABELS[quantity]}": lambda row: _final(row, quantity),
         "the paper's" if comparable else "the paper's (of its task)": (
             lambda row: _paper(row, quantity)),
         "less the first curve's (90 % interval)": lambda row: (
             _interval(row.comparison, quantity) if row.comparison else ""),
         "verdict": lambda row: (
             row.comparison.verdict if row.comparison else
-            "the reference" if row is first else "none: one seed"),
+            "the reference" if row is first else
+            "none: a run diverged" if row.diverged or first.diverged else "none: one seed"),
         "the paper claims": lambda row: row.claim,
     }
     if comparable:
@@ -182,16 +196,23 @@ def _panel_table(panel: Panel, scale: str, results: Results) -> Table:
             "ours less the paper's": lambda row: (
                 _number(statistics.mean(row.values) - statistics.mean(row.paper_values),
                         quantity, signed=True)
-                if row.paper_values and not row.read_off else ""),
+                if row.paper_values and not (row.read_off or row.diverged) else ""),
             "the paper's inside ours": lambda row: {True: "yes", False: "no", None: ""}[row.inside],
         }
+    time = ""
+    if panel.name in TIMED and any(row.seconds for row in found):
+        columns["training took"] = lambda row: _time(row.seconds)
+        devices = set().union(*(run.devices for curve in panel.curves
+                                for run in results[curve.config]))
+        time = (" Training took: wall clock of a run without compiling and evaluating, mean over "
+                f"seeds, beside whatever else the machine did; on {', '.join(sorted(devices))}.")
     margin = _number(SCALES[scale].margins[quantity], quantity, signed=True)
     return Table(
         panel.name, list(columns), [[cell(row) for cell in columns.values()] for row in found],
         "Paired over seeds: same where the interval of the mean difference lies within "
         f"±{margin[1:]}; lower or higher where it does not and holds no 0; else undecided. Values "
         "with ~ were read off the paper's plots (accuracies ±0.3 points; its training loss may "
-        "include the weight decay's term).",
+        "include the weight decay's term)." + time,
     )
 
 
@@ -203,20 +224,23 @@ def _lost_epochs_table(panel: Panel, results: Results) -> Table:
         lost_S = (row.trained - row.worth_SxT)[:, around].mean(axis=1)
         predicted = (row.trained - row.predicted_T)[around].mean()
         deviation = f" ± {lost_S.std(ddof=1):.2f}" if len(lost_S) > 1 else ""
-        return [f"{lost_S.mean():.2f}{deviation}", f"{predicted:.2f}"]
+        return [f"{lost_S.mean():.2f}{deviation}" if len(lost_S) else "", f"{predicted:.2f}"]
 
     found = lost_epochs_of(panel, results)
     end = found[0].trained[-1]
     header = ["momentum", "batch", "n", "lost in the end, predicted"]
     for share in LOST_AT:
         header += [f"lost after {share * end:.1f} epochs", "predicted"]
+    first = panel.curves[0]
+    broken = divergences(results[first.config])
     return Table(
         panel.name, header,
-        [[row.label, str(row.batch_size), str(len(row.worth_SxT)), f"{row.tau:.2f}",
+        [[row.label, str(row.batch_size),
+          "; ".join(filter(None, [str(len(row.worth_SxT)), row.diverged])), f"{row.tau:.2f}",
           *(cell for share in LOST_AT for cell in cells(row, share))] for row in found],
         "Epochs. Predicted: tau (1 - exp(-t/tau)) with tau = B/(N(1-m)). Measured: how much later "
-        f"than with {panel.curves[0].label} the same training loss was reached; runs differ in "
-        "momentum and batch alone.",
+        f"than with {first.label} the same training loss was reached; runs differ in "
+        "momentum and batch alone." + f" With {first.label} {broken}." * bool(broken),
     )
 
 
@@ -247,6 +271,18 @@ def _paper(row: Row, quantity: str) -> str:
     return ", ".join(
         "~" * row.read_off + _number(value, quantity) for value in row.paper_values
     ) or "not given"
+
+
+def _final(row: Row, quantity: str) -> str:
+    """The mean of the runs that finished, and when the others diverged."""
+    mean = _mean(row.values, quantity) if row.values else ""
+    return "; ".join(filter(None, [mean, row.diverged]))
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    return f"{seconds:.1f} s" if seconds < 600 else f"{seconds / 60:.1f} min"
 
 
 def _mean(values: Sequence[float], quantity: str) -> str:

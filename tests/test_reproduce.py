@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 
+import numpy as np
 import pytest
 
 from experiments import curves, drawing, figures, provenance, records, reproduce, runs, tables
@@ -14,12 +15,13 @@ from tests.processes import end, start_python, wait_until
 COMMAND = ("-m", "experiments.reproduce", "--scale=digits", "--seeds=1")
 
 
-def refused(monkeypatch, *arguments):
+def refused(monkeypatch, capsys, *arguments):
     """What the command says as it ends; in this process, which has imported everything already."""
     monkeypatch.setattr("sys.argv", [*COMMAND[1:], *arguments])
     with pytest.raises(SystemExit) as ended:
         reproduce.main()
-    return str(ended.value.code)
+    assert ended.value.code == 2  # a mistake in what was asked
+    return capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +79,10 @@ def test_a_record_says_what_its_workdir_says(made, tmp_path):
         for run in made.glob("runs/*"):
             kept = curves.read_run(folder / "runs" / run.name)
             lived = curves.read_run(run)
-            assert kept._replace(seconds=None) == lived._replace(seconds=None)
+            assert kept._replace(timing=None) == lived._replace(timing=None)
             assert kept.seconds == pytest.approx(lived.seconds, abs=0.01)
+            assert kept.training_seconds == lived.training_seconds
+            assert 0 < kept.training_seconds < kept.seconds
     records.keep(made, list(made.glob("runs/*")), tmp_path / "again")
     assert (tmp_path / "again" / records.ARCHIVE).read_bytes() == (
         record / records.ARCHIVE).read_bytes()
@@ -91,28 +95,79 @@ def test_a_record_says_what_its_workdir_says(made, tmp_path):
     (("--figure=6", "--seeds=0"), "--seeds is 0"),
     (("--figure=6", "--at_once=-1"), "--at_once is -1"),
     (("--figure=6", "--record=runs", "--output=runs"), "neither --workdir nor --output"),
-    (("--figure=6", "--output=README.md"), "File exists: 'README.md'"),
+    (("--figure=6", "--output=README.md"), "README.md can be no folder: File exists"),
 ])
-def test_what_cannot_be_drawn_is_one_line(made, tmp_path, monkeypatch, arguments, said):
+def test_what_cannot_be_drawn_is_one_line(made, tmp_path, monkeypatch, capsys, arguments, said):
     workdir = tmp_path / "copy"
     for run in made.glob("runs/*"):
         renamed = run.name.replace("_data=digits", "") if "small" in str(arguments) else run.name
         shutil.copytree(run, workdir / "runs" / renamed, ignore=lambda *_: ["checkpoints"])
-    told = refused(monkeypatch, *arguments, f"--workdir={workdir}")
+    told = refused(monkeypatch, capsys, *arguments, f"--workdir={workdir}")
     assert said in told and told.startswith("experiments.reproduce: "), told
+    assert told.count("\n") == 1
     assert not (workdir / "report.html").exists()
 
 
-def test_a_missing_record_is_named(tmp_path, monkeypatch):
-    said = refused(monkeypatch, "--figure=6", "--draw_only", f"--workdir={tmp_path / 'none'}")
+def test_a_missing_record_is_named(tmp_path, monkeypatch, capsys):
+    arguments = ("--figure=6", "--draw_only", f"--workdir={tmp_path / 'none'}")
+    said = refused(monkeypatch, capsys, *arguments)
     assert "none holds neither runs nor runs.tar.gz" in said
 
 
 def test_a_run_that_fails_is_told_with_its_command(tmp_path):
     run = runs.Run("configs/small.py:decay", tmp_path / "run")
     with pytest.raises(RuntimeError, match="there is no such folder") as failed:
-        runs.train_all([run], [f"--config.data.dir={tmp_path / 'none'}"])
-    assert "python -m bigbatch.main --config=configs/small.py:decay" in str(failed.value)
+        runs.train_all([run], [f"--config.data.dir={tmp_path / 'no data'}"])
+    assert ("python -m bigbatch.main --config=configs/small.py:decay "
+            f"'--config.data.dir={tmp_path / 'no data'}' --workdir={run.workdir} ended with status"
+            ) in str(failed.value)
+
+
+def test_a_run_that_diverges_is_a_result(made, tmp_path, monkeypatch, capsys):
+    """A finished curve, one that diverges after an evaluation, one before anything is logged."""
+    later, at_once = (
+        figures.Curve(name, f"figure6_decay,recipe.learning_rate={rate}", claim="same")
+        for name, rate in (
+            ("later", "100,recipe.warmup_epochs=5,recipe.warmup_learning_rate=0.01"),
+            ("at once", "1e6")))
+    first = figures.FIGURE_6[0]
+    panel = figures.FIGURES["6"].panels[0]._replace(curves=(first, later, at_once))
+    figure = figures.FIGURES["6"]._replace(panels=(panel,))
+    monkeypatch.setitem(figures.FIGURES, "6", figure)
+    workdir, record = tmp_path / "work", tmp_path / "record"
+    shutil.copytree(made, workdir, ignore=lambda *_: ["record", "report.html", "checkpoints"])
+    monkeypatch.setattr("sys.argv", [
+        *COMMAND[1:], "--figure=6", f"--workdir={workdir}", f"--record={record}",
+        f"--data_dir={tmp_path}"])
+    reproduce.main()
+    told = capsys.readouterr().out
+    assert told.count("DIVERGED") == 2 and "FAILED" not in told
+    texts = [figures.config_text("digits", panel, curve, 0) for curve in panel.curves]
+    whole, *broken = (curves.read_run(reproduce.folder_of(workdir, text)) for text in texts)
+    assert not whole.diverged and len(broken[0].events) > 20 and not broken[1].events
+    assert 1 < broken[0].diverged["epoch"] < 3 and broken[1].diverged["epoch"] < 0.03
+    # What is drawn and tabulated.
+    results = {curve.config: [run]
+               for curve, run in zip(panel.curves, (whole, *broken), strict=True)}
+    legend = {text.get_text() for text in drawing.make(figure, "digits", results).axes[0]
+              .get_legend().get_texts()}
+    for curve, run in zip((later, at_once), broken, strict=True):
+        told = f"1 of 1 diverged at epoch {run.diverged['epoch']:.3g}"
+        assert f"{curve.label} (2,880 updates; {told})" in legend
+        (cells,) = [line.split(" | ") for line in (workdir / "tables.md").read_text().splitlines()
+                    if line.startswith(f"| {curve.label} |")]
+        assert told in cells and "none: a run diverged" in cells
+    report = (workdir / "report.html").read_text()
+    for curve, directory in ((first, ""), (later, f"--config.data.dir={tmp_path} ")):
+        assert (f"python -m bigbatch.main --config=configs/small.py:{curve.config},data=digits,"
+                f"seed=SEED {directory}--workdir=DIR") in report
+    # The same command again trains none of them, and a record has it all.
+    before = {path: path.stat().st_mtime_ns for path in workdir.glob("runs/*/*")}
+    reproduce.main()
+    assert "3 of 3 runs are over already, 2 of them diverged" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in workdir.glob("runs/*/*")} == before
+    reproduce.draw([figure], "digits", 1, record, tmp_path / "drawn")
+    assert (tmp_path / "drawn" / "tables.md").read_text() == (workdir / "tables.md").read_text()
 
 
 def write_run(folder, accuracies, losses, updates=10):
@@ -125,9 +180,18 @@ def write_run(folder, accuracies, losses, updates=10):
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
     (folder / "timing.jsonl").write_text(json.dumps({"event": "speed", "seconds": 2.5}) + "\n")
-    (folder / "config.json").write_text(json.dumps(
-        {"phases": [{"start_example": 0, "end_example": 10 * updates}]}))
+    (folder / "config.json").write_text(json.dumps({
+        "config": {"data": {"train_examples": 50, "dir": ""}},
+        "phases": [{"start_example": 0, "end_example": 10 * updates, "updates": updates,
+                    "learning_rate": 0.1}]}))
     return curves.read_run(folder)
+
+
+def broken(run, updates):
+    """A run as if it had diverged after so many updates."""
+    return run._replace(
+        events=run.events[:updates],
+        timing=[*run.timing, {"event": "diverged", "updates": updates, "epoch": updates / 5}])
 
 
 def test_a_tables_numbers(tmp_path):
@@ -152,6 +216,54 @@ def test_a_tables_numbers(tmp_path):
     assert row["ours less the paper's"] == "-33.90 points"
     run = results[panel.curves[0].config][0]
     assert tables.final_value(run, "train_loss") == pytest.approx(0.3)  # of the last tenth alone
+
+
+def test_a_curve_with_a_diverged_run_gets_no_verdict(tmp_path):
+    """Nor do others against it; and the mean is of the runs that finished, as is said."""
+    (panel,) = figures.FIGURES["5"].panels
+    whole = [write_run(tmp_path / str(seed), [0.5] * 9 + [0.94 + 0.01 * seed], [1.0] * 10)
+             for seed in (0, 1, 2)]
+    first, second, *_ = panel.curves
+
+    def table(*diverged):
+        results = dict.fromkeys([curve.config for curve in panel.curves], whole)
+        results |= {curve.config: [whole[0], broken(whole[1], 4), whole[2]] for curve in diverged}
+        (made,) = tables.make(figures.FIGURES["5"], "paper", results)
+        return [dict(zip(made.header, cells, strict=True)) for cells in made.cells]
+
+    verdicts = [row["verdict"] for row in table()]
+    assert verdicts == ["the reference", "same", "same", "same"]
+    rows = table(second)
+    assert [row["verdict"] for row in rows] == [
+        "the reference", "none: a run diverged", "same", "same"]
+    assert rows[1]["n"] == "3" and rows[1]["updates"] == "10"
+    assert rows[1]["final test accuracy"] == "95.00 ± 1.41 %; 1 of 3 diverged at epoch 0.8"
+    assert rows[1]["the paper's inside ours"] == rows[1]["ours less the paper's"] == ""
+    assert rows[2]["the paper's inside ours"] == "yes"
+    assert [row["verdict"] for row in table(first)] == [
+        "the reference", *["none: a run diverged"] * 3]
+
+
+def test_the_thirty_minutes_are_told_where_they_are_known(tmp_path):
+    figure = figures.FIGURES["30min"]
+    run = write_run(tmp_path / "run", [0.7] * 10, [1.0] * 10)
+
+    def timed(seconds):
+        return run._replace(timing=[
+            {"event": "start", "devices": 8, "device_kind": "TPU v3"},
+            {"event": "time_share", "wall_seconds": seconds + 10,
+             "time_share": {"evaluation": 4 / (seconds + 10), "compile": 6 / (seconds + 10)}}])
+
+    results = {curve.config: [run, run] for curve in figure.panels[0].curves}
+    (table,) = tables.make(figure, "small", results)
+    assert "training took" not in table.header
+    first, second, third = results
+    results |= {first: [timed(1790), timed(1810)], second: [timed(20), timed(21)],
+                third: [timed(20), run]}
+    (table,) = tables.make(figure, "small", results)
+    column = table.header.index("training took")
+    assert [cells[column] for cells in table.cells] == ["30.0 min", "20.5 s", ""]
+    assert "8 x TPU v3" in table.note and "without compiling and evaluating" in table.note
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +318,33 @@ def test_a_figure_shows_its_curves_and_the_papers_points(written, name, scale):
         assert points <= segments
 
 
+@pytest.mark.parametrize("name", [name for name in figures.FIGURES if name != "1"])
+def test_a_figure_is_drawn_beside_runs_that_diverged(written, name):
+    """One of the first curve's, all of the last's; means are of the others."""
+    figure = figures.FIGURES[name]
+    (panel, *_), results = figure.panels, dict(written)
+    first, last = panel.curves[0].config, panel.curves[-1].config
+    results[first] = [broken(written[first][0], 3), written[first][1]]
+    results[last] = [broken(written[last][0], 3), broken(written[last][1], 0)]
+    picture = drawing.make(figure, "small", results)
+    axis = picture.axes[0]
+    crosses = sum(line.get_marker() == "x" for line in axis.get_lines())
+    assert crosses == (2 if figure.kind == "initial_rate" else 3)  # there one a rate
+    legend = " ".join(text.get_text() for text in axis.get_legend().get_texts())
+    assert "1 of 2 diverged at epoch 0.6" in legend
+    assert "2 of 2 diverged at epoch 0.6, 0" in legend
+    if figure.kind == "initial_rate":
+        assert np.isnan(axis.get_lines()[-1].get_ydata()).tolist() == [False] * 5 + [True]
+    else:
+        lines = {line.get_label().split(" (")[0]: line for line in axis.get_lines()}
+        whole = drawing.points(written[first][1], panel.quantity)
+        assert lines[panel.curves[0].label].get_ydata() == pytest.approx(whole.value)
+        assert not len(lines[panel.curves[-1].label].get_ydata())
+    text = "".join(tables.markdown(table) for table in tables.make(figure, "small", results))
+    assert "1 of 2 diverged at epoch 0.6" in text and "2 of 2 diverged at epoch 0.6, 0" in text
+    assert "nan" not in text
+
+
 def test_a_failed_run_does_not_keep_others_from_ending(tmp_path):
     """The first of three fails at once; beside it and after it the others train to their end."""
     tiny = "tests/small_config.py:resident"
@@ -214,7 +353,7 @@ def test_a_failed_run_does_not_keep_others_from_ending(tmp_path):
     said = []
     with pytest.raises(RuntimeError, match="1 of 3 runs failed"):
         runs.train_all(wanted, [f"--config.data.dir={tmp_path / 'none'}"], 2, said.append)
-    assert [runs.is_finished(run) for run in wanted] == [False, True, True]
+    assert [runs.is_over(run) for run in wanted] == [False, True, True]
     assert sum("FAILED" in line for line in said) == 1
 
 

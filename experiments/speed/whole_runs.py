@@ -13,12 +13,12 @@ from ml_collections import ConfigDict
 from bigbatch import train
 from bigbatch.config import make_phases
 from bigbatch.metrics import read_events
+from experiments.curves import training_seconds
 from experiments.figures import REPOSITORY, load_config
 from experiments.speed.bare import NOISE, BareUpdate
 from experiments.speed.measure import Figure, ratios
 from experiments.speed.peers import on_gpu
 
-APART = ("evaluation", "compile")  # what is no part of a run's goodput
 BLOCKED_SECONDS = 0.15  # that a save may block, or one update where that is longer
 
 
@@ -166,17 +166,11 @@ def _beside_bare(
         for _ in range(repeats):
             events = train_in(config, folder)
             after = stretch()
-            seconds["run"].append(round(_training_seconds(events), 4))
+            seconds["run"].append(round(training_seconds(events), 4))
             seconds["bare"].append(round((before + after) / 2, 4))
             saves += [event["blocked_seconds"] for event in events if event["event"] == "save"]
             before = after
     return Figure("", "", "", "x", ratios(seconds["bare"], seconds["run"]), seconds=seconds), saves
-
-
-def _training_seconds(events: list[dict[str, Any]]) -> float:
-    """Of a whole run, from its loop's beginning to its last checkpoint, without `APART`."""
-    whole = [event for event in events if event["event"] == "time_share"][-1]
-    return whole["wall_seconds"] * (1.0 - sum(whole["time_share"][what] for what in APART))
 
 
 def _while_compiling(
