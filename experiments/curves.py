@@ -218,7 +218,8 @@ def draw(schedules: Mapping[str, Sequence[Logs]], path: Path, title: str = "") -
         np.median(epoch_means([e for e in run.events if "test_accuracy" in e], "test_accuracy")[1])
         for runs in schedules.values() for run in finished(runs)
     ), default=0.5)
-    axes[1][0].set_ylim(lowest - 2 * (1 - lowest), min(1.0, lowest + 1.1 * (1 - lowest)))
+    axes[1][0].set_ylim(
+        max(0.0, lowest - 2 * (1 - lowest)), min(1.0, lowest + 1.1 * (1 - lowest)))
     for axis, label in zip(axes[1], ("epochs", "parameter updates"), strict=True):
         axis.set_xlabel(label)
         axis.set_xlim(left=0)
