@@ -285,7 +285,8 @@ def train_and_evaluate(
                     previous = updates, start, measured
                     tracer.after(updates, state)
                     if entering:  # the one wait in a phase: for its first update, to know its time
-                        check_finite(previous)
+                        with shares.spent_on("update"):
+                            check_finite(previous)
                         log("timing", entering | {
                             "extra_seconds": idle_since and round(dispatched - idle_since, 4),
                             "first_update_seconds": round(shares.training() - dispatched, 4),

@@ -68,8 +68,10 @@ class Logs(NamedTuple):
                 if event["event"] == "start"}
 
 
-def training_seconds(timing: Sequence[dict[str, Any]]) -> float | None:
-    """Of wall-clock time, by a run's timing.jsonl, without `APART`; all starts together.
+def training_seconds(
+    timing: Sequence[dict[str, Any]], apart: Sequence[str] = APART
+) -> float | None:
+    """Of wall-clock time, by a run's timing.jsonl, without `apart`; all starts together.
 
     None where one did not say. A start that was killed does not, nor one that diverged.
     """
@@ -78,7 +80,7 @@ def training_seconds(timing: Sequence[dict[str, Any]]) -> float | None:
     if not wholes or len(wholes) != len(starts):
         return None
     return sum(
-        whole["wall_seconds"] * (1 - sum(whole["time_share"][what] for what in APART))
+        whole["wall_seconds"] * (1 - sum(whole["time_share"][what] for what in apart))
         for whole in wholes
     )
 
