@@ -131,7 +131,7 @@ def train_and_evaluate(
 
         # The logs, cut back to where the run stands.
         describe_run = partial(continuing.describe_run, config, phases)
-        board = None
+        write_board = None
         saves: deque[Future] = deque()
         names_what_fails = partial(checkpoint.names_what_fails, folder, mirror)
         if writing:
@@ -142,9 +142,12 @@ def train_and_evaluate(
                 metrics.cut_events(folder / "metrics.jsonl", examples_seen, owed is not None)
                 metrics.cut_half_line(folder / "timing.jsonl")
             if config.tensorboard:
-                board = metrics.open_tensorboard(folder, examples_seen)
-                at_end.callback(metrics.close_board, board)
-        log = partial(_log, folder, writing, board, names_what_fails)
+                from bigbatch import tensorboard  # see there why not above
+
+                board = tensorboard.open_board(folder, examples_seen)
+                at_end.callback(tensorboard.close_board, board)
+                write_board = partial(tensorboard.write_board, board)
+        log = partial(_log, folder, writing, write_board, names_what_fails)
         display = progress.Display(phases, examples, show and writing)
         at_end.callback(display.close)
         kind = mesh.devices.flat[0].device_kind
@@ -369,14 +372,14 @@ def _event(event: Mapping[str, Any], measured: update.Metrics) -> dict[str, Any]
 
 
 def _log(
-    folder: Path, writing: bool, board: Any, names_what_fails: Callable, kind: str,
-    event: Mapping[str, Any],
+    folder: Path, writing: bool, write_board: Callable | None, names_what_fails: Callable,
+    kind: str, event: Mapping[str, Any],
 ) -> None:
     """Adds a line to metrics.jsonl or timing.jsonl, and to TensorBoard, on the first process."""
     if not writing:
         return
     with names_what_fails(f"{kind}.jsonl"):
         metrics.append_event(folder / f"{kind}.jsonl", event)
-    if board and kind == "metrics":
+    if write_board and kind == "metrics":
         with names_what_fails("tensorboard"):
-            metrics.write_board(board, event)
+            write_board(event)
