@@ -186,3 +186,9 @@ def test_only_what_the_package_raises_on_purpose_is_a_users_mistake():
         schedule.plan_phases(
             schedule.Recipe(0.1, 128, 0.9, 50_000, 10, falls=((5,),)), "decay", schedule.Limits())
     assert not said_here(by_python.value.__traceback__)
+
+
+def test_a_start_imports_no_tensorboard_unasked():
+    """Where PyTorch is installed tensorboardX imports it, for seconds."""
+    said = start("-c", "import bigbatch.main, sys; print('tensorboardX' in sys.modules)")
+    assert said.stdout == "False\n", said.stderr

@@ -71,8 +71,8 @@ def demo_python(repeats: int, short: bool) -> list[Figure]:
     config = load_config(
         f"configs/digits.py:decay,recipe.epochs={epochs},recipe.falls=(),eval_every_epochs=1000")
     updates = sum(phase.updates for phase in make_phases(config))
-    # Many: the machine's noise is larger than what is measured.
-    # Without the save at the end, which has rows of its own.
+    # Many, since the machine's noise is larger than what is measured; without the save at the end,
+    # which has rows of its own.
     found, _ = _beside_bare(
         config, updates, repeats if short else 3 * repeats, (*APART, "checkpoint"))
     return [found._replace(
