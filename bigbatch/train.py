@@ -198,6 +198,16 @@ def train_and_evaluate(
             while saves and (saves[0].done() or len(saves) > leave):
                 saves.popleft().result()
 
+        def check_previous() -> None:
+            """Waits for `previous`, and notes where training broke down if it did."""
+            try:
+                check_finite(previous)
+            except NotFinite:
+                broken, start, _ = previous
+                log("timing", {"event": "diverged", "updates": broken - 1, "examples_seen": start,
+                               "epoch": start / examples})
+                raise
+
         def settle(event: dict[str, Any]) -> None:
             """Evaluates, if that is due, and writes the event of a finished update."""
             nonlocal last_speed
@@ -279,7 +289,7 @@ def train_and_evaluate(
 
                     # The one before is finished and written down while this one runs.
                     with shares.spent_on("update"):
-                        check_finite(previous)
+                        check_previous()
                     if unwritten:
                         settle(unwritten())
                         unwritten = None
@@ -289,7 +299,7 @@ def train_and_evaluate(
                     tracer.after(updates, state)
                     if entering:  # the one wait in a phase: for its first update, to know its time
                         with shares.spent_on("update"):
-                            check_finite(previous)
+                            check_previous()
                         log("timing", entering | {
                             "extra_seconds": idle_since and round(dispatched - idle_since, 4),
                             "first_update_seconds": round(shares.training() - dispatched, 4),
@@ -312,7 +322,7 @@ def train_and_evaluate(
                         }, measured)
                     if evaluating or saving:
                         with shares.spent_on("update"):
-                            check_finite(previous)
+                            check_previous()
                         idle_since = shares.training()
                         if unwritten:
                             owed, unwritten = unwritten(), None
@@ -322,18 +332,12 @@ def train_and_evaluate(
                         finish_saves(SAVES_AT_ONCE)
                         if saving:
                             save()
-        except NotFinite:
-            finish_saves(0)
-            broken, start, _ = previous
-            log("timing", {"event": "diverged", "updates": broken - 1, "examples_seen": start,
-                           "epoch": start / examples})
-            raise
-        except ValueError:  # from an image that cannot be decoded
+        except (NotFinite, ValueError):  # the latter from an image that cannot be decoded
             finish_saves(0)
             raise
         except preemption.Stop:
             finish_saves(0)
-            check_finite(previous)
+            check_previous()
             if unwritten:
                 settle(unwritten())
             if examples_seen != saved_at:

@@ -241,6 +241,8 @@ def test_a_state_that_is_not_finite_is_not_saved_on_sigterm(tmp_path, monkeypatc
     with pytest.raises(train.NotFinite, match="update [12] "):
         run(small("recipe.learning_rate=1e20"), tmp_path)
     assert checkpoint.finished(tmp_path) == []
+    told = read_events(tmp_path / "timing.jsonl")[-1]
+    assert told["event"] == "diverged" and told["updates"] in (0, 1), told
 
 
 def test_ctrl_c_saves_first(tmp_path, monkeypatch):
