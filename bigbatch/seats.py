@@ -6,6 +6,7 @@ number of seats; where the ghost batches do not fill them, seats stay empty and 
 they are dealt changes no result, only where the work is done.
 """
 
+import functools
 from typing import NamedTuple
 
 import numpy as np
@@ -57,14 +58,17 @@ def make_seating(
     return Seating(ghosts, devices, -(-each // seats), seats)
 
 
+@functools.lru_cache(maxsize=2)  # asked for at every update
 def ghosts_seated(seating: Seating) -> np.ndarray:
-    """Ghost batch numbers by (microbatch, device, seat), int32; -1 for an empty seat."""
+    """Ghost batch numbers by (microbatch, device, seat), int32, read-only; -1: an empty seat."""
     each = -(-seating.ghosts // seating.devices)
     own = np.arange(seating.microbatches * seating.seats)
     ghosts = np.arange(seating.devices)[:, None] * each + own
     ghosts = np.where((own < each) & (ghosts < seating.ghosts), ghosts, -1)
     ghosts = ghosts.reshape(seating.devices, seating.microbatches, seating.seats)
-    return ghosts.transpose(1, 0, 2).astype(np.int32)
+    ghosts = ghosts.transpose(1, 0, 2).astype(np.int32)
+    ghosts.flags.writeable = False  # the cache hands out the array itself
+    return ghosts
 
 
 def seat_examples(

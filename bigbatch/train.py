@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +178,11 @@ def train_and_evaluate(
         flops: float | None = None  # of an update on all devices
         idle_since: float | None = None  # by `shares.training`: the end of the phase before
         number = jax.tree.leaves(state.params)[0].dtype.type
+
+        @lru_cache(maxsize=1)  # the same for most of a phase's updates
+        def on_devices(rate: float, momentum: float) -> tuple[jax.Array, jax.Array]:
+            return place((number(rate), number(momentum)), replicated(mesh))
+
         previous: tuple[int, int, update.Metrics] | None = None  # not yet known to be finite
         unwritten: Callable[[], dict[str, Any]] | None = None  # of `previous`: its event
 
@@ -281,7 +286,7 @@ def train_and_evaluate(
                         state, sums, measured, waited = take_update(
                             [program.call for program in compiled], state, sums, fed.resident,
                             fed.update(phase, seating, examples_seen),
-                            (number(rate), number(phase.momentum)), watch,
+                            on_devices(rate, phase.momentum), watch,
                             previous and previous[2].loss,
                         )
                     shares.move("update", "input", waited)

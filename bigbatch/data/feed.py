@@ -41,7 +41,9 @@ class Feed:
     test: Arrays
     stream: streaming.Stream | None
 
-    def update(self, phase: Phase, seating: seats.Seating, examples_seen: int) -> Iterator[Arrays]:
+    def update(
+        self, phase: Phase, seating: seats.Seating, examples_seen: int
+    ) -> Iterator[dict[str, jax.Array | np.ndarray]]:
         """The microbatches of the update of `phase` that begins at `examples_seen`.
 
         Streamed updates and evaluations are to be taken in the order `open_feed` was told. One
@@ -49,7 +51,8 @@ class Feed:
 
         Yields:
             `examples` as `seats.seat_examples` makes them, and where it is streamed `images` and
-            `labels`, all cut over the devices.
+            `labels`, all cut over the devices. A single process leaves `examples` to the program
+            that is called with them, which is the sooner way there.
 
         Raises:
             ValueError: naming a record that cannot be read or decoded.
@@ -61,7 +64,9 @@ class Feed:
             examples = seats.seat_examples(
                 records_Bx3, seated_DxS, seating.ghosts, self.config.ghost_size
             )
-            fed = place({"examples": examples}, cut(self.mesh))
+            fed = {"examples": examples}
+            if jax.process_count() > 1:
+                fed = place(fed, cut(self.mesh))
             yield fed | self._place_next(True, examples_seen) if self.stream else fed
 
     def evaluation(self) -> Iterator[Arrays]:

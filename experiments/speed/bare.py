@@ -76,7 +76,8 @@ class BareUpdate:
                           "labels": dataset.train_labels[record]}
             self.batches.append(place(batch, cut(mesh)))
         number = jax.tree.leaves(self.state.params)[0].dtype.type
-        self.hyper = number(0.01), number(config.recipe.momentum)
+        self.hyper = place(
+            (number(0.01), number(config.recipe.momentum)), replicated(mesh))
         self.loss: float | None = None
         self.lowered, self.sums = self._lower(functions, mesh)
         self.programs = [program.compile() for program in self.lowered]
