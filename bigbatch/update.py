@@ -224,11 +224,7 @@ def _microbatch_sums(
     gradient, (logits, rows) = jax.grad(objective, has_aux=True)(state.params)
     plain = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
 
-    def fold(rows_GxC: jax.Array, decay: float) -> jax.Array:
-        weights_G = fold_weights(ghosts_after_G, decay, rows_GxC.dtype)
-        rows_GxC = jnp.where((ghosts_after_G >= 0)[:, None], rows_GxC, 0.0)
-        return jnp.tensordot(weights_G, rows_GxC, axes=1, precision="highest")
-
+    fold = partial(_fold_ghosts, ghosts_after_G)
     return Sums(
         gradient=gradient,
         statistics=jax.tree.map(fold, rows, network.decays),
@@ -237,6 +233,14 @@ def _microbatch_sums(
         examples=jnp.sum(seated).astype(dtype),
         ghosts=jnp.sum(ghosts_after_G >= 0).astype(dtype),
     )
+
+
+@partial(jax.jit, static_argnames="decay", inline=True)  # traced once for statistics of a shape
+def _fold_ghosts(ghosts_after_G: jax.Array, rows_GxC: jax.Array, decay: float) -> jax.Array:
+    """What a microbatch's ghost batches add to a running statistic."""
+    weights_G = fold_weights(ghosts_after_G, decay, rows_GxC.dtype)
+    rows_GxC = jnp.where((ghosts_after_G >= 0)[:, None], rows_GxC, 0.0)
+    return jnp.tensordot(weights_G, rows_GxC, axes=1, precision="highest")
 
 
 def prepare_microbatch(
