@@ -282,6 +282,11 @@ def _apply_sums(
 
     batch_stats = jax.tree.map(fold, state.batch_stats, sums.statistics, network.decays)
     loss = sums.loss / sums.examples
-    size = sum(jnp.sum(jnp.abs(leaf)) for leaf in jax.tree.leaves(params))
-    metrics = Metrics(loss, sums.correct / sums.examples, jnp.isfinite(loss + size))
+    # Anything that is not finite makes a sum that is not. Parameters of a shape are added up first:
+    # each sum over an array is an operation of its own, of which there would be hundreds.
+    by_shape: dict[tuple[int, ...], jax.Array] = {}
+    for leaf in jax.tree.leaves(params):
+        by_shape[leaf.shape] = by_shape.get(leaf.shape, 0) + leaf
+    total = sum(map(jnp.sum, by_shape.values()), loss)
+    metrics = Metrics(loss, sums.correct / sums.examples, jnp.isfinite(total))
     return State(params, batch_stats, opt_state), metrics

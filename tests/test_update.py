@@ -298,3 +298,20 @@ def test_an_update_that_breaks_down_says_so():
     assert np.isfinite(measured.loss) and not measured.finite
 
 
+def test_a_single_parameter_that_is_not_finite_is_noticed_wherever_it_is():
+    """Also where two of one shape go to opposite infinities."""
+    updater = prepare(conv_net())
+    resident, batches = training_set(updater), inputs(updater, 48)[1]
+    start, structure = jax.tree.flatten(jax.device_get(updater.state))
+    trained = len(jax.tree.leaves(updater.state[:2]))
+    shapes = [leaf.shape for leaf in start]
+    for at in range(trained, len(start)):  # the accumulator's: the loss is from before it is used
+        spoilt = [np.array(leaf) for leaf in start]
+        spoilt[at].flat[-1] = np.inf
+        twin = next((other for other in range(trained, len(start))
+                     if other != at and shapes[other] == shapes[at]), None)
+        if twin:
+            spoilt[twin].flat[-1] = -np.inf
+        state = place(jax.tree.unflatten(structure, spoilt), replicated(updater.mesh))
+        _, measured = updater.take(state, resident, batches, 0.1, 0.9)
+        assert np.isfinite(measured.loss) and not measured.finite, (shapes[at], twin)
