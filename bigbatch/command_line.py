@@ -56,9 +56,9 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         return left
 
     def checked_main(arguments: Sequence[str]) -> None:
-        # What was imported stays. Looking through it for garbage over and over, while programs are
-        # traced and later between updates, took a fifth of the time of tracing.
+        # What was imported stays, and is not to be looked through for garbage between updates.
         gc.freeze()
+        gc.enable()
         try:
             for key, text in settings:
                 set_from_text(config(), key, text)

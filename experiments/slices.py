@@ -65,6 +65,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="file for the record, JSON")
     output = parser.parse_args().output
     with one_line_errors("experiments.slices"):
+        Path(output).open("a").close()  # or that it cannot be written shows hours later
         topology.compile_elsewhere()
         plans = []
         for family in FAMILIES:
