@@ -27,6 +27,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import grain
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
@@ -256,8 +257,6 @@ def _background(
     """
     if not stretches:
         return (block for block in ())
-    import grain  # a tenth of a second of each start, of no use to a resident data set
-
     if workers:
         # In each process one block a thread and one that waits to be sent; then one in the pipe,
         # and in this process one received and one that waits to be. And one being cut up.

@@ -37,6 +37,7 @@ BENCHMARKS = {
     "pytorch": "peers.pytorch",
     "accumulation": "updates.accumulation",
     "resident_input": "updates.resident_input",
+    "dispatch": "updates.several_a_dispatch",
 }
 
 

@@ -1,14 +1,20 @@
 """What a run adds to the network within an update: microbatches, input with augmentation."""
 
 import time
+from functools import partial
 
+import jax
 from ml_collections import ConfigDict
 
+from bigbatch import update
+from bigbatch.devices import compiler_options, make_mesh
+from experiments.figures import load_config
 from experiments.speed.bare import BareUpdate
 from experiments.speed.measure import Figure, paired, ratios
 from experiments.speed.peers import on_gpu, wide_resnet_config
 
 PASSES = 16
+LOOPED = 10
 
 
 def accumulation(repeats: int, short: bool) -> list[Figure]:
@@ -50,6 +56,43 @@ def resident_input(repeats: int, short: bool) -> list[Figure]:
         "resident input with augmentation beside fixed tensors",
         f"WRN-16-{'4' if on_gpu() else '1'} update, batch {batch}", ">= 0.97", "x",
         ratios(seconds["fixed"], seconds["input"]), seconds=seconds)]
+
+
+def several_a_dispatch(repeats: int, short: bool) -> list[Figure]:
+    """The demo's updates in turn beside as many in a loop of one program, which no run makes.
+
+    Raises:
+        RuntimeError: if both do not come to the same loss.
+    """
+    config = load_config("configs/digits.py:decay")
+    one, looped = BareUpdate(config), BareUpdate(config)
+    mesh = make_mesh(jax.devices()[:1])
+    take_one = update.make_update(config, looped.net, mesh).update.__wrapped__
+
+    def loop(state: update.State, *rest: jax.Array) -> tuple[update.State, update.Metrics]:
+        return jax.lax.scan(lambda state, _: take_one(state, *rest), state, length=LOOPED)
+
+    arguments = looped.resident, looped.batches[0], *looped.hyper
+    program = jax.jit(loop, donate_argnums=0, compiler_options=compiler_options(mesh)).lower(
+        looped.state, *arguments).compile()
+
+    def take_looped(programs: int) -> None:
+        for _ in range(programs):
+            looped.state, measured = program(looped.state, *arguments)
+        jax.block_until_ready(looped.state)
+        looped.loss = float(measured.loss[-1])
+
+    one.take(LOOPED)
+    take_looped(1)
+    if abs(one.loss - looped.loss) > 1e-2 * one.loss:
+        raise RuntimeError(f"losses: {one.loss} one by one, {looped.loss} in a loop.")
+    times = 1 if short else 30
+    seconds = paired({"one by one": one.takes(LOOPED * times),
+                      "in a loop": partial(take_looped, times)}, repeats)
+    return [Figure(
+        f"several updates a dispatch: one by one beside {LOOPED} in a program's loop",
+        f"configs/digits.py, updates of {config.recipe.batch_size}", "", "x",
+        ratios(seconds["one by one"], seconds["in a loop"]), seconds=seconds)]
 
 
 def _memory(program: object) -> int:
