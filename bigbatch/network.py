@@ -60,7 +60,9 @@ def build(config: ConfigDict) -> Network:
     @jax.jit  # so that it is traced once: here for its shapes, in `init` for what it draws
     def construct(seed: jax.Array) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.State]:
         key = jax.random.key(seed, impl="threefry2x32")
-        rngs = nnx.Rngs(jax.random.fold_in(key, INITIALISATION))  # for streams of any name
+        key = jax.random.fold_in(key, INITIALISATION)
+        rngs = nnx.Rngs(key)
+        rngs.default = _Stream(key, tag="default")  # for streams of any name
         module = function(num_classes, dtype, rngs, **arguments)
         _check_callable(module, name)
         for bridge in _bridges(module).values():
@@ -101,6 +103,19 @@ def build(config: ConfigDict) -> Network:
     return Network(
         init, *shapes, apply, nnx.to_pure_dict(decays), _in_norm(abstract, params, linen_layers)
     )
+
+
+class _Stream(nnx.RngStream):
+    """Flax's stream of keys, but counted by Python: counted in the program that draws them, each
+    takes longer to trace than the one before.
+    """
+
+    drawn = 0
+
+    def __call__(self) -> jax.Array:
+        key = jax.random.fold_in(self.key[...], self.drawn)
+        self.drawn += 1
+        return key
 
 
 def _fill(state: nnx.State, values: Tree) -> nnx.State:

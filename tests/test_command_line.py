@@ -192,3 +192,12 @@ def test_a_start_imports_no_tensorboard_unasked():
     """Where PyTorch is installed tensorboardX imports it, for seconds."""
     said = start("-c", "import bigbatch.main, sys; print('tensorboardX' in sys.modules)")
     assert said.stdout == "False\n", said.stderr
+
+
+def test_a_program_collects_garbage_once_all_is_imported_but_not_of_what_was():
+    """Whether or not it did not while it imported, as `bigbatch.main` does not."""
+    for begun in ("enable", "disable"):
+        done = start("-c", f"import gc; gc.{begun}(); from bigbatch import command_line; "
+                     "command_line.run(lambda _: print(gc.isenabled(), gc.get_freeze_count()))")
+        enabled, frozen = done.stdout.split()
+        assert enabled == "True" and int(frozen) > 100_000, done.stdout

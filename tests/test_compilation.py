@@ -1,5 +1,6 @@
 """Programs compiled ahead of need: in the background, each once it is lowered, in order."""
 
+import gc
 import threading
 
 import jax
@@ -81,6 +82,23 @@ def test_a_stop_while_lowering_ends_the_thread():
         compilation.compile_ahead(
             lower, [("add", 0), ("add", 1)], before_each=stop_at_the_second)
     assert finished(before), "the thread waits for programs that will not come"
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_is_collected_as_before_once_all_is_lowered(enabled):
+    found = []
+
+    def lower_and_look(key):
+        found.append(gc.isenabled())
+        return lower(key)
+
+    before = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        compilation.compile_ahead(lower_and_look, [("add", 0), ("add", 1)])
+        assert (found, gc.isenabled()) == ([False, False], enabled)
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 def test_the_order_is_that_of_need_with_the_largest_pass_among_the_first():
