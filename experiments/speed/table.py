@@ -64,7 +64,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--only", default=",".join(BENCHMARKS), help="names, with commas between")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--short", action="store_true", help="tiny settings, to see that it runs")
     options = parser.parse_args()
     names = options.only.split(",")

@@ -74,7 +74,7 @@ def demo_python(repeats: int, short: bool) -> list[Figure]:
     # Many, since the machine's noise is larger than what is measured; without the save at the end,
     # which has rows of its own.
     found, _ = _beside_bare(
-        config, updates, repeats if short else 3 * repeats, (*APART, "checkpoint"))
+        config, updates, repeats if short else 2 * repeats, (*APART, "checkpoint"))
     return [found._replace(
         name="small networks: share of Python between updates",
         setting=f"configs/digits.py, {updates} updates of {config.recipe.batch_size}",
