@@ -106,15 +106,13 @@ def build(config: ConfigDict) -> Network:
 
 
 class _Stream(nnx.RngStream):
-    """Flax's stream of keys, but counted by Python: counted in the program that draws them, each
-    takes longer to trace than the one before.
+    """Flax's stream of keys, drawn without its `count[...] += 1`: that asks the old and the new
+    count where they lie, and in a trace JAX answers at length, longer with each count before.
     """
 
-    drawn = 0
-
     def __call__(self) -> jax.Array:
-        key = jax.random.fold_in(self.key[...], self.drawn)
-        self.drawn += 1
+        key = jax.random.fold_in(self.key[...], self.count[...])
+        self.count.set_value(self.count[...] + 1)
         return key
 
 

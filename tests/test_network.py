@@ -253,3 +253,27 @@ def test_float64_without_64_bit_arrays_is_refused():
     """JAX would go on in float32."""
     with pytest.raises(ValueError, match="config.dtype is float64, but JAX makes float32 of that"):
         network.build(tiny("dtype=float64"))
+
+
+class Stacked(nnx.Module):
+    """Draws keys one by one, and between them as many at once as it has layers in a stack."""
+
+    def __init__(self, num_classes, dtype, rngs):
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def stack(rngs):
+            return nnx.Linear(8, 8, rngs=rngs)
+
+        self.first = nnx.Linear(64, 8, rngs=rngs)
+        self.stacked = stack(rngs)
+        self.last = nnx.Linear(8, num_classes, rngs=rngs)
+
+    def __call__(self, images, train, keys):
+        return self.last(self.first(images.reshape(len(images), -1)))
+
+
+def test_parameters_are_drawn_with_the_keys_of_flaxs_own_stream():
+    drawn, _ = network.build(with_model("test_network.Stacked", {})).init(np.uint32(7))
+    key = jax.random.fold_in(jax.random.key(7, impl="threefry2x32"), network.INITIALISATION)
+    flaxs = nnx.to_pure_dict(nnx.state(Stacked(10, jnp.float32, nnx.Rngs(key)), nnx.Param))
+    jax.tree.map(np.testing.assert_array_equal, drawn, flaxs)
