@@ -58,7 +58,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     def checked_main(arguments: Sequence[str]) -> None:
         # What was imported stays, and is not to be looked through for garbage between updates.
         gc.freeze()
-        gc.enable()
+        gc.enable()  # a program may have imported without
         try:
             for key, text in settings:
                 set_from_text(config(), key, text)

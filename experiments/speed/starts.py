@@ -71,7 +71,10 @@ def start(config: str, folder: Path, cache: Path) -> Started:
 
 
 def starts(repeats: int, short: bool) -> list[Figure]:
-    """Compile time and whole start with a filled cache beside an empty one, each in a process."""
+    """Compile time and whole start with a filled cache beside an empty one, each in a process.
+
+    Several warm starts follow a cold one, and each is beside that.
+    """
     found = []
     for number, (name, (config, to_reach)) in enumerate(NETWORKS.items()):
         if short and number:

@@ -1,4 +1,6 @@
-"""What a run adds to the network within an update: microbatches, input with augmentation."""
+"""What a run adds to the network within an update: microbatches, input with augmentation; and what
+several updates in one program would save.
+"""
 
 import time
 from functools import partial
@@ -67,6 +69,7 @@ def several_a_dispatch(repeats: int, short: bool) -> list[Figure]:
     config = load_config("configs/digits.py:decay")
     one, looped = BareUpdate(config), BareUpdate(config)
     mesh = make_mesh(jax.devices()[:1])
+    # What was jitted: inside of another program it may bring no compiler options of its own.
     take_one = update.make_update(config, looped.net, mesh).update.__wrapped__
 
     def loop(state: update.State, *rest: jax.Array) -> tuple[update.State, update.Metrics]:
