@@ -209,18 +209,26 @@ def make_seatings(
     ]
 
 
-def due(config: ConfigDict, total: int, what: str, start: int, end: int) -> bool:
-    """Whether the update from example `start` to `end` reaches a multiple of an interval.
+def make_due(config: ConfigDict, total: int) -> Callable[[str, int, int], bool]:
+    """What is due when, by `log_every_epochs`, `eval_every_epochs` and `checkpoint_every_epochs`.
 
     Args:
-        config: whose `log_every_epochs`, `eval_every_epochs` and `checkpoint_every_epochs` count.
-        total: examples of the whole run, at whose end everything is due.
-        what: "log", "eval" or "checkpoint".
-        start: examples seen before the update.
-        end: examples seen after it.
+        config: of the run.
+        total: its examples, at whose end everything is due.
+
+    Returns:
+        is_due("log", "eval" or "checkpoint", start, end): whether the update from example `start`
+        to `end` reaches a multiple of that interval.
     """
-    every = max(1, round(config[f"{what}_every_epochs"] * config.data.train_examples))
-    return end // every > start // every or end == total
+    every = {  # in examples
+        what: max(1, round(config[f"{what}_every_epochs"] * config.data.train_examples))
+        for what in ("log", "eval", "checkpoint")
+    }
+
+    def is_due(what: str, start: int, end: int) -> bool:
+        return end // every[what] > start // every[what] or end == total
+
+    return is_due
 
 
 def check(config: ConfigDict) -> None:

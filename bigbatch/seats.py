@@ -58,39 +58,49 @@ def make_seating(
     return Seating(ghosts, devices, -(-each // seats), seats)
 
 
-@functools.lru_cache(maxsize=2)  # asked for at every update
 def ghosts_seated(seating: Seating) -> np.ndarray:
-    """Ghost batch numbers by (microbatch, device, seat), int32, read-only; -1: an empty seat."""
+    """Ghost batch numbers by (microbatch, device, seat), int32; -1: an empty seat."""
     each = -(-seating.ghosts // seating.devices)
     own = np.arange(seating.microbatches * seating.seats)
     ghosts = np.arange(seating.devices)[:, None] * each + own
     ghosts = np.where((own < each) & (ghosts < seating.ghosts), ghosts, -1)
     ghosts = ghosts.reshape(seating.devices, seating.microbatches, seating.seats)
-    ghosts = ghosts.transpose(1, 0, 2).astype(np.int32)
-    ghosts.flags.writeable = False  # the cache hands out the array itself
-    return ghosts
+    return ghosts.transpose(1, 0, 2).astype(np.int32)
 
 
-def seat_examples(
-    records_Bx3: np.ndarray, ghosts_DxS: np.ndarray, ghosts: int, ghost_size: int
-) -> np.ndarray:
-    """The rows one microbatch feeds: (record, epoch, place, ghost batches after its own).
+@functools.lru_cache(maxsize=2)  # asked for at every update
+def examples_seated(seating: Seating, ghost_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which example sits where.
+
+    Returns:
+        int32 (microbatch, device, example's seat), read-only: the example's place in the update,
+        and how many ghost batches come after its own. An empty seat shows a real example (so that
+        its numbers are finite) and -1.
+    """
+    ghosts = ghosts_seated(seating)[..., None]
+    places = np.maximum(ghosts, 0) * ghost_size + np.arange(ghost_size, dtype=np.int32)
+    after = np.where(ghosts >= 0, seating.ghosts - 1 - ghosts, -1)
+    tables = []
+    for table in (places, np.broadcast_to(after, places.shape)):
+        table = table.reshape(seating.microbatches, seating.devices, -1).astype(np.int32)
+        table.flags.writeable = False  # the cache hands out the array itself
+        tables.append(table)
+    return tuple(tables)
+
+
+def seat_examples(records_Bx3: np.ndarray, seating: Seating, ghost_size: int) -> np.ndarray:
+    """The rows that each microbatch feeds: (record, epoch, place, ghost batches after its own).
 
     Args:
         records_Bx3: (record, epoch, place) of the update's examples, in order.
-        ghosts_DxS: the microbatch's part of `ghosts_seated`.
-        ghosts: in the update.
+        seating: of the update.
         ghost_size: examples in a ghost batch.
 
     Returns:
-        int32 (devices x seats x ghost_size, 4). An empty seat shows real examples (so that its
-        numbers are finite) with -1 in the last column.
+        int32 (microbatches, devices x seats x ghost_size, 4); see `examples_seated`.
     """
-    flat = ghosts_DxS.reshape(-1)
-    rows = (np.maximum(flat, 0)[:, None] * ghost_size + np.arange(ghost_size)).reshape(-1)
-    after = np.where(flat >= 0, ghosts - 1 - flat, -1)
-    examples = np.empty((len(rows), 4), np.int32)
-    examples[:, :3] = records_Bx3[rows]
-    examples[:, 3] = np.repeat(after, ghost_size)
-    return examples
-
+    places, after = examples_seated(seating, ghost_size)
+    examples = np.empty((*places.shape, 4), np.int32)
+    examples[..., :3] = records_Bx3.take(places, axis=0)
+    examples[..., 3] = after
+    return examples.reshape(seating.microbatches, -1, 4)

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from bigbatch import compilation, compiled, network, programs, schedule, topology, update
 from bigbatch.compiled import Program
-from bigbatch.config import due, make_seatings
+from bigbatch.config import make_due, make_seatings
 from bigbatch.data import feed
 from bigbatch.devices import replicated
 from bigbatch.schedule import Phase
@@ -234,9 +234,9 @@ def _count_evaluations(
     config: ConfigDict, phases: Sequence[Phase], chosen: Sequence[bool]
 ) -> int:
     """How often a run evaluates, in those of its phases that are `chosen`."""
-    total = phases[-1].end_example
+    is_due = make_due(config, phases[-1].end_example)
     return sum(
-        due(config, total, "eval", start, end)
+        is_due("eval", start, end)
         for phase, taken in zip(phases, chosen, strict=True) if taken
         for start, end in schedule.spans([phase], 0)
     )

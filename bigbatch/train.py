@@ -34,7 +34,7 @@ from bigbatch import (
     update,
     workdir,
 )
-from bigbatch.config import check, due, make_phases, make_seatings
+from bigbatch.config import check, make_due, make_phases, make_seatings
 from bigbatch.data import feed
 from bigbatch.devices import cut, make_mesh, place, replicated, shape_of
 from bigbatch.dispatch import NotFinite, check_finite, take_update
@@ -118,7 +118,7 @@ def train_and_evaluate(
 
         # The data and the state, on the devices. That of a new run is drawn once its programs are
         # lowered: until then its shapes are enough.
-        is_due = partial(due, config, total)
+        is_due = make_due(config, total)
         evaluated_at = [examples_seen] if owed else []  # a stop between is inside an evaluation
         evaluated_at += [end for start, end in schedule.spans(to_run, examples_seen)
                          if is_due("eval", start, end)]

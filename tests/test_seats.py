@@ -77,8 +77,8 @@ def test_rows_show_each_example_at_its_seat():
         batch = seating.ghosts * GHOST
         records_Bx3 = np.random.default_rng(0).permutation(3 * batch).reshape(batch, 3)
         found = []
-        for seated_DxS in ghosts_seated(seating):
-            rows = seat_examples(records_Bx3.astype(np.int32), seated_DxS, seating.ghosts, GHOST)
+        examples_MxSx4 = seat_examples(records_Bx3.astype(np.int32), seating, GHOST)
+        for seated_DxS, rows in zip(ghosts_seated(seating), examples_MxSx4, strict=True):
             assert rows.dtype == np.int32
             assert rows.shape == (seating.devices * seating.seats * GHOST, 4)
             empty = rows[:, 3] < 0

@@ -46,9 +46,8 @@ class Updater(NamedTuple):
     def batches(self, records_Bx3: np.ndarray, seating: seats.Seating) -> list[Mapping]:
         """What each microbatch feeds."""
         return [
-            place({"examples": seats.seat_examples(
-                records_Bx3, seated_DxS, seating.ghosts, self.config.ghost_size)}, cut(self.mesh))
-            for seated_DxS in seats.ghosts_seated(seating)
+            place({"examples": examples}, cut(self.mesh))
+            for examples in seats.seat_examples(records_Bx3, seating, self.config.ghost_size)
         ]
 
     def take(

@@ -60,10 +60,7 @@ class Feed:
         records_Bx3 = order.records(
             self.config.seed, examples_seen, phase.batch_size, self.config.data.train_examples
         )
-        for seated_DxS in seats.ghosts_seated(seating):
-            examples = seats.seat_examples(
-                records_Bx3, seated_DxS, seating.ghosts, self.config.ghost_size
-            )
+        for examples in seats.seat_examples(records_Bx3, seating, self.config.ghost_size):
             fed = {"examples": examples}
             if jax.process_count() > 1:
                 fed = place(fed, cut(self.mesh))
@@ -246,7 +243,9 @@ def _open_stream(
     due = set(evaluated_at)
     stretches = [evaluation] if examples_seen in due else []
     for phase, seating in zip(phases, seatings, strict=True):
-        seats_MxS = _places_seated(seats.ghosts_seated(seating)[:, own], config.ghost_size)
+        places, after = seats.examples_seated(seating, config.ghost_size)
+        seats_MxDxS = np.where(after >= 0, places, -1)[:, own]
+        seats_MxS = seats_MxDxS.reshape(seating.microbatches, -1)
         start = max(phase.start_example, examples_seen)
         between = [position for position in evaluated_at if start < position < phase.end_example]
         for end in [*between, phase.end_example]:
@@ -258,10 +257,3 @@ def _open_stream(
                 stretches.append(evaluation)
             start = end
     return streaming.Stream(stretches, config.data.workers, config.data.read_threads)
-
-
-def _places_seated(ghosts_MxDxS: np.ndarray, ghost_size: int) -> np.ndarray:
-    """The examples' places in the batch, int32 (microbatch, seat of an example); -1 where empty."""
-    ghosts = ghosts_MxDxS.reshape(len(ghosts_MxDxS), -1, 1)
-    places = ghosts * ghost_size + np.arange(ghost_size, dtype=np.int32)
-    return np.where(ghosts >= 0, places, -1).reshape(len(ghosts_MxDxS), -1)
