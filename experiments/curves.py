@@ -24,7 +24,6 @@ from bigbatch import bucket
 from bigbatch.metrics import read_events
 from experiments.command_line import one_line_errors
 
-APART = ("evaluation", "compile")  # of a run's time, what is no part of its training
 COLOURS = ("#3b6fb6", "#d9822b", "#3a9a5b", "#8a4fa3", "#b6403b", "#6b6b6b", "#c2a415")
 
 
@@ -58,31 +57,25 @@ class Logs(NamedTuple):
 
     @property
     def training_seconds(self) -> float | None:
-        """See `training_seconds`."""
-        return training_seconds(self.timing)
+        """Of wall-clock time, without evaluation and waiting for compilers; all starts together.
+
+        None where one did not say. A start that was killed does not, nor one that diverged.
+        """
+        starts, wholes = ([event for event in self.timing if event["event"] == kind]
+                          for kind in ("start", "time_share"))
+        if not wholes or len(wholes) != len(starts):
+            return None
+        return sum(
+            whole["wall_seconds"]
+            * (1 - sum(whole["time_share"][what] for what in ("evaluation", "compile")))
+            for whole in wholes
+        )
 
     @property
     def devices(self) -> set[str]:
         """What it was trained on, as "8 x TPU v3"."""
         return {f"{event['devices']} x {event['device_kind']}" for event in self.timing
                 if event["event"] == "start"}
-
-
-def training_seconds(
-    timing: Sequence[dict[str, Any]], apart: Sequence[str] = APART
-) -> float | None:
-    """Of wall-clock time, by a run's timing.jsonl, without `apart`; all starts together.
-
-    None where one did not say. A start that was killed does not, nor one that diverged.
-    """
-    starts, wholes = ([event for event in timing if event["event"] == kind]
-                      for kind in ("start", "time_share"))
-    if not wholes or len(wholes) != len(starts):
-        return None
-    return sum(
-        whole["wall_seconds"] * (1 - sum(whole["time_share"][what] for what in apart))
-        for whole in wholes
-    )
 
 
 def divergence(timing: Sequence[dict[str, Any]]) -> dict[str, Any] | None:

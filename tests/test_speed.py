@@ -94,7 +94,7 @@ def test_the_command_prints_a_table_and_writes_a_record(tmp_path):
     output = tmp_path / "speed.json"
     done = subprocess.run(
         [sys.executable, "-m", "experiments.speed.table", f"--output={output}", "--short",
-         "--only=demo", "--repeats=1"],
+         "--only=demo,dispatch", "--repeats=1"],
         cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     record = json.loads(output.read_text())
@@ -103,6 +103,11 @@ def test_the_command_prints_a_table_and_writes_a_record(tmp_path):
     assert len(demo["values"]) == len(demo["seconds"]["run"]) == 1
     for value, run, bare in zip(demo["values"], *demo["seconds"].values(), strict=True):
         assert value == pytest.approx(1.0 - bare / run, abs=2e-3)
+    # As many updates of each, so neither is far from the other.
+    assert 0.0 < demo["seconds"]["bare"][0] < 3 * demo["seconds"]["run"][0]
+    dispatch = record["figures"][1]
+    assert dispatch["benchmark"] == "dispatch"  # it fails where both do not reach the same loss
+    assert dispatch["values"] == measure.ratios(*dispatch["seconds"].values())
     rows = [line for line in done.stdout.splitlines() if line.startswith("|")]
     assert len(rows) == 2 + len(record["figures"])
     names = measure.Figure._fields

@@ -65,11 +65,10 @@ class BareUpdate:
             resident |= {"images": dataset.train_images, "labels": dataset.train_labels}
         self.resident = place(resident, replicated(mesh))
         self.batches = []
-        for seated_DxS in seats.ghosts_seated(seating):
-            batch = {"examples": seats.seat_examples(
-                records_Bx3, seated_DxS, seating.ghosts, config.ghost_size)}
+        for examples in seats.seat_examples(records_Bx3, seating, config.ghost_size):
+            batch = {"examples": examples}
             if not augmented:
-                record = batch["examples"][:, 0]
+                record = examples[:, 0]
                 batch |= {"images": augment.normalise(
                               dataset.train_images[record], config.data.mean, config.data.std,
                               config.dtype),

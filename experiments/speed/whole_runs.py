@@ -1,20 +1,21 @@
 """What a whole run adds to its updates: figures read from the timing.jsonl of real runs."""
 
+import itertools
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import jax
 from ml_collections import ConfigDict
 
-from bigbatch import train
-from bigbatch.config import make_phases
+from bigbatch import train, update
 from bigbatch.metrics import read_events
-from experiments.curves import APART, training_seconds
 from experiments.figures import REPOSITORY, load_config
 from experiments.speed.bare import NOISE, BareUpdate
 from experiments.speed.measure import Figure, ratios
@@ -42,19 +43,17 @@ def train_in(config: ConfigDict, folder: str) -> list[dict[str, Any]]:
 
 def goodput(repeats: int, short: bool) -> list[Figure]:
     """A run's examples a second over those of its bare update, and what its saves block."""
-    updates = 2000 if on_gpu() else 16 if short else 60
+    stretch, turns = (300 if on_gpu() else 4 if short else 10), 4
     config = load_config(cifar(short))
-    # Logs as far apart as the config has them for CIFAR-10, saves 40 times as often.
-    config.recipe.epochs = updates * config.recipe.batch_size / config.data.train_examples
-    config.checkpoint_every_epochs = config.recipe.epochs / 2
-    goodput_of, saves = _beside_bare(config, updates, min(repeats, 3))
-    setting = f"{_describe(config)}, {updates} updates, 2 checkpoints"
-    one = statistics.median(goodput_of.seconds["bare"]) / updates
+    # Logs as far apart as the config has them for CIFAR-10, saves 200 times as often.
+    found, saves = _beside_bare(config, stretch, turns, repeats, saves=2)
+    setting = f"{_describe(config)}, {stretch * turns} updates, 2 checkpoints"
+    one = statistics.median(found.seconds["bare"]) / (stretch * turns)
     interval = load_config("configs/cifar10.py:decay")
     between = (interval.checkpoint_every_epochs * interval.data.train_examples
                / config.recipe.batch_size * one)
     return [
-        goodput_of._replace(name="goodput of a whole run", setting=setting, target=">= 0.97"),
+        found._replace(name="goodput of a whole run", setting=setting, target=">= 0.97"),
         Figure("checkpoint: blocked per save, over the longer of one update and 0.15 s", setting,
                "<= 1.0", "x", [round(save / max(one, BLOCKED_SECONDS), 4) for save in saves],
                seconds={"blocked": saves, "update": [round(one, 4)]}),
@@ -67,17 +66,13 @@ def goodput(repeats: int, short: bool) -> list[Figure]:
 
 def demo_python(repeats: int, short: bool) -> list[Figure]:
     """The share of a demo run's time that its updates do not take."""
-    epochs = 0.2 if short else 10
-    config = load_config(
-        f"configs/digits.py:decay,recipe.epochs={epochs},recipe.falls=(),eval_every_epochs=1000")
-    updates = sum(phase.updates for phase in make_phases(config))
-    # Many, since the machine's noise is larger than what is measured; without the save at the end,
-    # which has rows of its own.
-    found, _ = _beside_bare(
-        config, updates, repeats if short else 2 * repeats, (*APART, "checkpoint"))
+    stretch, turns = (10, 2) if short else (90, 10)  # 90 updates are an epoch
+    config = load_config("configs/digits.py:decay")
+    # More, since the machine's noise is larger than what is measured; saves have rows of their own.
+    found, _ = _beside_bare(config, stretch, turns, repeats if short else 2 * repeats, saves=0)
     return [found._replace(
         name="small networks: share of Python between updates",
-        setting=f"configs/digits.py, {updates} updates of {config.recipe.batch_size}",
+        setting=f"configs/digits.py, {stretch * turns} updates of {config.recipe.batch_size}",
         target="<= 0.05", values=[round(1.0 - value, 4) for value in found.values])]
 
 
@@ -150,30 +145,63 @@ def time_to_accuracy(repeats: int, short: bool) -> list[Figure]:
 
 
 def _beside_bare(
-    config: ConfigDict, updates: int, repeats: int, apart: Sequence[str] = APART
+    config: ConfigDict, stretch: int, turns: int, repeats: int, saves: int
 ) -> tuple[Figure, list[float]]:
-    """A run's speed over its bare update's, each run between two stretches of that, and its saves.
+    """A run's speed over its bare update's, and how many seconds its saves blocked it.
+
+    Within each run its updates and bare ones take turns, `stretch` of them at a time, so that a
+    machine that is slower for a while is slower for both. A turn of the run's has all that it does
+    between updates; what comes before the first update and after the last is in none.
+
+    Args:
+        config: of the run but for its length; changed.
+        stretch: updates in a turn.
+        turns: of the run; each is between two of the bare update's.
+        repeats: runs.
+        saves: in its turns, evenly apart. (One more is after them, at the run's end.)
     """
+    # One update more ends the last turn.
+    one = config.recipe.batch_size / config.data.train_examples
+    config.recipe.epochs = (stretch * turns + 1) * one
+    config.recipe.falls = ()
+    config.eval_every_epochs = 2 * config.recipe.epochs
+    config.checkpoint_every_epochs = (
+        stretch * turns // saves * one if saves else 2 * config.recipe.epochs)
     bare = BareUpdate(config)
-    seconds: dict[str, list[float]] = {"run": [], "bare": []}
-    saves: list[float] = []
-
-    def stretch() -> float:
-        began = time.perf_counter()
-        bare.take(updates)
-        return time.perf_counter() - began
-
     bare.take()
+    seconds: dict[str, list[float]] = {"run": [], "bare": []}
+    blocked: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
-        before = stretch()
         for _ in range(repeats):
-            events = train_in(config, folder)
-            after = stretch()
-            seconds["run"].append(round(training_seconds(events, apart), 4))
-            seconds["bare"].append(round((before + after) / 2, 4))
-            saves += [event["blocked_seconds"] for event in events if event["event"] == "save"]
-            before = after
-    return Figure("", "", "", "x", ratios(seconds["bare"], seconds["run"]), seconds=seconds), saves
+            ends: list[float] = []  # of turns, a bare one first
+            with mock.patch.object(train, "take_update", _taking_turns(bare, stretch, ends)):
+                events = train_in(config, folder)
+            lengths = [end - start for start, end in itertools.pairwise(ends)]
+            bares, runs = lengths[::2], lengths[1::2]
+            seconds["run"].append(round(sum(runs), 4))
+            # Each of the run's turns beside the mean of those before and after it.
+            seconds["bare"].append(round(sum(bares) - (bares[0] + bares[-1]) / 2, 4))
+            blocked += [event["blocked_seconds"] for event in events if event["event"] == "save"]
+    return Figure(
+        "", "", "", "x", ratios(seconds["bare"], seconds["run"]), seconds=seconds), blocked
+
+
+def _taking_turns(bare: BareUpdate, stretch: int, ends: list[float]) -> Callable:
+    """A run's `take_update` that before every `stretch` updates lets `bare` take as many.
+
+    The times at which that began and ended are added to `ends`.
+    """
+    own, numbers = train.take_update, itertools.count()
+
+    def take_update(calls: list, state: update.State, *rest: Any) -> tuple:
+        if next(numbers) % stretch == 0:
+            jax.block_until_ready(state)
+            ends.append(time.perf_counter())
+            bare.take(stretch)
+            ends.append(time.perf_counter())
+        return own(calls, state, *rest)
+
+    return take_update
 
 
 def _while_compiling(
