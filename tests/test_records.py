@@ -13,7 +13,7 @@ from tests.processes import REPOSITORY
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 SMALL = REPOSITORY / "experiments" / "records" / "2026-11-25_small"
 DEMO = REPOSITORY / "experiments" / "records" / "2026-11-25_demo"
-SPEED = REPOSITORY / "experiments" / "records" / "2026-11-25_speed.json"
+SPEED = REPOSITORY / "experiments" / "records" / "2026-11-26_speed.json"
 
 
 def rows_below(header):

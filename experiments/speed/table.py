@@ -4,7 +4,7 @@
 
 Prints a Markdown table and writes FILE.json with the machine, versions and every repeat. What is
 compared is paired inside one run and taken in turns, so trust ratios more than seconds. On a GPU
-updates are in bfloat16 and of full size, on CPU in float32 and smaller. About 17 minutes on 2
+updates are in bfloat16 and of full size, on CPU in float32 and smaller. About 20 minutes on 2
 cores. The rows beside PyTorch need `pip install torch` and say so without. `--short` shows in a few
 minutes that all of it runs; its figures say nothing.
 """
