@@ -47,7 +47,7 @@ def compiler_options(mesh: Mesh) -> dict[str, str] | None:
     """What XLA is told in compiling for these devices, beyond its defaults."""
     if mesh.devices.flat[0].platform == "cpu":
         # YNNPACK takes sums several times sooner than XLA's own code, but by default it is given
-        # products too (and before jax 0.11 convolutions), which take it longer.
+        # products and convolutions too, which take it longer.
         return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
     return None
 

@@ -79,13 +79,11 @@ def examples_seated(seating: Seating, ghost_size: int) -> tuple[np.ndarray, np.n
     """
     ghosts = ghosts_seated(seating)[..., None]
     places = np.maximum(ghosts, 0) * ghost_size + np.arange(ghost_size, dtype=np.int32)
-    after = np.where(ghosts >= 0, seating.ghosts - 1 - ghosts, -1)
-    tables = []
-    for table in (places, np.broadcast_to(after, places.shape)):
-        table = table.reshape(seating.microbatches, seating.devices, -1).astype(np.int32)
-        table.flags.writeable = False  # the cache hands out the array itself
-        tables.append(table)
-    return tuple(tables)
+    after = np.where(ghosts >= 0, seating.ghosts - 1 - ghosts, -1).repeat(ghost_size, axis=-1)
+    shape = seating.microbatches, seating.devices, -1
+    places, after = places.reshape(shape), after.reshape(shape)
+    places.flags.writeable = after.flags.writeable = False  # the cache hands out the arrays
+    return places, after
 
 
 def seat_examples(records_Bx3: np.ndarray, seating: Seating, ghost_size: int) -> np.ndarray:

@@ -176,11 +176,8 @@ def _beside_bare(
             ends: list[float] = []  # of turns, a bare one first
             with mock.patch.object(train, "take_update", _taking_turns(bare, stretch, ends)):
                 events = train_in(config, folder)
-            lengths = [end - start for start, end in itertools.pairwise(ends)]
-            bares, runs = lengths[::2], lengths[1::2]
-            seconds["run"].append(round(sum(runs), 4))
-            # Each of the run's turns beside the mean of those before and after it.
-            seconds["bare"].append(round(sum(bares) - (bares[0] + bares[-1]) / 2, 4))
+            for name, spent in zip(seconds, _run_and_bare(ends), strict=True):
+                seconds[name].append(round(spent, 4))
             blocked += [event["blocked_seconds"] for event in events if event["event"] == "save"]
     return Figure(
         "", "", "", "x", ratios(seconds["bare"], seconds["run"]), seconds=seconds), blocked
@@ -202,6 +199,13 @@ def _taking_turns(bare: BareUpdate, stretch: int, ends: list[float]) -> Callable
         return own(calls, state, *rest)
 
     return take_update
+
+
+def _run_and_bare(ends: list[float]) -> tuple[float, float]:
+    """Seconds of a run's turns, and of the bare ones, each the mean of those before and after."""
+    lengths = [end - start for start, end in itertools.pairwise(ends)]
+    bares, runs = lengths[::2], lengths[1::2]
+    return sum(runs), sum(bares) - (bares[0] + bares[-1]) / 2
 
 
 def _while_compiling(
