@@ -12,7 +12,7 @@ from tests.processes import REPOSITORY
 
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 SMALL = REPOSITORY / "experiments" / "records" / "2026-11-25_small"
-DEMO = REPOSITORY / "experiments" / "records" / "2026-11-25_demo"
+DEMO = REPOSITORY / "experiments" / "records" / "2026-11-26_demo"
 SPEED = REPOSITORY / "experiments" / "records" / "2026-11-26_speed.json"
 
 
