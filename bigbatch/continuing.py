@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from bigbatch import __version__
 from bigbatch.schedule import Phase
 
 # Never change what is learned.
@@ -49,6 +50,7 @@ def describe_run(
     """
     return {
         **Position(*position)._asdict(),
+        "version": __version__,
         "config": json.loads(config.to_json()),
         "phases": [dataclasses.asdict(phase) for phase in phases],
     }

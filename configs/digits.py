@@ -39,7 +39,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.model = ConfigDict({
         "ghost_size": config.get_ref("ghost_size"), "depth": 10, "width": 1, "channels": 1,
         # 100 ghost batches of 16 are about the examples that 10 of 128 are on CIFAR-10.
-        "bn_decay": 0.99,
+        "bn_decay": 0.99, "same_padding": False,
     })
     config.data.update({
         "name": "digits", "train_examples": 1437, "test_examples": 360, "num_classes": 10,

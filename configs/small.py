@@ -90,7 +90,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config.ghost_size = 16
     config.model = ConfigDict({
         "ghost_size": config.get_ref("ghost_size"), "depth": 10, "width": 1, "channels": 3,
-        "bn_decay": 0.99,  # the window of CIFAR-10's 0.9 with ghost batches of 128
+        # The window of CIFAR-10's 0.9 with ghost batches of 128.
+        "bn_decay": 0.99, "same_padding": False,
     })
     config.data.update({
         "name": "configs.small.half_resolution", "train_split": "train[:5120]",

@@ -64,9 +64,10 @@ class Scale(NamedTuple):
 FAMILIES = ("cifar10", "imagenet_inception_resnet_v2", "imagenet_resnet50")
 SCALES = {
     "paper": Scale(
-        {family: f"configs/{family}.py" for family in FAMILIES}, "",
+        {family: f"configs/{family}.py" for family in FAMILIES}, "dtype=bfloat16",
         {"test_accuracy": 0.005, "train_loss": 0.02}, True,
-        "The paper's own recipes, networks and data.",
+        "The paper's own recipes, networks and data, computed in bfloat16 with parameters, batch "
+        "statistics and the optimizer in float32.",
     ),
     "small": Scale(
         dict.fromkeys(FAMILIES, "configs/small.py"), "",

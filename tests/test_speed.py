@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from bigbatch import train
+from bigbatch import network, train
 from bigbatch.models.resnet import ResNet
+from bigbatch.update import init_state
 from experiments.speed import flax_resnet, measure, whole_runs
 from experiments.speed.bare import BareUpdate
 from experiments.speed.peers import with_flax_norm
-from tests.configs import tiny
+from tests.configs import load, tiny
 from tests.updates import NO_AUGMENTATION, conv_net, distance, inputs, prepare, training_set
 
 REPOSITORY = Path(__file__).parents[1]
@@ -45,6 +46,39 @@ def test_the_bare_update_is_a_runs_update(settings):
     bare.take()
     assert bare.loss == pytest.approx(float(measured.loss), rel=1e-6)
     assert distance(bare.state.params, expected.params) < 1e-6
+
+
+def test_the_pytorch_network_is_the_same_function():
+    """With the same weights in float64; a stride's padding on the wrong side would show here."""
+    torch = pytest.importorskip("torch")
+    from experiments.speed import torch_wide_resnet
+
+    jax.config.update("jax_enable_x64", True)
+    config = load("cifar10", "increase,dtype=float64,ghost_size=4,model.width=1")
+    net = network.build(config)
+    params, batch_stats, _ = init_state(config, net)
+    theirs = torch_wide_resnet.WideResNet(16, 1, 10).double()
+
+    def copy(layer, values):
+        for name, array in values.items():
+            array = np.asarray(array)
+            if name == "kernel":
+                array = array.transpose((3, 2, 0, 1) if array.ndim == 4 else (1, 0))
+            parameter = layer.bias if name == "bias" else layer.weight
+            assert parameter.shape == array.shape
+            parameter.data = torch.tensor(array)
+
+    for name in ("conv", "norm", "head"):
+        copy(getattr(theirs, name), params[name])
+    for place, block in params["blocks"].items():
+        for name, values in block.items():
+            copy(getattr(theirs.blocks[place], name), values)
+    images = np.random.default_rng(0).normal(size=(4, 32, 32, 3))
+    ours, *_ = jax.jit(net.apply, static_argnums=3)(
+        params, batch_stats, jnp.asarray(images), True, None)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(images.transpose(0, 3, 1, 2))).numpy()
+    np.testing.assert_allclose(ours, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_fixed_tensors_are_what_the_network_gets_unaugmented():

@@ -1,6 +1,7 @@
 """The Wide ResNet: the paper's sizes, and the network written out in plain JAX."""
 
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -80,14 +81,17 @@ def test_wrn_16_4_takes_as_many_multiplications_as_the_papers():
     assert multiply_accumulates(jaxpr.jaxpr) == pytest.approx(0.3926e9, rel=1e-4)
 
 
-@pytest.mark.parametrize("settings", [(), ("model.width=2",)])
-def test_it_is_the_network_written_out(settings):
+@pytest.mark.parametrize(("settings", "before"), [
+    ((), 1), (("model.width=2",), 1),
+    (("model.same_padding=True",), 0),  # version 0.1's
+])
+def test_it_is_the_network_written_out(settings, before):
     """In float64, in training and in evaluation; in the first group of width 1 nothing projects."""
     jax.config.update("jax_enable_x64", True)
     config = tiny("dtype=float64", *settings)
     net = network.build(config)
     params, batch_stats, _ = init_state(config, net)
-    assert ("project" in params["blocks"][0]) == (settings != ())
+    assert ("project" in params["blocks"][0]) == ("model.width=2" in settings)
     draws = np.random.default_rng(0)
 
     def scattered(tree):
@@ -97,7 +101,8 @@ def test_it_is_the_network_written_out(settings):
 
     params, batch_stats = scattered(params), scattered(batch_stats)
     images = jnp.asarray(draws.normal(size=(2 * config.ghost_size, 8, 8, 1)))
-    apply, forward = jax.jit(net.apply, static_argnums=3), jax.jit(plain_wide_resnet.forward)
+    apply, forward = jax.jit(net.apply, static_argnums=3), jax.jit(
+        partial(plain_wide_resnet.forward, before=before))
     logits, auxiliary, rows = apply(params, batch_stats, images, True, None)
     assert auxiliary == []
     for ghost in range(2):

@@ -26,11 +26,11 @@ class Block(nnx.Module):
         conv: Callable[..., nnx.Module], norm: Callable[..., nnx.Module],
     ):
         self.norm1 = norm(inputs)
-        self.conv1 = conv(inputs, outputs, (3, 3), strides=stride)
+        self.conv1 = conv(inputs, outputs, 3, stride)
         self.norm2 = norm(outputs)
-        self.conv2 = conv(outputs, outputs, (3, 3))
+        self.conv2 = conv(outputs, outputs, 3)
         # Where the width stays, so does the stride: the first group starts at stride 1.
-        self.project = conv(inputs, outputs, (1, 1), strides=stride) if inputs != outputs else None
+        self.project = conv(inputs, outputs, 1, stride) if inputs != outputs else None
         self.rate, self.tag = rate, tag
 
     def __call__(self, x: jax.Array, train: bool, keys_B: jax.Array) -> jax.Array:
@@ -56,6 +56,7 @@ class WideResNet(nnx.Module):
         first_features: int = 16,
         bn_decay: float = 0.9,
         dropout_rate: float = 0.0,
+        same_padding: bool = False,
     ):
         """Args:
         num_classes: outputs.
@@ -68,6 +69,8 @@ class WideResNet(nnx.Module):
         first_features: of the first convolution; 16 in the paper.
         bn_decay: what remains of a running statistic after one ghost batch.
         dropout_rate: between a block's two convolutions.
+        same_padding: True for the network of version 0.1, whose convolutions of stride 2 padded
+            (0, 1); only so that its runs can go on.
         """
         if depth < 10 or (depth - 4) % 6:
             raise ValueError(
@@ -79,10 +82,17 @@ class WideResNet(nnx.Module):
         param_dtype = jnp.promote_types(dtype, jnp.float32)
         norm = partial(GhostBatchNorm, ghost_size=ghost_size, decay=bn_decay, dtype=dtype,
                        rngs=rngs)
-        conv = partial(nnx.Conv, use_bias=False, padding="SAME", kernel_init=he_normal,
-                       dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+        def conv(inputs: int, outputs: int, size: int, strides: int = 1) -> nnx.Conv:
+            # As many pixels on both sides, as the paper's own code pads: SAME would put the odd
+            # pixel of a stride of 2 on one side, which is another network.
+            padding = "SAME" if same_padding else size // 2
+            return nnx.Conv(inputs, outputs, (size, size), strides=strides, padding=padding,
+                            use_bias=False, kernel_init=he_normal, dtype=dtype,
+                            param_dtype=param_dtype, rngs=rngs)
+
         blocks = (depth - 4) // 6
-        self.conv = conv(channels, first_features, (3, 3))
+        self.conv = conv(channels, first_features, 3)
         features = first_features
         self.blocks = nnx.List([])
         for group, outputs in enumerate((16 * width, 32 * width, 64 * width)):
