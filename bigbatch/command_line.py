@@ -3,19 +3,19 @@
 import functools
 import gc
 import importlib.util
-import signal
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from bigbatch.config import set_from_text
-from bigbatch.job import FAILED_STATUS, leave
+from bigbatch.job import statuses
+from bigbatch.job.processes import leave
+from bigbatch.mistake import Mistake
 
-USAGE_STATUS = 2
 EXAMPLE = "--config=configs/digits.py:increase"
 flags.disclaim_key_flags()  # a program's --help shows --config among its own flags
 
@@ -64,12 +64,12 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
                 set_from_text(config(), key, text)
             main(arguments)
         except KeyboardInterrupt:  # the second one, where training listens: it waits for nothing
-            leave(128 + signal.SIGINT, "interrupted.")
-        except Exception as error:
-            if isinstance(error, ValueError | OSError) and said_here(error.__traceback__):
-                refuse(str(error))
+            leave(statuses.INTERRUPTED, "interrupted.")
+        except Mistake as mistake:
+            refuse(str(mistake))
+        except Exception:
             traceback.print_exc()
-            leave(FAILED_STATUS)  # at once: the interpreter's own end waits for compilations
+            leave(statuses.FAILED)  # at once: the interpreter's own end waits for compilations
 
     app.run(checked_main, flags_parser=parse)
 
@@ -78,11 +78,11 @@ def config() -> ConfigDict:
     """The config of the command line: the same object at each call.
 
     Raises:
-        ValueError: if none was given, there is no such file, or its argument asks for what is not
+        Mistake: if none was given, there is no such file, or its argument asks for what is not
             there.
     """
     if not flags.FLAGS.config:
-        raise ValueError(f"--config is missing; write for example {EXAMPLE}.")
+        raise Mistake(f"--config is missing; write for example {EXAMPLE}.")
     return _load(flags.FLAGS.config)
 
 
@@ -96,29 +96,22 @@ def load_file(path: str | Path) -> ModuleType:
     """A config file, as a module with `get_config(argument)`.
 
     Raises:
-        ValueError: if there is no such file, or no such function in it.
+        Mistake: if there is no such file, or no such function in it.
     """
     spec = importlib.util.spec_from_file_location("config", path)  # None if no Python file's name
     if spec is None or not Path(path).is_file():
-        raise ValueError(
+        raise Mistake(
             f"--config names {str(path)!r}, and there is no such Python file; write for example "
             f"{EXAMPLE}."
         )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
-        raise ValueError(f"--config names {str(path)!r}, which has no function "
+        raise Mistake(f"--config names {str(path)!r}, which has no function "
                          "get_config(argument).")
     return module
 
 
 def refuse(text: str) -> None:
     """Prints one line and ends the program, whatever other processes of a job do."""
-    leave(USAGE_STATUS, text)
-
-
-def said_here(trace: TracebackType | None, package: Path = Path(__file__).parent) -> bool:
-    """Whether an error was raised by a statement of a package, and not somewhere beneath it."""
-    last = traceback.extract_tb(trace)[-1]
-    # The statement is looked at because what Python itself raises, as max(()) does, has no frame.
-    return Path(last.filename).is_relative_to(package) and last.line.startswith("raise")
+    leave(statuses.MISTAKE, text)

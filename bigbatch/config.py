@@ -12,7 +12,9 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from bigbatch import schedule, seats
+from bigbatch import schedule
+from bigbatch.mistake import Mistake
+from bigbatch.schedule import due, layout
 
 DTYPES = ("float32", "bfloat16", "float64")
 OPTIMIZERS = ("momentum", "nesterov", "sgd", "adam")
@@ -116,7 +118,7 @@ def from_argument(
             Settings, or a function that gives them for the config so far.
 
     Raises:
-        ValueError: for an unknown preset, option, key, or a value of the wrong kind.
+        Mistake: for an unknown preset, option, key, or a value of the wrong kind.
     """
     options = options or {}
     config.lock()
@@ -127,7 +129,7 @@ def from_argument(
     for setting in settings:
         key, separator, text = setting.partition("=")
         if not separator:
-            raise ValueError(f"{setting!r} is no setting; write key=value after the preset.")
+            raise Mistake(f"{setting!r} is no setting; write key=value after the preset.")
         if key in options:
             chosen = _choose(key, text, options[key])
             _set_all(config, chosen(config) if callable(chosen) else chosen)
@@ -140,30 +142,56 @@ def set_from_text(config: ConfigDict, key: str, text: str) -> None:
     """Sets the dotted `key` from a command line's text, keeping the type it has.
 
     Raises:
-        ValueError: if there is no such key, or the text is no value of its type.
+        Mistake: if there is no such key, or the text is no value of its type.
     """
     group, name = _find(config, key)
     kind = group.get_type(name)
     try:
         group[name] = None if text == "None" and key in MAY_BE_NONE else _parse(text, kind)
     except (ValueError, SyntaxError, TypeError):
-        raise ValueError(
+        raise Mistake(
             f"config.{key} takes {_describe(kind)}{' or None' * (key in MAY_BE_NONE)} (it is "
             f"{group[name]!r}), not {text!r}."
         ) from None
+
+
+def saved_config(run: Mapping[str, Any]) -> ConfigDict:
+    """The config that a run was saved with, with every key that this version has.
+
+    A key that the version which saved it had not yet has its default: what runs did without it. So
+    a new key ends no old run.
+
+    Args:
+        run: `config`, and the `version` that saved it, which 0.1 did not note.
+    """
+    filled = base_config()
+    with filled.unlocked():
+        _fill(filled, run["config"])
+        wide_resnet = filled.network == "bigbatch.models.wide_resnet.WideResNet"
+        if "version" not in run and wide_resnet and "same_padding" not in filled.model:
+            filled.model.same_padding = True  # version 0.1 had no other
+    return filled
+
+
+def _fill(config: ConfigDict, saved: Mapping[str, Any]) -> None:
+    for key, value in saved.items():
+        if isinstance(value, Mapping) and key in config and key != "model":
+            _fill(config[key], value)
+        else:
+            config[key] = ConfigDict(value) if isinstance(value, Mapping) else value
 
 
 def make_recipe(config: ConfigDict) -> schedule.Recipe:
     """The recipe a config states, scaled up as it says.
 
     Raises:
-        ValueError: where a value is of no use; see `schedule`.
+        Mistake: where a value is of no use; see `schedule`.
     """
     falls = config.recipe.falls
     try:
         falls = tuple((float(epoch), float(factor)) for epoch, factor in falls)
     except (TypeError, ValueError):
-        raise ValueError(
+        raise Mistake(
             f"recipe.falls is {falls!r}; it must be pairs of (epoch, factor), as ((60, 5), "
             "(120, 5))."
         ) from None
@@ -187,7 +215,7 @@ def make_phases(config: ConfigDict) -> tuple[schedule.Phase, ...]:
     """The phases of a config.
 
     Raises:
-        ValueError: where no such schedule exists.
+        Mistake: where no such schedule exists.
     """
     return schedule.plan_phases(
         make_recipe(config), config.strategy, make_limits(config), config.hybrid_falls
@@ -196,46 +224,35 @@ def make_phases(config: ConfigDict) -> tuple[schedule.Phase, ...]:
 
 def make_seatings(
     config: ConfigDict, phases: Sequence[schedule.Phase], devices: int
-) -> list[seats.Seating]:
+) -> list[layout.Seating]:
     """How each phase's ghost batches are dealt to `devices`.
 
     Raises:
-        ValueError: if a ghost batch does not fit into a pass.
+        Mistake: if a ghost batch does not fit into a pass.
     """
     return [
-        seats.make_seating(phase.batch_size, config.ghost_size, devices,
+        layout.make_seating(phase.batch_size, config.ghost_size, devices,
                            config.max_per_device_batch, config.microbatches)
         for phase in phases
     ]
 
 
 def make_due(config: ConfigDict, total: int) -> Callable[[str, int, int], bool]:
-    """What is due when, by `log_every_epochs`, `eval_every_epochs` and `checkpoint_every_epochs`.
+    """What is due when, by the config's `..._every_epochs`; see `schedule.due.make_due`.
 
     Args:
         config: of the run.
-        total: its examples, at whose end everything is due.
-
-    Returns:
-        is_due("log", "eval" or "checkpoint", start, end): whether the update from example `start`
-        to `end` reaches a multiple of that interval.
+        total: its examples.
     """
-    every = {  # in examples
-        what: max(1, round(config[f"{what}_every_epochs"] * config.data.train_examples))
-        for what in ("log", "eval", "checkpoint")
-    }
-
-    def is_due(what: str, start: int, end: int) -> bool:
-        return end // every[what] > start // every[what] or end == total
-
-    return is_due
+    every = {what: config[f"{what}_every_epochs"] for what in ("log", "eval", "checkpoint")}
+    return due.make_due(every, config.data.train_examples, total)
 
 
 def check(config: ConfigDict) -> None:
     """Refuses values that nothing further down could make sense of.
 
     Raises:
-        ValueError: one line with the key, its value and what is allowed.
+        Mistake: one line with the key, its value and what is allowed.
     """
     for key, allowed in (
         ("dtype", DTYPES),
@@ -248,7 +265,7 @@ def check(config: ConfigDict) -> None:
     ):
         group, name = _find(config, key)
         if group[name] not in allowed:
-            raise ValueError(
+            raise Mistake(
                 f"config.{key} is {group[name]!r}; allowed are {', '.join(allowed)}."
             )
     for key, least in (
@@ -260,43 +277,43 @@ def check(config: ConfigDict) -> None:
     ):
         group, name = _find(config, key)
         if not group[name] >= least:
-            raise ValueError(f"config.{key} is {group[name]}; it must be {least} or more.")
+            raise Mistake(f"config.{key} is {group[name]}; it must be {least} or more.")
     for key in (
         "log_every_epochs", "eval_every_epochs", "checkpoint_every_epochs", "optimizer.epsilon"
     ):
         group, name = _find(config, key)
         if not 0 < group[name] < math.inf:
-            raise ValueError(
+            raise Mistake(
                 f"config.{key} is {group[name]}; it must be a finite number over 0."
             )
     if not 0 < config.data.eval_share <= 1:
-        raise ValueError(
+        raise Mistake(
             f"config.data.eval_share is {config.data.eval_share}; it must lie in (0, 1]."
         )
     if not 0 <= config.optimizer.weight_decay < math.inf:
-        raise ValueError(
+        raise Mistake(
             f"config.optimizer.weight_decay is {config.optimizer.weight_decay}; it must be a "
             "finite number, 0 or more."
         )
     if config.seed >= 2**32:
-        raise ValueError(f"config.seed is {config.seed}; it must be below 2**32.")
+        raise Mistake(f"config.seed is {config.seed}; it must be below 2**32.")
     if not 0 <= config.label_smoothing < 1:
-        raise ValueError(
+        raise Mistake(
             f"config.label_smoothing is {config.label_smoothing}; it must lie in [0, 1)."
         )
     if not 0 <= config.optimizer.beta2 < 1:
-        raise ValueError(
+        raise Mistake(
             f"config.optimizer.beta2 is {config.optimizer.beta2}; it must lie in [0, 1)."
         )
     if config.optimizer.name == "adam" and config.scale_up.momentum is not None:
-        raise ValueError(
+        raise Mistake(
             f"config.scale_up.momentum is {config.scale_up.momentum:g}, but Adam averages the "
             "gradients with its first beta, so a larger one does not lengthen the steps and the "
             "batch cannot grow with it; leave it None, or use optimizer.name=momentum."
         )
     momentum = make_recipe(config).momentum
     if config.optimizer.name == "sgd" and momentum:
-        raise ValueError(
+        raise Mistake(
             f"the momentum is {momentum:g}, but config.optimizer.name is 'sgd', which has none: "
             "set recipe.momentum=0 or optimizer.name=momentum."
         )
@@ -310,7 +327,7 @@ def _set_all(config: ConfigDict, settings: Mapping[str, Any]) -> None:
 
 def _choose(what: str, name: str, choices: Mapping[str, Any]) -> Any:
     if name not in choices:
-        raise ValueError(f"{what} {name!r} is unknown; allowed are {', '.join(choices)}.")
+        raise Mistake(f"{what} {name!r} is unknown; allowed are {', '.join(choices)}.")
     return choices[name]
 
 
@@ -322,15 +339,15 @@ def _find(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
         if not isinstance(group, ConfigDict) or part not in group:
             parent = ".".join(["config", *key.split(".")[:depth]])
             if not isinstance(group, ConfigDict):
-                raise ValueError(f"config.{key} is unknown: {parent} is a value, not a group.")
-            raise ValueError(
+                raise Mistake(f"config.{key} is unknown: {parent} is a value, not a group.")
+            raise Mistake(
                 f"config.{key} is unknown{_near(config, key)}; {parent} has "
                 f"{', '.join(sorted(group))}."
             )
         if depth < len(path):
             group = group[part]
     if isinstance(group[name], ConfigDict):
-        raise ValueError(
+        raise Mistake(
             f"config.{key} is a group; set one of its keys: "
             f"{', '.join(f'{key}.{inner}' for inner in sorted(group[name]))}."
         )

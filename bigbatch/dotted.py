@@ -4,6 +4,8 @@ import difflib
 import importlib
 from collections.abc import Callable
 
+from bigbatch.mistake import Mistake
+
 
 def is_dotted(name: str) -> bool:
     """Whether `name` has the form of a dotted path, 'package.module.name'."""
@@ -19,11 +21,11 @@ def resolve(dotted: str, what: str) -> Callable:
         what: where the path was given, for the message, as "config.network".
 
     Raises:
-        ValueError: if it is no dotted path, or a part of it is missing or cannot be called. What
+        Mistake: if it is no dotted path, or a part of it is missing or cannot be called. What
             goes wrong inside the imported module is that module's own error and passes through.
     """
     if not is_dotted(dotted):
-        raise ValueError(
+        raise Mistake(
             f"{what} is {dotted!r}; it must be a dotted path, as 'package.module.name'."
         )
     path, name = dotted.rsplit(".", 1)
@@ -32,17 +34,17 @@ def resolve(dotted: str, what: str) -> Callable:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{path}.".startswith(f"{error.name}."):
             raise
-        raise ValueError(
+        raise Mistake(
             f"{what} is {dotted!r}, but there is no module {error.name!r}: it must be importable, "
             "so in the current folder, in a folder of PYTHONPATH, or installed."
         ) from None
     if not hasattr(module, name):
         close = difflib.get_close_matches(name, dir(module), n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
-        raise ValueError(f"{what} is {dotted!r}, but module {path!r} has no {name!r}.{hint}")
+        raise Mistake(f"{what} is {dotted!r}, but module {path!r} has no {name!r}.{hint}")
     found = getattr(module, name)
     if not callable(found):
-        raise ValueError(
+        raise Mistake(
             f"{what} is {dotted!r}, which is {type(found).__name__} {name!r} and cannot be called."
         )
     return found

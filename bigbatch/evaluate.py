@@ -1,88 +1,25 @@
-"""Loss and accuracy over the whole test set; as a program, those of a run's last checkpoint.
+"""Evaluates a run's last checkpoint: loss and accuracy over the whole test set.
 
     python -m bigbatch.evaluate --workdir=DIR    (or gs://bucket/path)
 """
 
 import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 from absl import flags
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
-from ml_collections import ConfigDict
 
-from bigbatch import checkpoint, command_line, network
-from bigbatch.data import augment
-from bigbatch.data.feed import Feed, open_feed
-from bigbatch.devices import AXIS, compiler_options, make_mesh
-
-
-def make_evaluate(config: ConfigDict, net: network.Network, mesh: Mesh) -> Callable:
-    """The jitted function `(params, batch_stats, test, batch) -> float[3]`.
-
-    The result is the sums of (cross entropy, correct, examples) over one batch of all devices.
-    `test` has the test set's `images` and `labels` replicated, or is {} when they are fed; `batch`
-    has `record` (int32, -1 where a seat is empty), and `images` and `labels` where they are fed.
-    """
-    dtype = jnp.promote_types(config.dtype, jnp.float32)
-
-    def evaluate(params: Any, batch_stats: Any, test: Mapping, batch: Mapping) -> jax.Array:
-        record = batch["record"]
-        if "images" in batch:
-            source, labels, rows = batch["images"], batch["labels"], jnp.arange(len(record))
-        else:
-            rows = jnp.maximum(record, 0)
-            source, labels = test["images"], test["labels"][rows]
-        images = augment.take_plain(source, rows, config.data.augment.crop)
-        images = augment.normalise(
-            images, config.data.mean, config.data.std, jnp.dtype(config.dtype)
-        )
-        keys = jax.random.split(jax.random.key(0), len(record))  # drawn from by no one
-        logits, *_ = net.apply(params, batch_stats, images, False, keys)
-        logits = logits.astype(dtype)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        seated = record >= 0
-        sums = jnp.stack([
-            jnp.sum(jnp.where(seated, losses, 0.0)),
-            jnp.sum(seated & (jnp.argmax(logits, axis=1) == labels)).astype(dtype),
-            jnp.sum(seated).astype(dtype),
-        ])
-        return jax.lax.psum(sums, AXIS)
-
-    mapped = jax.shard_map(
-        evaluate, mesh=mesh, in_specs=(P(), P(), P(), P(AXIS)), out_specs=P(), check_vma=False
-    )
-    return jax.jit(mapped, compiler_options=compiler_options(mesh))
-
-
-def whole_test_set(
-    program: Callable, params: Any, batch_stats: Any, fed: Feed,
-    before_batch: Callable[[], None] = lambda: None,
-) -> dict[str, float]:
-    """`test_loss` (mean cross entropy) and `test_accuracy` over every test example, each once.
-
-    Args:
-        program: `make_evaluate`, jitted or compiled.
-        params: parameters.
-        batch_stats: running statistics.
-        fed: what the test set comes from.
-        before_batch: called before each batch; what it raises passes through.
-    """
-    sums = []
-    for batch in fed.evaluation():
-        before_batch()
-        sums.append(program(params, batch_stats, fed.test, batch))
-        if len(sums) > 1:
-            sums[-2].block_until_ready()  # two batches on the devices at most; a stop is heard soon
-    loss, correct, examples = np.sum([np.asarray(part, np.float64) for part in sums], axis=0)
-    return {"test_loss": float(loss / examples), "test_accuracy": float(correct / examples)}
+from bigbatch import command_line
+from bigbatch.config import saved_config
+from bigbatch.data.feed import open_feed
+from bigbatch.job.devices import make_mesh
+from bigbatch.mistake import Mistake
+from bigbatch.storage import checkpoint
+from bigbatch.update import network
+from bigbatch.update.evaluation import make_evaluate, whole_test_set
 
 
 def evaluate_run(workdir: str | Path, data_dir: str = "") -> dict[str, Any]:
@@ -96,10 +33,10 @@ def evaluate_run(workdir: str | Path, data_dir: str = "") -> dict[str, Any]:
         `updates`, `examples_seen`, `epoch`, `test_loss` and `test_accuracy`.
 
     Raises:
-        ValueError: if there is no whole checkpoint, or the data is not that of the run.
+        Mistake: if there is no whole checkpoint, or the data is not that of the run.
     """
     run, state = checkpoint.load_newest(workdir)
-    config = ConfigDict(run["config"])
+    config = saved_config(run)
     if data_dir:
         config.data.dir = data_dir
     if config.dtype == "float64":
@@ -117,7 +54,7 @@ def evaluate_run(workdir: str | Path, data_dir: str = "") -> dict[str, Any]:
 def main(arguments: Sequence[str]) -> None:
     """Prints the evaluation of --workdir as one JSON object."""
     if not WORKDIR.value:
-        raise ValueError("--workdir is missing: the folder of the run to evaluate.")
+        raise Mistake("--workdir is missing: the folder of the run to evaluate.")
     print(json.dumps(evaluate_run(WORKDIR.value, DATA_DIR.value)))
 
 

@@ -19,7 +19,11 @@ from collections.abc import Sequence
 import jax
 from absl import flags
 
-from bigbatch import checkpoint, command_line, job, preemption, program_cache, train
+from bigbatch import command_line, train
+from bigbatch.job import processes, statuses
+from bigbatch.mistake import Mistake
+from bigbatch.programs import program_cache
+from bigbatch.storage import checkpoint
 
 command_line.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "For logs and checkpoints: a folder, or gs://bucket/path.")
@@ -38,29 +42,28 @@ PROCESS = flags.DEFINE_integer("process", -1, "Which one this is, from 0.")
 DEAD_PEER_SECONDS = flags.DEFINE_integer(
     "dead_peer_seconds", 100, "End when another process of the job was silent for so long."
 )
-STOPPED_STATUS = 3
 
 
 def main(arguments: Sequence[str]) -> None:
     """Runs `train.train_and_evaluate` with the command line's config."""
     config = command_line.config()
     if not WORKDIR.value:
-        raise ValueError("--workdir is missing: the folder for this run's logs and checkpoints.")
+        raise Mistake("--workdir is missing: the folder for this run's logs and checkpoints.")
     try:
-        job.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, DEAD_PEER_SECONDS.value)
+        processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, DEAD_PEER_SECONDS.value)
         if CACHE.value:
             program_cache.keep(CACHE.value)
         train.train_and_evaluate(
             config, WORKDIR.value, STOP_AFTER_PHASE.value, profile=PROFILE.value)
     except train.StoppedAfterPhase:
-        job.leave(STOPPED_STATUS, together=True)
+        processes.leave(statuses.STOPPED_AFTER_PHASE, together=True)
     except train.Preempted:
-        job.leave(preemption.EXIT_STATUS, together=True)
+        processes.leave(statuses.AGAIN, together=True)
     except (train.NotFinite, checkpoint.WriteError) as error:
-        job.leave(job.FAILED_STATUS, str(error))
+        processes.leave(statuses.FAILED, str(error))
     except jax.errors.JaxRuntimeError as error:
-        job.leave(*job.explain(error))
-    job.leave(0, together=True)
+        processes.leave(*processes.explain(error))
+    processes.leave(statuses.FINISHED, together=True)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,13 @@ from absl import flags
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from bigbatch import command_line, job, network, schedule, topology
+from bigbatch import command_line, schedule
 from bigbatch.config import check, make_phases, make_recipe, make_seatings
-from bigbatch.progress import format_seconds
+from bigbatch.job import processes, statuses
+from bigbatch.mistake import Mistake
+from bigbatch.planning import topology
+from bigbatch.update import network
+from bigbatch.watching.progress import format_seconds
 
 command_line.define_config()
 DEVICES = flags.DEFINE_integer("devices", None, "How many devices share an update.", lower_bound=1)
@@ -38,9 +42,6 @@ CACHE = flags.DEFINE_string(
     "plan_cache", REMEMBERED, "Folder that remembers what compiling has shown; empty for none."
 )
 FORMAT = flags.DEFINE_enum("format", "table", ["table", "json"], "What to print.")
-
-
-NO_FIT_STATUS = 1
 
 
 def plan(config: ConfigDict, devices: int | Sequence[int]) -> dict[str, Any]:
@@ -61,7 +62,7 @@ def plan(config: ConfigDict, devices: int | Sequence[int]) -> dict[str, Any]:
         `ghost_size`.
 
     Raises:
-        ValueError: for anything in the config that cannot be right.
+        Mistake: for anything in the config that cannot be right.
     """
     check(config)
     phases = make_phases(config)
@@ -111,10 +112,12 @@ def plan_for_slices(config: ConfigDict, topology_text: str, cache: str) -> dict[
         What `plan` returns, and `compiled`: see `slices.compile_for`.
 
     Raises:
-        ValueError: for anything in the config or the text that cannot be right, or if the TPU
+        Mistake: for anything in the config or the text that cannot be right, or if the TPU
             compiler is not there.
     """
-    from bigbatch import slices  # with the checkpoints' and logs' libraries, which take seconds
+    from bigbatch.planning import (
+        slices,  # with the checkpoints' and logs' libraries, which take seconds
+    )
 
     check(config)
     phases = make_phases(config)
@@ -264,7 +267,7 @@ def main(arguments: Sequence[str]) -> None:
     topology.compile_elsewhere()
     config = command_line.config()
     if TOPOLOGY.value and DEVICES.value:
-        raise ValueError(
+        raise Mistake(
             f"--topology={TOPOLOGY.value} and --devices={DEVICES.value}: a slice says how many "
             "devices it has; give one of the two."
         )
@@ -274,7 +277,7 @@ def main(arguments: Sequence[str]) -> None:
         planned = plan(config, DEVICES.value or 1)
     print(json.dumps(planned) if FORMAT.value == "json" else as_text(planned))
     if TOPOLOGY.value and not planned["compiled"]["fits"]:
-        job.leave(NO_FIT_STATUS)
+        processes.leave(statuses.FAILED)
 
 
 if __name__ == "__main__":

@@ -1,47 +1,34 @@
-"""The whole story of a run: what will be done, where it stands, its programs, the loop."""
+"""The whole story of a run: how it begins, its loop, how it ends."""
 
 import contextlib
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.profiler import StepTraceAnnotation
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from bigbatch import (
-    bucket,
-    checkpoint,
-    chip_peaks,
-    compilation,
-    continuing,
-    evaluate,
-    job,
-    metrics,
-    network,
-    preemption,
-    profiling,
-    programs,
-    progress,
-    schedule,
-    seats,
-    update,
-    workdir,
-)
+from bigbatch import schedule
 from bigbatch.config import check, make_due, make_phases, make_seatings
 from bigbatch.data import feed
-from bigbatch.devices import cut, make_mesh, place, replicated, shape_of
-from bigbatch.dispatch import NotFinite, check_finite, take_update
-
-# More, and the host would hold one more copy of the state; with fewer a checkpoint at a phase's end
-# would wait for one just before it.
-SAVES_AT_ONCE = 2
+from bigbatch.job import chips, preemption, processes
+from bigbatch.job.devices import make_mesh, place, replicated
+from bigbatch.mistake import Mistake
+from bigbatch.programs.dispatch import as_rates, take_update
+from bigbatch.programs.programs import Programs, Ready
+from bigbatch.schedule import Phase
+from bigbatch.schedule.layout import Seating
+from bigbatch.storage import bucket, checkpoint, continuing, logs, workdir
+from bigbatch.storage.continuing import Position
+from bigbatch.storage.saves import Saves
+from bigbatch.update import evaluation, network, update
+from bigbatch.watching import profiling, progress
+from bigbatch.watching.clock import Clock
+from bigbatch.watching.log import Log
 
 
 class Preempted(Exception):
@@ -50,6 +37,10 @@ class Preempted(Exception):
 
 class StoppedAfterPhase(Exception):
     """The run stopped where it was asked to, with a checkpoint, before its end."""
+
+
+class NotFinite(ArithmeticError):
+    """The loss or a parameter is no longer a finite number."""
 
 
 def train_and_evaluate(
@@ -70,16 +61,65 @@ def train_and_evaluate(
         The state at the end.
 
     Raises:
-        ValueError: for anything in the config or the workdir that cannot be right; nothing has
-            been compiled or written to the run's logs then.
+        Mistake: for anything in the config or the workdir that cannot be right; nothing has been
+            compiled or written to the run's logs then.
         StoppedAfterPhase, Preempted: the run stopped before its end, with a checkpoint.
         NotFinite: naming the update at which training broke down.
         WriteError: if a checkpoint or a log could not be written.
     """
-    # What will be done. Refused here: whatever can be told from the config alone.
+    goal = set_goal(config, stop_after_phase, profile)
+    with contextlib.ExitStack() as at_end:
+        run, at, state = begin(goal, workdir_path, show, at_end)
+        state, at = loop(run, at, state)
+        run.log.time_shares(at)
+        if at.examples_seen < goal.phases[-1].end_example:
+            run.log.line(
+                f"stopped after phase {goal.last_phase.name} at example {at.examples_seen}")
+            raise StoppedAfterPhase(f"stopped after phase {goal.last_phase.name}")
+        run.log.line(f"finished: {at.updates} updates, {at.examples_seen} examples")
+        return state
+
+
+# --- begin ----------------------------------------------------------------------------------------
+class Goal(NamedTuple):
+    """What a run is to do, as its config says: independent of where it stands."""
+
+    config: ConfigDict
+    phases: tuple[Phase, ...]
+    last_phase: Phase  # to be run in this start
+    span: profiling.Span | None  # the updates to trace
+    mesh: Mesh
+    seatings: list[Seating]  # of the phases
+    net: network.Network
+
+
+class Run(NamedTuple):
+    """What the loop works with."""
+
+    all_phases: tuple[Phase, ...]
+    phases: tuple[Phase, ...]  # still to run; the first may be under way
+    seatings: tuple[Seating, ...]  # of these
+    programs: Programs
+    take_update: Callable  # see `dispatch.take_update`
+    evaluate: Callable[[update.State], dict[str, float]]
+    fed: feed.Feed
+    rates: Callable  # (rate, momentum) -> both on the devices
+    is_due: Callable[[str, int, int], bool]
+    examples: int  # N, of an epoch
+    log: Log
+    saves: Saves
+    watch: preemption.Watch
+    tracer: profiling.Tracer
+
+
+def set_goal(config: ConfigDict, stop_after_phase: str, profile: str) -> Goal:
+    """Refuses whatever can be told from the config alone to be wrong, before anything is written.
+
+    Raises:
+        Mistake: with what is wrong.
+    """
     check(config)
     phases = make_phases(config)
-    examples, total = config.data.train_examples, phases[-1].end_example
     last_phase = phases[-1]
     if stop_after_phase:
         last_phase = schedule.find_phase(phases, stop_after_phase, "--stop_after_phase")
@@ -87,308 +127,303 @@ def train_and_evaluate(
         jax.config.update("jax_enable_x64", True)
     span = profiling.parse(profile, phases[-1].start_update + phases[-1].updates)
     mesh = make_mesh()
-    seatings = make_seatings(config, phases, mesh.size)
-    net = network.build(config)
-
-    with contextlib.ExitStack() as at_end:
-        # Where the run stands. The first process looks, so that all agree.
-        folder, mirror = at_end.enter_context(bucket.opened(workdir_path))
-        writing = jax.process_index() == 0
-
-        def open_run() -> list[Any]:
-            at_end.enter_context(mirror.held() if mirror else workdir.open_workdir(folder))
-            path, run, faults = checkpoint.find_newest(folder, mirror)
-            return [path and str(path.relative_to(folder)), run, faults]
-
-        found = checkpoint.Found(*job.decided_by_first("run", open_run))
-        watch = preemption.Watch()
-        at_end.callback(watch.close)
-        allowed_changes: list[str] = []
-        if found.path:
-            refused, allowed_changes = continuing.changes(found.run, config, phases)
-            if refused:
-                raise ValueError(
-                    f"{workdir_path} holds a run of another config, which this cannot continue: "
-                    f"{'; '.join(refused)}. Give this one another --workdir, or set the keys back."
-                )
-        examples_seen, updates, owed = continuing.position_of(found.run)
-        now = schedule.phase_at(phases, examples_seen)
-        to_run = phases[now.index : last_phase.index + 1] if now else ()
-        seatings_to_run = [seatings[phase.index] for phase in to_run]
-
-        # The data and the state, on the devices. That of a new run is drawn once its programs are
-        # lowered: until then its shapes are enough.
-        is_due = make_due(config, total)
-        evaluated_at = [examples_seen] if owed else []  # a stop between is inside an evaluation
-        evaluated_at += [end for start, end in schedule.spans(to_run, examples_seen)
-                         if is_due("eval", start, end)]
-        fed = feed.open_feed(config, mesh, to_run, seatings_to_run, examples_seen, evaluated_at)
-        at_end.callback(fed.close)
-        state = update.abstract_state(config, net, mesh)
-        if found.path:
-            state = checkpoint.restore(folder / found.path, state, mirror)
-            state = place(state, replicated(mesh))
-
-        # The logs, cut back to where the run stands.
-        describe_run = partial(continuing.describe_run, config, phases)
-        write_board = None
-        saves: deque[Future] = deque()
-        names_what_fails = partial(checkpoint.names_what_fails, folder, mirror)
-        if writing:
-            if mirror:
-                at_end.enter_context(checkpoint.sending_last_logs(folder, mirror, saves))
-            with names_what_fails():
-                workdir.write_config(folder, describe_run(examples_seen, updates, owed))
-                metrics.cut_events(folder / "metrics.jsonl", examples_seen, owed is not None)
-                metrics.cut_half_line(folder / "timing.jsonl")
-            if config.tensorboard:
-                from bigbatch import tensorboard  # see there why not above
-
-                board = tensorboard.open_board(folder, examples_seen)
-                at_end.callback(tensorboard.close_board, board)
-                write_board = partial(tensorboard.write_board, board)
-        log = partial(_log, folder, writing, write_board, names_what_fails)
-        display = progress.Display(phases, examples, show and writing)
-        at_end.callback(display.close)
-        kind = mesh.devices.flat[0].device_kind
-        log("timing", {
-            "event": "start", "examples_seen": examples_seen, "devices": mesh.size,
-            "device_kind": kind, "jax": jax.__version__, "time": time.time(),
-        })
-
-        def tell(text: str) -> None:
-            display.line(text)
-            log("timing", {"event": "notice", "examples_seen": examples_seen, "text": text})
-
-        for text in [*found.faults, *(f"changed: {change}" for change in allowed_changes)]:
-            tell(text)
-        if found.path:
-            display.line(f"continuing at epoch {examples_seen / examples:.2f}, update {updates}")
-        display.line(f"{mesh.size} x {kind}")
-        tracer = profiling.Tracer(span, updates, folder, workdir_path, tell)
-        at_end.callback(tracer.close)
-
-        # What the loop does between updates.
-        shares = metrics.TimeShares()
-        seconds_per_update: dict[int, float] = {}
-        boundaries = {phase.end_example for phase in phases}
-        saved_at = examples_seen
-        last_speed = updates
-        peak = chip_peaks.peak_flops(kind, config.dtype)
-        flops: float | None = None  # of an update on all devices
-        idle_since: float | None = None  # by `shares.training`: the end of the phase before
-        number = jax.tree.leaves(state.params)[0].dtype.type
-
-        @lru_cache(maxsize=1)  # the same for most of a phase's updates
-        def on_devices(rate: float, momentum: float) -> tuple[jax.Array, jax.Array]:
-            return place((number(rate), number(momentum)), replicated(mesh))
-
-        previous: tuple[int, int, update.Metrics] | None = None  # not yet known to be finite
-        unwritten: Callable[[], dict[str, Any]] | None = None  # of `previous`: its event
-
-        def save() -> None:
-            nonlocal saved_at
-            began = time.perf_counter()
-            finish_saves(SAVES_AT_ONCE - 1)
-            saves.append(checkpoint.save(
-                folder, state, describe_run(examples_seen, updates, owed),
-                config.keep_checkpoints, boundaries, mirror,
-            ))
-            saved_at = examples_seen
-            log("timing", {"event": "save", "examples_seen": examples_seen,
-                           "blocked_seconds": round(time.perf_counter() - began, 4)})
-
-        def finish_saves(leave: int) -> None:
-            """Raises what went wrong in the background; waits while over `leave` are under way."""
-            while saves and (saves[0].done() or len(saves) > leave):
-                saves.popleft().result()
-
-        def check_previous() -> None:
-            """Waits for `previous`, and notes where training broke down if it did."""
-            try:
-                check_finite(previous)
-            except NotFinite:
-                broken, start, _ = previous
-                log("timing", {"event": "diverged", "updates": broken - 1, "examples_seen": start,
-                               "epoch": start / examples})
-                raise
-
-        def settle(event: dict[str, Any]) -> None:
-            """Evaluates, if that is due, and writes the event of a finished update."""
-            nonlocal last_speed
-            if event.pop("evaluate"):
-                with shares.spent_on("evaluation"):
-                    program = futures[("evaluate",)].result().call
-                    event |= evaluate.whole_test_set(
-                        program, state.params, state.batch_stats, fed, watch.before_reduction)
-                display.line(
-                    f"epoch {event['epoch']:.2f}, update {event['updates']}: train loss "
-                    f"{event['train_loss']:.4f}, test accuracy {event['test_accuracy']:.4f}"
-                )
-            log("metrics", event)
-            speed = shares.speed(event["updates"] - last_speed, event["batch_size"], flops,
-                                 peak and peak * mesh.size)
-            last_speed = event["updates"]
-            log("timing", {"event": "speed", "examples_seen": event["examples_seen"], **speed}
-                | ({"images_skipped": fed.skipped} if config.data.streaming else {}))
-            if speed["updates"]:
-                seconds_per_update[event["batch_size"]] = 1 / speed["updates_per_second"]
-            display.advance(event["examples_seen"], seconds_per_update)
-
-        def tell_shares() -> None:
-            whole = shares.whole()
-            log("timing", {"event": "time_share", "examples_seen": examples_seen, **whole})
-            display.line(progress.describe_shares(whole["time_share"], whole["wall_seconds"]))
-
-        # The programs, the state and the loop. Everything due is a function of the examples seen.
-        try:
-            display.line("compiling")
-            with shares.spent_on("compile"):
-                lower = programs.lowering(
-                    config, net, mesh, *jax.tree.map(shape_of, (state, fed.resident, fed.test)))
-                first, later = compilation.compile_order(seatings_to_run, not found.path)
-                futures = compilation.compile_ahead(
-                    lower, first + later, peak is not None, watch.poll)
-                if not found.path:
-                    init = futures[("init",)]
-                    watch.wait(init.done)
-                    state = jax.tree.map(np.asarray, init.result().call(np.uint32(config.seed)))
-                    state = place(state, replicated(mesh))
-                sums = _room_for_sums(state, seatings_to_run, mesh)
-                watch.wait(lambda: all(futures[key].done() for key in first))
-                for key in first:
-                    futures[key].result()
-            if owed:
-                settle(dict(owed))
-                owed = None
-            for phase in to_run:
-                display.line(progress.describe(phase, phases))
-                seating = seatings[phase.index]
-                began = time.perf_counter()
-                with shares.spent_on("compile"):
-                    keys = compilation.keys_of(seating)
-                    if not all(futures[key].done() for key in keys):
-                        tell(f"waiting for the compiler: phase {phase.name} is not ready")
-                    watch.wait(lambda keys=keys: all(futures[key].done() for key in keys))
-                    compiled = [futures[key].result() for key in keys]
-                flops = compilation.update_flops(compiled, seating)
-                entering: dict[str, Any] | None = {
-                    "event": "phase", "examples_seen": examples_seen, "phase": phase.name,
-                    "compile_seconds": [round(program.seconds, 3) for program in compiled],
-                    "waited_seconds": round(time.perf_counter() - began, 3),
-                }
-                while examples_seen < phase.end_example:
-                    # One update.
-                    rate = schedule.learning_rate_at(phase, examples_seen)
-                    tracer.before(updates + 1, state)
-                    step = StepTraceAnnotation("update", step_num=updates + 1)
-                    with step, shares.spent_on("update"):
-                        state, sums, measured, waited = take_update(
-                            [program.call for program in compiled], state, sums, fed.resident,
-                            fed.update(phase, seating, examples_seen),
-                            on_devices(rate, phase.momentum), watch,
-                            previous and previous[2].loss,
-                        )
-                    shares.move("update", "input", waited)
-                    dispatched = shares.training()
-
-                    # The one before is finished and written down while this one runs.
-                    with shares.spent_on("update"):
-                        check_previous()
-                    if unwritten:
-                        settle(unwritten())
-                        unwritten = None
-                    start, examples_seen = examples_seen, examples_seen + phase.batch_size
-                    updates += 1
-                    previous = updates, start, measured
-                    tracer.after(updates, state)
-                    if entering:  # the one wait in a phase: for its first update, to know its time
-                        with shares.spent_on("update"):
-                            check_previous()
-                        log("timing", entering | {
-                            "extra_seconds": idle_since and round(dispatched - idle_since, 4),
-                            "first_update_seconds": round(shares.training() - dispatched, 4),
-                        })
-                        entering = None
-
-                    # What is due after it.
-                    ends = examples_seen == phase.end_example
-                    evaluating = is_due("eval", start, examples_seen)
-                    saving = ends or is_due("checkpoint", start, examples_seen)
-                    if ends or evaluating or is_due("log", start, examples_seen):
-                        unwritten = partial(_event, {
-                            "updates": updates, "examples_seen": examples_seen,
-                            "epoch": examples_seen / examples, "phase": phase.name,
-                            "batch_size": phase.batch_size, "learning_rate": rate,
-                            "momentum": phase.momentum,
-                            "noise_scale": schedule.noise_scale(
-                                rate, phase.momentum, examples, phase.batch_size),
-                            "evaluate": evaluating,
-                        }, measured)
-                    if evaluating or saving:
-                        with shares.spent_on("update"):
-                            check_previous()
-                        idle_since = shares.training()
-                        if unwritten:
-                            owed, unwritten = unwritten(), None
-                            settle(dict(owed))
-                            owed = None
-                    with shares.spent_on("checkpoint"):
-                        finish_saves(SAVES_AT_ONCE)
-                        if saving:
-                            save()
-        except (NotFinite, ValueError):  # the latter from an image that cannot be decoded
-            finish_saves(0)
-            raise
-        except preemption.Stop:
-            finish_saves(0)
-            check_previous()
-            if unwritten:
-                settle(unwritten())
-            if examples_seen != saved_at:
-                save()
-            finish_saves(0)
-            tell_shares()
-            display.line(f"told to stop: saved at example {examples_seen}, update {updates}")
-            raise Preempted(f"told to stop at example {examples_seen}") from None
-
-        with shares.spent_on("checkpoint"):
-            finish_saves(0)
-        tell_shares()
-        if examples_seen < total:
-            display.line(f"stopped after phase {last_phase.name} at example {examples_seen}")
-            raise StoppedAfterPhase(f"stopped after phase {last_phase.name}")
-        display.line(f"finished: {updates} updates, {examples_seen} examples")
-        return state
+    return Goal(config, phases, last_phase, span, mesh, make_seatings(config, phases, mesh.size),
+                network.build(config))
 
 
-def _room_for_sums(
-    state: update.State, seatings: Sequence[seats.Seating], mesh: Mesh
-) -> update.Sums | None:
-    """What microbatches add up in, on each device; None where an update has but one."""
-    if all(seating.microbatches == 1 for seating in seatings):
-        return None
-    shapes = update.abstract_sums(state, mesh)
-    return jax.jit(
-        lambda: jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), shapes),
-        out_shardings=cut(mesh),
-    )()
+def begin(
+    goal: Goal, workdir_path: str | Path, show: bool, at_end: contextlib.ExitStack
+) -> tuple[Run, Position, update.State]:
+    """Opens the workdir, the data and the logs, and finds where the run stands.
+
+    Args:
+        goal: what to do.
+        workdir_path: of the run.
+        show: whether to print progress.
+        at_end: gets what has to be closed.
+
+    Returns:
+        What the loop works with, where the run stands, and the state there: on the devices, or its
+        shapes for a new run, whose state is drawn once its programs are lowered.
+
+    Raises:
+        Mistake: see `train_and_evaluate`.
+    """
+    config, mesh = goal.config, goal.mesh
+    folder, mirror = at_end.enter_context(bucket.opened(workdir_path))
+    found = _find_newest(folder, mirror, at_end)
+    watch = preemption.Watch()
+    at_end.callback(watch.close)
+    allowed_changes = _check_changes(goal, found, workdir_path)
+    at = continuing.position_of(found.run)
+    now = schedule.phase_at(goal.phases, at.examples_seen)
+    phases = goal.phases[now.index : goal.last_phase.index + 1] if now else ()
+    seatings = tuple(goal.seatings[phase.index] for phase in phases)
+    is_due = make_due(config, goal.phases[-1].end_example)
+
+    # The data and the state, on the devices.
+    fed = feed.open_feed(
+        config, mesh, phases, seatings, at.examples_seen, _evaluations(at, phases, is_due))
+    at_end.callback(fed.close)
+    state = update.abstract_state(config, goal.net, mesh)
+    if found.path:
+        state = checkpoint.restore(folder / found.path, state, mirror)
+        state = place(state, replicated(mesh))
+
+    # The checkpoints to come and the logs, these cut back to where the run stands.
+    saves = Saves(
+        folder, mirror, partial(continuing.describe_run, config, goal.phases),
+        config.keep_checkpoints, {phase.end_example for phase in goal.phases}, at.examples_seen)
+    peak = chips.peak_flops(mesh.devices.flat[0].device_kind, config.dtype)
+    clock = Clock(peak and peak * mesh.size, at.updates)
+    log = _open_log(goal, folder, mirror, saves, at, show, clock, fed, at_end)
+    for text in [*found.faults, *(f"changed: {change}" for change in allowed_changes)]:
+        log.notice(text, at.examples_seen)
+    if found.path:
+        log.line(f"continuing at epoch {at.examples_seen / config.data.train_examples:.2f}, "
+                 f"update {at.updates}")
+    log.line(f"{mesh.size} x {mesh.devices.flat[0].device_kind}")
+    tracer = profiling.Tracer(goal.span, at.updates, folder, workdir_path,
+                              lambda text: log.notice(text, at.examples_seen))
+    at_end.callback(tracer.close)
+
+    dtype = jax.tree.leaves(state.params)[0].dtype
+    programs = Programs(
+        config, goal.net, mesh, seatings, fed.resident, fed.test, counted=peak is not None)
+    run = Run(
+        goal.phases, phases, seatings, programs,
+        partial(take_update, before_pass=watch.poll, before_reduction=watch.before_reduction),
+        lambda state: evaluation.whole_test_set(
+            programs.evaluate(), state.params, state.batch_stats, fed, watch.before_reduction),
+        fed,
+        lru_cache(maxsize=1)(partial(as_rates, mesh, dtype)),  # the same for most of a phase
+        is_due, config.data.train_examples, log, saves, watch, tracer,
+    )
+    return run, at, state
 
 
-def _event(event: Mapping[str, Any], measured: update.Metrics) -> dict[str, Any]:
-    """The event of an update with what was measured in it, for which it waits."""
-    return {**event, "train_loss": float(measured.loss), "train_accuracy": float(measured.accuracy)}
+def _find_newest(
+    folder: Path, mirror: bucket.Mirror | None, at_end: contextlib.ExitStack
+) -> checkpoint.Found:
+    """Takes the workdir for this job, and finds its newest whole checkpoint.
+
+    The first process looks, so that all agree.
+    """
+    def open_run() -> list[Any]:
+        at_end.enter_context(mirror.held() if mirror else workdir.open_workdir(folder))
+        path, run, faults = checkpoint.find_newest(folder, mirror)
+        return [path and str(path.relative_to(folder)), run, faults]
+
+    return checkpoint.Found(*processes.decided_by_first("run", open_run))
 
 
-def _log(
-    folder: Path, writing: bool, write_board: Callable | None, names_what_fails: Callable,
-    kind: str, event: Mapping[str, Any],
-) -> None:
-    """Adds a line to metrics.jsonl or timing.jsonl, and to TensorBoard, on the first process."""
-    if not writing:
-        return
-    with names_what_fails(f"{kind}.jsonl"):
-        metrics.append_event(folder / f"{kind}.jsonl", event)
-    if write_board and kind == "metrics":
-        with names_what_fails("tensorboard"):
-            write_board(event)
+def _check_changes(
+    goal: Goal, found: checkpoint.Found, workdir_path: str | Path
+) -> list[str]:
+    """What differs from the saved run and may.
+
+    Raises:
+        Mistake: if something differs that may not.
+    """
+    if not found.path:
+        return []
+    refused, allowed = continuing.changes(found.run, goal.config, goal.phases)
+    if refused:
+        raise Mistake(
+            f"{workdir_path} holds a run of another config, which this cannot continue: "
+            f"{'; '.join(refused)}. Give this one another --workdir, or set the keys back."
+        )
+    return allowed
+
+
+def _evaluations(at: Position, phases: Sequence[Phase], is_due: Callable) -> list[int]:
+    """The examples seen at each evaluation still to come; a pending one comes before any update."""
+    pending = [at.examples_seen] if at.pending_evaluation else []
+    return pending + [end for start, end in schedule.spans(phases, at.examples_seen)
+                      if is_due("eval", start, end)]
+
+
+def _open_log(
+    goal: Goal, folder: Path, mirror: bucket.Mirror | None, saves: Saves, at: Position, show: bool,
+    clock: Clock, fed: feed.Feed, at_end: contextlib.ExitStack,
+) -> Log:
+    """The logs of the run, of which the first process alone writes any."""
+    config, writing = goal.config, jax.process_index() == 0
+    names_what_fails = partial(checkpoint.names_what_fails, folder, mirror)
+    write_board = None
+    if writing:
+        if mirror:
+            at_end.enter_context(checkpoint.sending_last_logs(folder, mirror, saves.pending))
+        with names_what_fails():
+            workdir.write_config(folder, continuing.describe_run(config, goal.phases, at))
+            logs.cut_events(
+                folder / "metrics.jsonl", at.examples_seen, at.pending_evaluation is not None)
+            logs.cut_half_line(folder / "timing.jsonl")
+        if config.tensorboard:
+            from bigbatch.watching import tensorboard  # see there why not above
+
+            board = tensorboard.open_board(folder, at.examples_seen)
+            at_end.callback(tensorboard.close_board, board)
+            write_board = partial(tensorboard.write_board, board)
+    display = progress.Display(goal.phases, config.data.train_examples, show and writing)
+    at_end.callback(display.close)
+
+    def write(kind: str, event: Mapping[str, Any]) -> None:
+        if not writing:
+            return
+        with names_what_fails(f"{kind}.jsonl"):
+            logs.append_event(folder / f"{kind}.jsonl", event)
+        if write_board and kind == "metrics":
+            with names_what_fails("tensorboard"):
+                write_board(event)
+
+    log = Log(write, display, clock, config.data.train_examples,
+              (lambda: fed.skipped) if config.data.streaming else None)
+    log.timing(
+        "start", at.examples_seen, devices=goal.mesh.size,
+        device_kind=goal.mesh.devices.flat[0].device_kind, jax=jax.__version__, time=time.time())
+    return log
+
+
+# --- the loop -------------------------------------------------------------------------------------
+class InFlight(NamedTuple):
+    """An update that was dispatched and is not yet known to have ended well."""
+
+    start: int  # its first example
+    after: Position  # where the run stands once it has ended
+    measured: update.Metrics
+    # Its line of metrics.jsonl but for what was measured; None where none is due.
+    event: dict[str, Any] | None
+
+    def land(self, log: Log) -> dict[str, Any] | None:
+        """Waits until the update has ended; its event, complete.
+
+        Raises:
+            NotFinite: if training broke down in it, which timing.jsonl then says.
+        """
+        with log.clock.spent_on("update"):
+            finite = bool(self.measured.finite)
+        if not finite:
+            log.diverged(self.after.updates - 1, self.start)
+            raise NotFinite(
+                f"update {self.after.updates} (from example {self.start}) left a loss of "
+                f"{float(self.measured.loss):g} and parameters that are not all finite; the last "
+                "checkpoint is from before it. A lower recipe.learning_rate or a warm-up usually "
+                "helps."
+            )
+        return self.event and self.event | {
+            "train_loss": float(self.measured.loss),
+            "train_accuracy": float(self.measured.accuracy),
+        }
+
+
+def loop(run: Run, at: Position, state: update.State) -> tuple[update.State, Position]:
+    """Trains from `at` to the end of the last phase of `run`. What is due follows from examples.
+
+    One update is in flight: while it runs, the one before lands and is written down. A state is
+    evaluated or saved only when its own update has landed: one that is not finite never is.
+    """
+    log, saves, clock, watch, flight = run.log, run.saves, run.log.clock, run.watch, None
+    try:
+        log.line("compiling")
+        with clock.spent_on("compile"):
+            state, sums = run.programs.begin(state, watch)
+        if at.pending_evaluation:  # the last start was stopped inside it
+            log.finished(at.pending_evaluation | _evaluate(run, state))
+            at = at._replace(pending_evaluation=None)
+        for phase, seating in zip(run.phases, run.seatings, strict=True):
+            ready = _enter(run, phase, seating, at)
+            for number, (start, end) in enumerate(schedule.spans([phase], at.examples_seen)):
+                rate = schedule.learning_rate_at(phase, start)
+                run.tracer.before(at.updates + 1, state)
+                step = StepTraceAnnotation("update", step_num=at.updates + 1)
+                with step, clock.spent_on("update"):
+                    state, sums, measured, waited = run.take_update(
+                        ready.calls, state, sums, run.fed.resident,
+                        run.fed.update(phase, seating, start),
+                        run.rates(rate, phase.momentum),
+                        running=flight and flight.measured.loss)
+                clock.dispatched(waited)
+                if flight:  # it has ended, or does while this one runs
+                    log.finished(flight.land(log))
+
+                at = Position(end, at.updates + 1)
+                due = _due(run, phase, start, end)
+                flight = InFlight(
+                    start, at, measured, _event(run, phase, rate, at) if due.log else None)
+                run.tracer.after(at.updates, state)
+                if number == 0:  # the one wait in a phase: for its first update, to know its time
+                    flight.land(log)
+                    log.timing(
+                        "phase", start, phase=phase.name, compile_seconds=ready.compile_seconds,
+                        waited_seconds=ready.waited_seconds, **clock.first_update())
+
+                if due.evaluation or due.save:  # nothing may be in flight
+                    event, flight = flight.land(log), None
+                    clock.idle()
+                    if due.evaluation:
+                        at = at._replace(pending_evaluation=event)  # if it is stopped inside
+                        event |= _evaluate(run, state)
+                        at = at._replace(pending_evaluation=None)
+                    log.finished(event)
+                with clock.spent_on("checkpoint"):
+                    saves.raise_failures()
+                    if due.save:
+                        log.saved(at, saves.start(state, at))
+    except (NotFinite, Mistake):  # the latter from an image that cannot be decoded
+        saves.wait()
+        raise
+    except preemption.Stop:  # agreed by all processes; `state` belongs to `at`
+        saves.wait()
+        if flight:
+            log.finished(flight.land(log))
+        if at.examples_seen != saves.newest:
+            log.saved(at, saves.start(state, at))
+        saves.wait()
+        log.time_shares(at)
+        log.line(f"told to stop: saved at example {at.examples_seen}, update {at.updates}")
+        raise Preempted(f"told to stop at example {at.examples_seen}") from None
+    with clock.spent_on("checkpoint"):
+        saves.wait()
+    return state, at
+
+
+class _Due(NamedTuple):
+    """What an update brings with it."""
+
+    log: bool
+    evaluation: bool
+    save: bool
+
+
+def _due(run: Run, phase: Phase, start: int, end: int) -> _Due:
+    """What is due after the update of `phase` from example `start` to `end`."""
+    ends = end == phase.end_example
+    evaluation = run.is_due("eval", start, end)
+    return _Due(ends or evaluation or run.is_due("log", start, end), evaluation,
+                ends or run.is_due("checkpoint", start, end))
+
+
+def _event(run: Run, phase: Phase, rate: float, after: Position) -> dict[str, Any]:
+    """The line of metrics.jsonl on an update, as far as it is known before the update has ended."""
+    return {
+        "updates": after.updates, "examples_seen": after.examples_seen,
+        "epoch": after.examples_seen / run.examples, "phase": phase.name,
+        "batch_size": phase.batch_size, "learning_rate": rate, "momentum": phase.momentum,
+        "noise_scale": schedule.noise_scale(rate, phase.momentum, run.examples, phase.batch_size),
+    }
+
+
+def _enter(run: Run, phase: Phase, seating: Seating, at: Position) -> Ready:
+    """The programs of a phase that begins, or goes on; waits for the compiler where it has to."""
+    run.log.line(progress.describe(phase, run.all_phases))
+    with run.log.clock.spent_on("compile"):
+        ready = run.programs.wait_for(seating, run.watch, lambda: run.log.notice(
+            f"waiting for the compiler: phase {phase.name} is not ready", at.examples_seen))
+    run.log.clock.flops = ready.flops
+    return ready
+
+
+def _evaluate(run: Run, state: update.State) -> dict[str, float]:
+    with run.log.clock.spent_on("evaluation"):
+        return run.evaluate(state)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from bigbatch import command_line
-from bigbatch.job import FAILED_STATUS
+from bigbatch.job import statuses
 
 
 @contextlib.contextmanager
@@ -26,7 +26,7 @@ def one_line_errors(program: str) -> Iterator[None]:
             raise
         print(f"{program}: {error}", file=sys.stderr)
         mistake = isinstance(error, ValueError)
-        sys.exit(command_line.USAGE_STATUS if mistake else FAILED_STATUS)
+        sys.exit(statuses.MISTAKE if mistake else statuses.FAILED)
     except KeyboardInterrupt:
         print(f"{program}: stopped; the same command goes on from here.", file=sys.stderr)
-        sys.exit(FAILED_STATUS)
+        sys.exit(statuses.FAILED)

@@ -20,8 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from bigbatch import bucket
-from bigbatch.metrics import read_events
+from bigbatch.storage import bucket
+from bigbatch.storage.logs import read_events
 from experiments.command_line import one_line_errors
 
 COLOURS = ("#3b6fb6", "#d9822b", "#3a9a5b", "#8a4fa3", "#b6403b", "#6b6b6b", "#c2a415")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bigbatch.metrics import replace_text
+from bigbatch.storage.logs import replace_text
 from experiments.figures import REPOSITORY
 from experiments.machine import jax_devices, own_cores
 

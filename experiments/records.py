@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from bigbatch.metrics import read_events
+from bigbatch.storage.logs import read_events
 from experiments import provenance
 
 ARCHIVE = "runs.tar.gz"

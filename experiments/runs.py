@@ -22,9 +22,10 @@ from pathlib import Path
 from queue import Queue
 from typing import NamedTuple
 
-from bigbatch import continuing, preemption
 from bigbatch.config import check, make_phases
-from bigbatch.metrics import read_events
+from bigbatch.job import statuses
+from bigbatch.storage import continuing
+from bigbatch.storage.logs import read_events
 from experiments import curves, provenance
 from experiments.figures import REPOSITORY, load_config
 from experiments.machine import jax_devices, own_cores
@@ -191,8 +192,8 @@ def _train(
         command = ["taskset", "-c", str(core), *command]
     # Of a GPU's memory JAX would take three quarters for the first process. CPUs do not read this.
     share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / at_once:.3f}"} if at_once > 1 else {}
-    status = preemption.EXIT_STATUS
-    while status == preemption.EXIT_STATUS:
+    status = statuses.AGAIN
+    while status == statuses.AGAIN:
         status, said = children.run(command, share)
     if status and not diverged(run):
         raise RuntimeError(

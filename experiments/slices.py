@@ -15,8 +15,9 @@ from typing import Any
 
 import jax
 
-from bigbatch import command_line, topology
+from bigbatch import command_line
 from bigbatch.plan import REMEMBERED, plan_for_slices
+from bigbatch.planning import topology
 from experiments.command_line import one_line_errors
 
 CONFIGS = Path(__file__).parents[1] / "configs"

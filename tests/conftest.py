@@ -12,7 +12,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 import jax  # noqa: E402  (reads the environment above)
 import pytest  # noqa: E402
 
-from tests.launch_standins import Laptop  # noqa: E402
+from tests.support.launch_standins import Laptop  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -18,9 +18,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bigbatch import checkpoint
-from bigbatch.metrics import read_events
-from tests import processes
+from bigbatch.storage import checkpoint
+from bigbatch.storage.logs import read_events
+from tests.support import started
 
 # Three phases; evaluations and saves take about half of the time, so that kills hit them.
 DIGITS = {"config": (
@@ -52,12 +52,12 @@ def soak(
         folder: for both runs and their compiled programs.
         kills: how many.
         seed: what the moments are drawn from.
-        run: `file` and `config` of `processes.start`.
+        run: `file` and `config` of `started.start`.
         say: is told of each kill.
     """
     draw = random.Random(seed)
     began = time.monotonic()
-    processes.end(processes.start(folder / "whole", **run, cache=folder / "cache"))
+    started.end(started.start(folder / "whole", **run, cache=folder / "cache"))
     seconds = time.monotonic() - began
     say(f"the undisturbed run took {seconds:.0f} s")
 
@@ -69,7 +69,7 @@ def soak(
         moment = draw.choice(MOMENTS)
         if moment is first_compile:
             shutil.rmtree(cache, ignore_errors=True)
-        running = processes.start(workdir, **run, cache=cache)
+        running = started.start(workdir, **run, cache=cache)
         reached = moment(running, workdir, draw, seconds)
         running.send_signal(signal.SIGKILL)
         output, _ = running.communicate()
@@ -90,14 +90,14 @@ def soak(
             faults.append(spoil(checkpoint.finished(workdir)[-1], draw))
             spoiled += 1
             say(f"  spoiled {faults[-1]}")
-    processes.end(processes.start(workdir, **run, cache=cache))
+    started.end(started.start(workdir, **run, cache=cache))
     logs = [(ended / "metrics.jsonl").read_bytes() for ended in (workdir, folder / "whole")]
     return Figures(
         kills=moments,
         resumes=resumes + _resumes(workdir),
         spoiled=spoiled,
         detected=detected + _detected(workdir, faults),
-        bits_different=processes.bits_different(workdir, folder / "whole"),
+        bits_different=started.bits_different(workdir, folder / "whole"),
         same_metrics=logs[0] == logs[1],
         half_lines=half_lines,
     )

@@ -4,9 +4,9 @@ import pytest
 
 from bigbatch import evaluate, train
 from bigbatch.config import make_phases
-from bigbatch.metrics import read_events
-from tests import configs
-from tests.sample_data import data_dir
+from bigbatch.storage.logs import read_events
+from tests.support import configs
+from tests.support.sample_data import data_dir
 
 
 def test_two_phases_of_a_small_wide_resnet(tmp_path):

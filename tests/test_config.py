@@ -14,7 +14,7 @@ from bigbatch.config import (
     make_recipe,
     set_from_text,
 )
-from tests import configs
+from tests.support import configs
 
 PRESETS = {"first": {"seed": 1}, "second": {"seed": 2, "recipe.learning_rate": 0.5}}
 OPTIONS = {"optimizer": {"adam": {"optimizer.name": "adam", "recipe.learning_rate": 0.001}}}

@@ -9,12 +9,14 @@ import time
 
 import pytest
 
-from bigbatch import checkpoint, compilation, evaluate, train
+from bigbatch import evaluate, train
 from bigbatch.config import make_phases, make_seatings
 from bigbatch.data import decode
-from bigbatch.metrics import read_events
-from tests import configs, processes
-from tests.sample_data import data_dir
+from bigbatch.programs import compilation
+from bigbatch.storage import checkpoint
+from bigbatch.storage.logs import read_events
+from tests.support import configs, started
+from tests.support.sample_data import data_dir
 
 # (config, preset): batches and rates of the phases, and updates, from the paper and its arithmetic.
 RECIPES = {
@@ -72,17 +74,17 @@ def test_smoke_trains_through_all_phases_and_survives_a_kill(tmp_path, name, pre
     settings = [f"--config=configs/{name}.py:{preset},smoke=true", f"--config.data.dir={folder}",
                 "--config.recipe.epochs=3", "--config.recipe.falls=((1,10),(2,10),(2.67,10))",
                 "--config.checkpoint_every_epochs=0.5", "--config.eval_every_epochs=1",
-                f"--compilation_cache={processes.CACHE}", "--config.tensorboard=false"]
+                f"--compilation_cache={started.CACHE}", "--config.tensorboard=false"]
 
     def start(workdir, *more):
         return subprocess.Popen(
             [sys.executable, "-m", "bigbatch.main", *settings, f"--workdir={workdir}", *more],
-            cwd=processes.REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            cwd=started.REPOSITORY, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
         )
 
     whole = tmp_path / "whole"
-    processes.end(start(whole))
+    started.end(start(whole))
     events = read_events(whole / "metrics.jsonl")
     config = configs.load(name, f"{preset},smoke=true")
     phases = [phase.name for phase in make_phases(config)]
@@ -99,16 +101,16 @@ def test_smoke_trains_through_all_phases_and_survives_a_kill(tmp_path, name, pre
     workdir = tmp_path / "killed"
     log = workdir / "metrics.jsonl"
     process = start(workdir)
-    processes.wait_until(
+    started.wait_until(
         lambda: len({event["phase"] for event in read_events(log)}) > 2, process, "its third phase")
     process.send_signal(signal.SIGKILL)
     process.communicate()
     stood = checkpoint.find_newest(workdir).run["examples_seen"]
     # Other workers and threads, which change nothing.
-    processes.end(start(workdir, "--config.data.workers=1", "--config.data.read_threads=3"))
+    started.end(start(workdir, "--config.data.workers=1", "--config.data.read_threads=3"))
     assert [event["examples_seen"] for event in read_events(workdir / "timing.jsonl")
             if event["event"] == "start"] == [0, stood]
-    assert processes.bits_different(workdir, whole) == 0
+    assert started.bits_different(workdir, whole) == 0
     assert log.read_bytes() == (whole / "metrics.jsonl").read_bytes()
 
 
@@ -117,7 +119,7 @@ def test_a_batch_of_65_536_runs_the_programs_of_a_smaller_one():
     for (name, preset), (batches, *_) in RECIPES.items():
         config = configs.load(name, preset)
         seatings = make_seatings(config, make_phases(config), 1)
-        assert len({compilation.keys_of(seating) for seating in seatings}) == 1, preset
+        assert len({compilation.programs_of(seating) for seating in seatings}) == 1, preset
         passes = [batch // config.max_per_device_batch for batch in batches]
         assert [seating.microbatches for seating in seatings] == passes
 
@@ -128,12 +130,12 @@ SETTINGS = (
 )
 SCRIPT = """
 import resource, sys
-from tests import configs
+from tests.support import configs
 from bigbatch import train
 workdir, argument = sys.argv[1:]
 config = configs.load("cifar10", argument)
 pixels = 3 * config.data.image_size**2
-config.network, config.model = "tests.foreign_models.Regression", {"pixels": pixels}
+config.network, config.model = "tests.support.foreign_models.Regression", {"pixels": pixels}
 train.train_and_evaluate(config, workdir, show=False)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
@@ -147,7 +149,8 @@ def test_a_slow_source_shows_as_time_spent_waiting_for_input(tmp_path, monkeypat
         "data.test_split=test[:128]", "data.test_examples=128", "eval_batch_size=16",
         "data.on_bad_image=skip", "log_every_epochs=0.25",
     ]))
-    config.network, config.model = "tests.foreign_models.Regression", {"pixels": 3 * 32 * 32}
+    config.network = "tests.support.foreign_models.Regression"
+    config.model = {"pixels": 3 * 32 * 32}
     decode_image, decoded = decode.decode, itertools.count()
 
     def slow(*arguments):
@@ -181,7 +184,7 @@ def test_streamed_memory_does_not_grow_with_the_batch(tmp_path):
             "data.test_examples=64", "eval_batch_size=64",
         ])
         done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, str(workdir), argument], cwd=processes.REPOSITORY,
+            [sys.executable, "-c", SCRIPT, str(workdir), argument], cwd=started.REPOSITORY,
             text=True, check=False, capture_output=True,
             env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
         )

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bigbatch.mistake import Mistake
+
 
 def example_keys(key: jax.Array, epoch_B: jax.Array, place_B: jax.Array) -> jax.Array:
     """One random key an example: `key` with the epoch, then the place in it, folded in.
@@ -27,24 +29,24 @@ def check_window(height: int, width: int, pad: int, crop: int) -> None:
     """Refuses a pad and crop that images of `height` x `width` do not allow.
 
     Raises:
-        ValueError: one line with the values and what is allowed.
+        Mistake: one line with the values and what is allowed.
     """
     named = f"config.data.augment has pad={pad} and crop={crop}"
     if pad < 0 or crop < 0:
-        raise ValueError(f"{named}; both must be 0 or more.")
+        raise Mistake(f"{named}; both must be 0 or more.")
     side = min(height, width)
     if crop == 0 and pad:
-        raise ValueError(
+        raise Mistake(
             f"{named}, which cuts nothing out of the padded image: set pad=0, or crop={side} for "
             "the image's own size."
         )
     if pad >= side:
-        raise ValueError(
+        raise Mistake(
             f"{named}, but the images are {height}x{width}; a reflection needs a pad of at most "
             f"{side - 1}."
         )
     if crop > side:
-        raise ValueError(
+        raise Mistake(
             f"{named}, but the images are {height}x{width}; the crop may be {side} at most, since "
             "evaluation cuts it out of the centre without padding."
         )
@@ -72,7 +74,7 @@ def take_augmented(
         (B, crop, crop, C) of the images' type; (B, H, W, C) where `crop` is 0.
 
     Raises:
-        ValueError: see `check_window`.
+        Mistake: see `check_window`.
     """
     height, width = images_NxHxWxC.shape[1:3]
     check_window(height, width, pad, crop)
@@ -105,7 +107,7 @@ def take_plain(images_NxHxWxC: jax.Array, record_B: jax.Array, crop: int) -> jax
         crop: side of the square cut out. An odd margin leaves its extra pixel below and right.
 
     Raises:
-        ValueError: if the crop is larger than the images.
+        Mistake: if the crop is larger than the images.
     """
     height, width = images_NxHxWxC.shape[1:3]
     check_window(height, width, 0, crop)

@@ -15,6 +15,8 @@ from collections.abc import Iterator
 import cv2
 import numpy as np
 
+from bigbatch.mistake import Mistake
+
 # Tells the crops from everything else that follows from the same seed.
 CROP_TAG = 0x63726F70
 
@@ -140,21 +142,21 @@ def dimensions(encoded: bytes) -> tuple[int, int]:
     """Width and height of a JPEG or PNG image, from its header.
 
     Raises:
-        ValueError: if it is neither, or it stops before its end.
+        Mistake: if it is neither, or it stops before its end.
     """
     if encoded[:8] == b"\x89PNG\r\n\x1a\n":
         if encoded.rfind(b"IEND") < 24:
-            raise ValueError("the image is truncated: a PNG file without its end")
+            raise Mistake("the image is truncated: a PNG file without its end")
         return int.from_bytes(encoded[16:20], "big"), int.from_bytes(encoded[20:24], "big")
     if encoded[:3] != b"\xff\xd8\xff":
-        raise ValueError(f"not a JPEG or PNG image: it starts with {encoded[:8]!r}")
+        raise Mistake(f"not a JPEG or PNG image: it starts with {encoded[:8]!r}")
     width = height = 0
     place = 2
     while True:
         # Segments up to the entropy-coded data. Like libjpeg, pass over bytes that belong to none.
         place = encoded.find(b"\xff", place)
         if place < 0 or place + 9 > len(encoded):
-            raise ValueError("the image is truncated: a JPEG file that stops in its header")
+            raise Mistake("the image is truncated: a JPEG file that stops in its header")
         marker = encoded[place + 1]
         if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD8:  # stand alone, or are filling
             place += 1
@@ -167,9 +169,9 @@ def dimensions(encoded: bytes) -> tuple[int, int]:
         place += 2 + int.from_bytes(encoded[place + 2 : place + 4], "big")
     # Inside coded data 0xFF is always followed by 0x00, so this can only be the end of the image.
     if encoded.rfind(b"\xff\xd9", place) < 0:
-        raise ValueError("the image is truncated: a JPEG file without its end")
+        raise Mistake("the image is truncated: a JPEG file without its end")
     if not width or not height:
-        raise ValueError(f"a JPEG image of {width} x {height} pixels")
+        raise Mistake(f"a JPEG image of {width} x {height} pixels")
     return width, height
 
 
@@ -190,7 +192,7 @@ def decode(
         resample: "bicubic" or "bilinear".
 
     Raises:
-        ValueError: if the bytes cannot be decoded.
+        Mistake: if the bytes cannot be decoded.
     """
     left, top, width, height = box
     factor = next((f for f in REDUCED if min(width, height) >= f * size), 1)
@@ -198,9 +200,9 @@ def decode(
     try:
         image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
     except cv2.error as error:
-        raise ValueError(f"the image cannot be decoded: {error}") from error
+        raise Mistake(f"the image cannot be decoded: {error}") from error
     if image is None:
-        raise ValueError("the image cannot be decoded: OpenCV does not know its kind")
+        raise Mistake("the image cannot be decoded: OpenCV does not know its kind")
     rows = slice(round(top / factor), round((top + height) / factor))
     columns = slice(round(left / factor), round((left + width) / factor))
     cropped = cv2.resize(image[rows, columns], (size, size), interpolation=RESAMPLE[resample])

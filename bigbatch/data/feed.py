@@ -17,10 +17,9 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from bigbatch import seats
-from bigbatch.data import order, sources, streaming
-from bigbatch.devices import cut, place, replicated
-from bigbatch.schedule import Phase
+from bigbatch.data import sources, streaming
+from bigbatch.job.devices import cut, place, replicated
+from bigbatch.schedule import Phase, layout, order
 
 Arrays = dict[str, jax.Array]
 
@@ -42,7 +41,7 @@ class Feed:
     stream: streaming.Stream | None
 
     def update(
-        self, phase: Phase, seating: seats.Seating, examples_seen: int
+        self, phase: Phase, seating: layout.Seating, examples_seen: int
     ) -> Iterator[dict[str, jax.Array | np.ndarray]]:
         """The microbatches of the update of `phase` that begins at `examples_seen`.
 
@@ -50,17 +49,17 @@ class Feed:
         that is left halfway ends the run: the next start opens a feed at its first example.
 
         Yields:
-            `examples` as `seats.seat_examples` makes them, and where it is streamed `images` and
+            `examples` as `layout.seat_examples` makes them, and where it is streamed `images` and
             `labels`, all cut over the devices. A single process leaves `examples` to the program
             that is called with them, which is the sooner way there.
 
         Raises:
-            ValueError: naming a record that cannot be read or decoded.
+            Mistake: naming a record that cannot be read or decoded.
         """
         records_Bx3 = order.records(
             self.config.seed, examples_seen, phase.batch_size, self.config.data.train_examples
         )
-        for examples in seats.seat_examples(records_Bx3, seating, self.config.ghost_size):
+        for examples in layout.seat_examples(records_Bx3, seating, self.config.ghost_size):
             fed = {"examples": examples}
             if jax.process_count() > 1:
                 fed = place(fed, cut(self.mesh))
@@ -74,7 +73,7 @@ class Feed:
             it is streamed `images` and `labels`, all cut over the devices.
 
         Raises:
-            ValueError: naming a record that cannot be read or decoded.
+            Mistake: naming a record that cannot be read or decoded.
         """
         for record_DxS in _test_records(self.config, self.mesh.size):
             if self.stream:
@@ -118,7 +117,7 @@ class Feed:
 
 
 def open_feed(
-    config: ConfigDict, mesh: Mesh, phases: Sequence[Phase], seatings: Sequence[seats.Seating],
+    config: ConfigDict, mesh: Mesh, phases: Sequence[Phase], seatings: Sequence[layout.Seating],
     examples_seen: int, evaluated_at: Sequence[int],
 ) -> Feed:
     """Loads the data set, or begins to stream it, from `examples_seen` on.
@@ -134,7 +133,7 @@ def open_feed(
             itself where that comes before the next update. Only read for streaming.
 
     Raises:
-        ValueError: if the data is not what the config says; nothing has been decoded but a
+        Mistake: if the data is not what the config says; nothing has been decoded but a
             resident data set.
     """
     seed = {"seed": np.uint32(config.seed)}
@@ -228,7 +227,7 @@ def _test_records(config: ConfigDict, devices: int) -> np.ndarray:
 
 
 def _open_stream(
-    config: ConfigDict, mesh: Mesh, phases: Sequence[Phase], seatings: Sequence[seats.Seating],
+    config: ConfigDict, mesh: Mesh, phases: Sequence[Phase], seatings: Sequence[layout.Seating],
     examples_seen: int, evaluated_at: Sequence[int],
 ) -> streaming.Stream:
     """All that this process reads in the run: updates, cut where the test set comes between."""
@@ -243,7 +242,7 @@ def _open_stream(
     due = set(evaluated_at)
     stretches = [evaluation] if examples_seen in due else []
     for phase, seating in zip(phases, seatings, strict=True):
-        places, after = seats.examples_seated(seating, config.ghost_size)
+        places, after = layout.examples_seated(seating, config.ghost_size)
         seats_MxDxS = np.where(after >= 0, places, -1)[:, own]
         seats_MxS = seats_MxDxS.reshape(seating.microbatches, -1)
         start = max(phase.start_example, examples_seen)

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bigbatch import bucket
+from bigbatch.mistake import Mistake
+from bigbatch.storage import bucket
 
 
 def bring_down(builder: Any, splits: tuple[str, ...]) -> Any:
@@ -26,7 +27,7 @@ def bring_down(builder: Any, splits: tuple[str, ...]) -> Any:
         splits: as 'train' or 'train[:90%]'; one that is not there is passed over.
 
     Raises:
-        ValueError: if they do not fit on the disk, or cannot be read.
+        Mistake: if they do not fit on the disk, or cannot be read.
     """
     from tensorflow_datasets.core.read_only_builder import builder_from_directory
 
@@ -44,7 +45,7 @@ def bring_down(builder: Any, splits: tuple[str, ...]) -> Any:
             }
             total, free = sum(missing.values()), shutil.disk_usage(folder).free
             if total > free:
-                raise ValueError(
+                raise Mistake(
                     f"{url} is copied to {folder} before it is read, and {total / 1e9:.1f} GB do "
                     f"not fit there ({free / 1e9:.1f} GB are free): set XDG_CACHE_HOME to a folder "
                     "on a larger disk, or --config.data.dir to where the bucket is mounted."
@@ -56,13 +57,13 @@ def bring_down(builder: Any, splits: tuple[str, ...]) -> Any:
                 part = folder / (name + ".part")
                 files.get_file(f"{root}/{name}", str(part))
                 if part.stat().st_size != missing[name]:
-                    raise ValueError(
+                    raise Mistake(
                         f"{url}/{name} has {missing[name]} bytes, of which "
                         f"{part.stat().st_size} came: start again."
                     )
                 part.replace(folder / name)
     except OSError as error:
-        raise ValueError(
+        raise Mistake(
             f"{url} cannot be copied to {folder}: {error.strerror}; set XDG_CACHE_HOME to a folder "
             "that can be written."
         ) from error

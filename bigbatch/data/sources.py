@@ -15,10 +15,11 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, UnidentifiedImageError
 
-from bigbatch import bucket
 from bigbatch.data import local_copy
 from bigbatch.data.augment import check_window
 from bigbatch.dotted import is_dotted, resolve
+from bigbatch.mistake import Mistake
+from bigbatch.storage import bucket
 
 # How Pillow names the channels a TFDS image may have.
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -40,7 +41,7 @@ def load(data: ConfigDict) -> Dataset:
     """The whole data set that `data` (config.data) names.
 
     Raises:
-        ValueError: one message that says what is wrong with the name or the data, and what to do.
+        Mistake: one message that says what is wrong with the name or the data, and what to do.
     """
     if data.name == "digits":
         return _digits(data)
@@ -64,17 +65,17 @@ def open_records(data: ConfigDict) -> tuple[Records, Records]:
     They are what the config was planned with, as far as can be told without decoding them.
 
     Raises:
-        ValueError: one message with the key to change, or what is wrong with the data.
+        Mistake: one message with the key to change, or what is wrong with the data.
     """
     if data.name == "digits" or is_dotted(data.name):
-        raise ValueError(
+        raise Mistake(
             "config.data.streaming is True, but only a TFDS data set can be streamed and "
             f"{data.name} is none: set --config.data.streaming=False."
         )
     builder = open_tfds(data)
     channels = builder.info.features["image"].shape[-1]
     if channels != 3:
-        raise ValueError(
+        raise Mistake(
             "config.data.streaming is True, but only images of 3 channels can be streamed and "
             f"{data.name} has {channels}: set --config.data.streaming=False."
         )
@@ -91,7 +92,7 @@ def check(dataset: Dataset, data: ConfigDict) -> None:
     """Refuses a data set that is not what the config was planned with.
 
     Raises:
-        ValueError: one line with the key to change and what to set it to.
+        Mistake: one line with the key to change and what to set it to.
     """
     train, test = dataset.train_images, dataset.test_images
     _check_sizes(data, len(train), len(test), train.shape[1:])
@@ -105,30 +106,30 @@ def _check_sizes(
         ("train_examples", data.train_split, train), ("test_examples", data.test_split, test),
     ):
         if data[key] != found:
-            raise ValueError(
+            raise Mistake(
                 f"config.data.{key} is {data[key]} but split {split!r} of {data.name} has "
                 f"{found} examples: set --config.data.{key}={found}."
             )
     height, width, channels = image_shape
     for key in ("mean", "std"):
         if len(data[key]) != channels:
-            raise ValueError(
+            raise Mistake(
                 f"config.data.{key} is {tuple(data[key])}, but the images of {data.name} "
                 f"have {channels} channel{'s'[: channels != 1]}: one value a channel is needed."
             )
     if not all(value > 0 for value in data.std):
-        raise ValueError(f"config.data.std is {tuple(data.std)}; its values must be over 0.")
+        raise Mistake(f"config.data.std is {tuple(data.std)}; its values must be over 0.")
     crop = data.augment.crop
     check_window(height, width, data.augment.pad, crop)
     if not crop and height != width:
-        raise ValueError(
+        raise Mistake(
             f"the images of {data.name} are {height}x{width} and the network gets squares: "
             f"set --config.data.augment.crop={min(height, width)} or less."
         )
     side = crop or height
     if data.image_size != side:
         cut = f"cropped to {crop}x{crop}" if crop else f"{height}x{width}, uncropped"
-        raise ValueError(
+        raise Mistake(
             f"config.data.image_size is {data.image_size}, but the images of {data.name} are "
             f"{cut}: set --config.data.image_size={side}, or --config.data.augment.crop to what is "
             "meant."
@@ -143,7 +144,7 @@ def open_tfds(data: ConfigDict) -> Any:
     are copied first, once; see `local_copy`.
 
     Raises:
-        ValueError: if it is unknown, not prepared, or in another file format, with the command
+        Mistake: if it is unknown, not prepared, or in another file format, with the command
             that prepares it; or if it holds no images with labels, or of other classes.
     """
     from etils import epath
@@ -152,7 +153,7 @@ def open_tfds(data: ConfigDict) -> Any:
 
     remote = bucket.in_bucket(data.dir)
     if "://" in data.dir and not remote:
-        raise ValueError(
+        raise Mistake(
             f"config.data.dir is {data.dir!r}; it must be a folder of each host, or in a bucket: "
             "gs://BUCKET/PATH."
         )
@@ -162,10 +163,10 @@ def open_tfds(data: ConfigDict) -> Any:
     try:
         builder = builder_from_files(data.name, data_dir=folder)
     except ValueError:  # TFDS's DatasetNotFoundError, or a name it cannot parse
-        raise ValueError(_not_prepared(data.name, folder)) from None
+        raise Mistake(_not_prepared(data.name, folder)) from None
     formats = {file_format.value for file_format in builder.info.available_file_formats()}
     if "array_record" not in formats:
-        raise ValueError(
+        raise Mistake(
             f"{data.name} in {builder.data_path} is prepared as {' and '.join(sorted(formats))}; "
             "only array_record can be read in any order and without TensorFlow. Prepare it once "
             "more, in another folder, and set --config.data.dir to that:\n"
@@ -186,19 +187,19 @@ def tfds_records(builder: Any, name: str, split: str) -> Records:
         split: a TFDS split, such as 'train' or 'train[:90%]'.
 
     Raises:
-        ValueError: if there is no such split, or nothing in it.
+        Mistake: if there is no such split, or nothing in it.
     """
     import tensorflow_datasets as tfds
 
     try:
         examples = builder.info.splits[split].num_examples
     except (ValueError, KeyError):
-        raise ValueError(
+        raise Mistake(
             f"{name} has no split {split!r}; it has {', '.join(builder.info.splits)}, or a part "
             "of one, as 'train[:90%]'."
         ) from None
     if not examples:
-        raise ValueError(f"split {split!r} of {name} is empty.")
+        raise Mistake(f"split {split!r} of {name} is empty.")
     return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
 
 
@@ -208,7 +209,7 @@ def decode(encoded: bytes, channels: int) -> np.ndarray:
     By Pillow, and not by whichever decoder TFDS finds installed: they differ in the last bits.
 
     Raises:
-        ValueError: if the bytes are no whole image.
+        Mistake: if the bytes are no whole image.
     """
     try:
         with Image.open(io.BytesIO(encoded)) as image:
@@ -217,7 +218,7 @@ def decode(encoded: bytes, channels: int) -> np.ndarray:
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         # Pillow's message would show the address of the buffer.
         reason = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
-        raise ValueError(f"{len(encoded)} bytes that are no whole image{reason}") from None
+        raise Mistake(f"{len(encoded)} bytes that are no whole image{reason}") from None
     return pixels.reshape(*pixels.shape[:2], channels)
 
 
@@ -226,7 +227,7 @@ def _read(records: Records, numbers: Sequence[int], what: str) -> list[Mapping[s
     try:
         return records.__getitems__(list(numbers))
     except RuntimeError as error:  # ArrayRecord's, for absent or broken files
-        raise ValueError(f"{what} cannot be read: {error}") from error
+        raise Mistake(f"{what} cannot be read: {error}") from error
 
 
 def _decode_all(source: Records, what: str, channels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -237,13 +238,13 @@ def _decode_all(source: Records, what: str, channels: int) -> tuple[np.ndarray, 
         for record, example in enumerate(_read(source, range(start, stop), what), start):
             try:
                 pixels = decode(example["image"], channels)
-            except ValueError as error:
-                raise ValueError(f"record {record} of {what} is {error}.") from None
+            except Mistake as error:
+                raise Mistake(f"record {record} of {what} is {error}.") from None
             if record == 0:
                 images = np.empty((len(source), *pixels.shape), np.uint8)
             if pixels.shape != images.shape[1:]:
                 first, other = ("x".join(map(str, p.shape[:2])) for p in (images[0], pixels))
-                raise ValueError(
+                raise Mistake(
                     f"{what} has images of more than one shape (record 0 is {first}, record "
                     f"{record} {other}), which cannot live in device memory as one array: set "
                     "--config.data.streaming=True."
@@ -270,12 +271,12 @@ def _check_features(builder: Any, data: ConfigDict) -> None:
         or not np.issubdtype(label.np_dtype, np.integer)
     ):
         has = re.sub(r"\s+", " ", repr(features))
-        raise ValueError(
+        raise Mistake(
             f"{data.name} is no data set of labelled images: it needs the features 'image' (an "
             f"Image of type uint8) and 'label' (one whole number), and has {has}."
         )
     if isinstance(label, tfds.features.ClassLabel) and label.num_classes != data.num_classes:
-        raise ValueError(
+        raise Mistake(
             f"config.data.num_classes is {data.num_classes} but {data.name} has "
             f"{label.num_classes} classes: set --config.data.num_classes={label.num_classes}."
         )
@@ -326,7 +327,7 @@ def _digits(data: ConfigDict) -> Dataset:
     from sklearn.datasets import load_digits
 
     if (data.train_split, data.test_split) != ("train", "test"):
-        raise ValueError(
+        raise Mistake(
             f"config.data.train_split is {data.train_split!r} and test_split {data.test_split!r}; "
             "the digits have the splits 'train' and 'test' only."
         )
@@ -351,7 +352,7 @@ def _from_function(data: ConfigDict) -> Dataset:
         got = (f"a {kind} of {', '.join(map(str, arrays)) or 'nothing'}"
                if isinstance(arrays, Mapping) else
                f"a {kind} of {len(arrays)}" if isinstance(arrays, tuple | list) else f"a {kind}")
-        raise ValueError(
+        raise Mistake(
             f"{data.name} returned {got}; it must return four arrays, {', '.join(fields)}: in this "
             "order, or as a dict with these keys."
         )
@@ -365,27 +366,27 @@ def _checked(dataset: Dataset, who: str, classes: int) -> Dataset:
         ("test", dataset.test_images, dataset.test_labels),
     ):
         if images.dtype != np.uint8:
-            raise ValueError(
+            raise Mistake(
                 f"{who}: {split}_images are {images.dtype}; they must be uint8, 0 to 255 "
                 "(config.data.mean and std normalise them)."
             )
         if images.ndim != 4 or not images.size:
-            raise ValueError(
+            raise Mistake(
                 f"{who}: {split}_images have the shape {images.shape}; it must be (images, height, "
                 "width, channels), and none of them 0."
             )
         if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]:
-            raise ValueError(
+            raise Mistake(
                 f"{who}: {split}_labels are {labels.dtype} of shape {labels.shape}; they must be "
                 f"whole numbers, one an image: {images.shape[:1]}."
             )
         if labels.min() < 0 or labels.max() >= classes:
-            raise ValueError(
+            raise Mistake(
                 f"{who}: {split}_labels run from {labels.min()} to {labels.max()}; they must lie "
                 f"in [0, {classes}), as config.data.num_classes is {classes}."
             )
     if dataset.train_images.shape[1:] != dataset.test_images.shape[1:]:
-        raise ValueError(
+        raise Mistake(
             f"{who}: train_images are {dataset.train_images.shape[1:]} and test_images "
             f"{dataset.test_images.shape[1:]} (height, width, channels); they must be alike."
         )

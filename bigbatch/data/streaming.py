@@ -32,7 +32,9 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
-from bigbatch.data import decode, order
+from bigbatch.data import decode
+from bigbatch.mistake import Mistake
+from bigbatch.schedule import order
 
 CROPS = {"goyal": decode.random_resized_crop_box, "inception": decode.inception_crop_box}
 # More in a block would make them wait for one another, fewer cost more to hand over.
@@ -71,7 +73,7 @@ class Reader:
         Where it is of no use and is to be skipped: zeros, NO_LABEL and the reason.
 
         Raises:
-            ValueError: naming a record that cannot be read or decoded.
+            Mistake: naming a record that cannot be read or decoded.
         """
         record, epoch, place = position, 0, position
         if self.train:
@@ -80,20 +82,20 @@ class Reader:
         try:
             example = self.records[record]
         except RuntimeError as error:  # ArrayRecord's, for absent or broken files
-            raise ValueError(
+            raise Mistake(
                 f"record {record} of split {self.split!r} cannot be read: {error}"
             ) from error
         encoded, label = example["image"], int(example["label"])
         try:
             if not 0 <= label < self.classes:
-                raise ValueError(f"the label is {label}, outside [0, {self.classes})")
+                raise Mistake(f"the label is {label}, outside [0, {self.classes})")
             box = self._box(*decode.dimensions(encoded), epoch, place)
             return decode.decode(encoded, box, self.size, self.resample), label, ""
-        except ValueError as error:
+        except Mistake as error:
             reason = f"record {record}{_name(example)} of split {self.split!r}: {error}"
             if self.skip:
                 return np.zeros((self.size, self.size, 3), np.uint8), NO_LABEL, reason
-            raise ValueError(
+            raise Mistake(
                 f"{reason}. Repair it, or set --config.data.on_bad_image=skip to go on without it."
             ) from None
 
@@ -203,7 +205,7 @@ class Stream:
             threads: that decode in each process.
 
         Raises:
-            ValueError: if what the workers pass on does not fit into shared memory.
+            Mistake: if what the workers pass on does not fit into shared memory.
         """
         self.skipped = 0
         self._microbatches = (
@@ -293,7 +295,7 @@ def _check_shared_memory(wanted: int, workers: int) -> None:
     """Refuses workers whose images do not fit where Linux passes them: overflowing it kills."""
     free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else wanted
     if free < wanted:
-        raise ValueError(
+        raise Mistake(
             f"{workers} of config.data.workers pass up to {wanted / 1e6:.0f} MB of images through "
             f"{SHARED_MEMORY}, which has {free / 1e6:.0f} MB free: give the container more "
             "(Docker: --shm-size), or set --config.data.workers=0 to decode in threads."

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from bigbatch.mistake import Mistake
+
 
 def dropout(inputs: jax.Array, rate: float, keys_B: jax.Array, train: bool, tag: int) -> jax.Array:
     """Sets a share `rate` of each example's features to zero and scales up the others.
@@ -18,7 +20,7 @@ def dropout(inputs: jax.Array, rate: float, keys_B: jax.Array, train: bool, tag:
         tag: tells this place in the network from the others that draw from the same keys.
     """
     if not 0.0 <= rate < 1.0:
-        raise ValueError(f"dropout: rate is {rate}; it must lie in [0, 1).")
+        raise Mistake(f"dropout: rate is {rate}; it must lie in [0, 1).")
     if not train or rate == 0.0:
         return inputs
 

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from bigbatch.mistake import Mistake
 from bigbatch.models.dropout import dropout
 from bigbatch.models.normalization import GhostBatchNorm
 
@@ -189,22 +190,22 @@ class InceptionResNetV2(nnx.Module):
         divisor: of all widths: 1, or 2, 4, 8 or 16 for a smaller network of the same form.
 
         Raises:
-            ValueError: for blocks, a divisor or an image size that make no such network.
+            Mistake: for blocks, a divisor or an image size that make no such network.
         """
         if len(blocks) != 3 or not all(isinstance(n, int) and n >= 1 for n in blocks):
-            raise ValueError(
+            raise Mistake(
                 f"model.blocks is {blocks!r}; it must be three whole numbers of 1 or more, of "
                 "block35, block17 and block8, as (10, 20, 10)."
             )
         if divisor not in DIVISORS:
-            raise ValueError(
+            raise Mistake(
                 f"model.divisor is {divisor}; it must divide every width of the network: "
                 f"{', '.join(map(str, DIVISORS))}."
             )
         if auxiliary_weight < 0:
-            raise ValueError(f"model.auxiliary_weight is {auxiliary_weight}; it must be 0 or more.")
+            raise Mistake(f"model.auxiliary_weight is {auxiliary_weight}; it must be 0 or more.")
         if auxiliary_weight and image_size < SMALLEST_AUXILIARY:
-            raise ValueError(
+            raise Mistake(
                 f"model.image_size is {image_size}; with the auxiliary head it must be "
                 f"{SMALLEST_AUXILIARY} or more. model.auxiliary_weight=0 leaves that head out."
             )
@@ -249,23 +250,23 @@ class InceptionResNetV2(nnx.Module):
         In training with the auxiliary head: (logits, [(auxiliary_weight, auxiliary logits)]).
 
         Raises:
-            ValueError: for images of another number of channels, smaller than 75x75, or, where the
+            Mistake: for images of another number of channels, smaller than 75x75, or, where the
                 auxiliary head is used, not of `image_size`.
         """
         height, width, channels = images_BxHxWxC.shape[1:]
         if channels != self.channels:
-            raise ValueError(
+            raise Mistake(
                 f"model.channels is {self.channels}, but the images have {channels} (data.mean and "
                 "data.std have one value a channel)."
             )
         if min(height, width) < SMALLEST:
-            raise ValueError(
+            raise Mistake(
                 f"Inception-ResNet-V2 got images of {height}x{width}; the smallest that its "
                 f"unpadded convolutions leave a pixel of are {SMALLEST}x{SMALLEST}."
             )
         with_auxiliary = train and self.auxiliary is not None
         if with_auxiliary and (height, width) != (self.image_size, self.image_size):
-            raise ValueError(
+            raise Mistake(
                 f"model.image_size is {self.image_size}, but the images are {height}x{width}; the "
                 "auxiliary head fits one size only: set "
                 "model.image_size=config.data.get_ref('image_size')."

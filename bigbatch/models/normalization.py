@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from bigbatch.mistake import Mistake
+
 
 class GhostBatchNorm(nnx.Module):
     """Normalises each ghost batch (`ghost_size` consecutive examples) by its own statistics.
@@ -46,7 +48,7 @@ class GhostBatchNorm(nnx.Module):
         rngs: Flax's random streams (for `scale_init`).
         """
         if not 0.0 < decay < 1.0:
-            raise ValueError(f"GhostBatchNorm: decay is {decay}; it must lie between 0 and 1.")
+            raise Mistake(f"GhostBatchNorm: decay is {decay}; it must lie between 0 and 1.")
         param_dtype = jnp.promote_types(dtype, jnp.float32)
         self.ghost_size = ghost_size
         self.epsilon = epsilon
@@ -66,10 +68,10 @@ class GhostBatchNorm(nnx.Module):
         """Normalises `inputs` (batch, ..., features).
 
         Raises:
-            ValueError: in training, when the batch is no whole number of ghost batches.
+            Mistake: in training, when the batch is no whole number of ghost batches.
         """
         if train and len(inputs) % self.ghost_size:
-            raise ValueError(
+            raise Mistake(
                 f"GhostBatchNorm got {len(inputs)} examples, no whole number of ghost batches of "
                 f"{self.ghost_size}."
             )

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from bigbatch.mistake import Mistake
 from bigbatch.models.normalization import GhostBatchNorm
 
 # He et al. 2015, a plain normal. Goyal et al. do not say by which fan; Caffe2, which they trained
@@ -92,14 +93,14 @@ class ResNet(nnx.Module):
             whose matrix units 3 channels leave mostly idle. Parameters and results are the same.
 
         Raises:
-            ValueError: for a depth or width there is no such network of.
+            Mistake: for a depth or width there is no such network of.
         """
         if depth not in BLOCKS:
-            raise ValueError(
+            raise Mistake(
                 f"model.depth is {depth}; a ResNet's is {', '.join(map(str, BLOCKS))}."
             )
         if width < 1:
-            raise ValueError(f"model.width is {width}; it must be 1 or more.")
+            raise Mistake(f"model.width is {width}; it must be 1 or more.")
         param_dtype = jnp.promote_types(dtype, jnp.float32)
         norm = partial(GhostBatchNorm, ghost_size=ghost_size, decay=bn_decay, dtype=dtype,
                        rngs=rngs)
@@ -128,10 +129,10 @@ class ResNet(nnx.Module):
         """Logits (batch, classes), in the parameters' type.
 
         Raises:
-            ValueError: if the images have another number of channels.
+            Mistake: if the images have another number of channels.
         """
         if images_BxHxWxC.shape[-1] != self.conv.in_features:
-            raise ValueError(
+            raise Mistake(
                 f"model.channels is {self.conv.in_features}, but the images have "
                 f"{images_BxHxWxC.shape[-1]} (data.mean and data.std have one value a channel)."
             )

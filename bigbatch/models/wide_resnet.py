@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from bigbatch.mistake import Mistake
 from bigbatch.models.dropout import dropout
 from bigbatch.models.normalization import GhostBatchNorm
 
@@ -73,12 +74,12 @@ class WideResNet(nnx.Module):
             (0, 1); only so that its runs can go on.
         """
         if depth < 10 or (depth - 4) % 6:
-            raise ValueError(
+            raise Mistake(
                 f"model.depth is {depth}; a Wide ResNet's is 6n + 4 with n blocks a group: "
                 "10, 16, 22, 28, 34, 40..."
             )
         if width < 1:
-            raise ValueError(f"model.width is {width}; it must be 1 or more.")
+            raise Mistake(f"model.width is {width}; it must be 1 or more.")
         param_dtype = jnp.promote_types(dtype, jnp.float32)
         norm = partial(GhostBatchNorm, ghost_size=ghost_size, decay=bn_decay, dtype=dtype,
                        rngs=rngs)
@@ -109,10 +110,10 @@ class WideResNet(nnx.Module):
         """Logits (batch, classes), in the parameters' type.
 
         Raises:
-            ValueError: if the images have another number of channels.
+            Mistake: if the images have another number of channels.
         """
         if images_BxHxWxC.shape[-1] != self.conv.in_features:
-            raise ValueError(
+            raise Mistake(
                 f"model.channels is {self.conv.in_features}, but the images have "
                 f"{images_BxHxWxC.shape[-1]} (data.mean and data.std have one value a channel)."
             )

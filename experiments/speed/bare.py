@@ -7,9 +7,10 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from bigbatch import network, seats, update
-from bigbatch.data import augment, order, sources
-from bigbatch.devices import cut, make_mesh, place, replicated
+from bigbatch.data import augment, sources
+from bigbatch.job.devices import cut, make_mesh, place, replicated
+from bigbatch.schedule import layout, order
+from bigbatch.update import network, update
 
 NOISE = "data.streaming=false,data.name=experiments.speed.bare.noise"  # settings of a config
 
@@ -57,7 +58,7 @@ class BareUpdate:
         dataset = sources.load(config.data)
         records_Bx3 = order.records(
             config.seed, 0, config.recipe.batch_size, config.data.train_examples)
-        seating = seats.make_seating(
+        seating = layout.make_seating(
             len(records_Bx3), config.ghost_size, 1, config.max_per_device_batch,
             config.microbatches)
         resident: dict[str, Any] = {"seed": np.uint32(config.seed)}
@@ -65,7 +66,7 @@ class BareUpdate:
             resident |= {"images": dataset.train_images, "labels": dataset.train_labels}
         self.resident = place(resident, replicated(mesh))
         self.batches = []
-        for examples in seats.seat_examples(records_Bx3, seating, config.ghost_size):
+        for examples in layout.seat_examples(records_Bx3, seating, config.ghost_size):
             batch = {"examples": examples}
             if not augmented:
                 record = examples[:, 0]

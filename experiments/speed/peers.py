@@ -8,11 +8,12 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from bigbatch import chip_peaks, compilation
-from bigbatch.devices import compiler_options, make_mesh
+from bigbatch.job import chips
+from bigbatch.job.devices import compiler_options, make_mesh
 from bigbatch.models.normalization import GhostBatchNorm
 from bigbatch.models.wide_resnet import WideResNet
-from bigbatch.network import Network
+from bigbatch.programs import compilation
+from bigbatch.update.network import Network
 from experiments.figures import load_config
 from experiments.speed import flax_resnet
 from experiments.speed.bare import NOISE, BareUpdate
@@ -206,7 +207,7 @@ def _absolute(
 ) -> list[Figure]:
     """Examples a second, and the share of the chip's peak where that is known."""
     flops = compilation.count_flops(ours.lowered[0])
-    peak = chip_peaks.peak_flops(jax.devices()[0].device_kind, dtype)
+    peak = chips.peak_flops(jax.devices()[0].device_kind, dtype)
     found = [Figure("examples a second", setting, "", "examples/s",
                     [round(batch / second, 1) for second in seconds])]
     if peak and flops:

@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bigbatch import network, update
 from bigbatch.config import make_phases, make_seatings
 from bigbatch.data import feed
-from bigbatch.devices import make_mesh, place, replicated
+from bigbatch.job.devices import make_mesh, place, replicated
+from bigbatch.update import network, update
 from experiments import provenance
 from experiments.figures import load_config
 

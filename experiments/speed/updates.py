@@ -8,8 +8,8 @@ from functools import partial
 import jax
 from ml_collections import ConfigDict
 
-from bigbatch import update
-from bigbatch.devices import compiler_options, make_mesh
+from bigbatch.job.devices import compiler_options, make_mesh
+from bigbatch.update import update
 from experiments.figures import load_config
 from experiments.speed.bare import BareUpdate
 from experiments.speed.measure import Figure, paired, ratios

@@ -14,8 +14,9 @@ from unittest import mock
 import jax
 from ml_collections import ConfigDict
 
-from bigbatch import train, update
-from bigbatch.metrics import read_events
+from bigbatch import train
+from bigbatch.storage.logs import read_events
+from bigbatch.update import update
 from experiments.figures import REPOSITORY, load_config
 from experiments.speed.bare import NOISE, BareUpdate
 from experiments.speed.measure import Figure, ratios

@@ -1,0 +1,1 @@
+"""What a config needs of slices that are not there."""

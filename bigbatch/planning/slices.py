@@ -1,0 +1,255 @@
+"""What a config's programs need of the TPU slices that a plan names, told by the TPU compiler."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from bigbatch import schedule
+from bigbatch.config import make_due, make_seatings
+from bigbatch.data import feed
+from bigbatch.job.devices import replicated
+from bigbatch.mistake import Mistake
+from bigbatch.planning import compiled, topology
+from bigbatch.planning.compiled import Measured
+from bigbatch.programs import lowering
+from bigbatch.programs.compilation import EVALUATE, Kind, Program, programs_of
+from bigbatch.schedule import Phase
+from bigbatch.schedule.layout import Seating, make_seating
+from bigbatch.update import network, update
+
+
+def parse(text: str, phases: Sequence[Phase]) -> list[topology.Slice]:
+    """The slice of each phase, from "slice" or "slice,phase=slice,...": each from its phase on.
+
+    Raises:
+        Mistake: if there is no such slice or phase.
+    """
+    first, *changes = text.split(",")
+    slices = [topology.parse(first)] * len(phases)
+    for change in changes:
+        name, separator, slice_name = change.partition("=")
+        if not separator:
+            raise Mistake(
+                f"--topology has {change!r} after its first slice; write from which phase on, as "
+                f"{phases[-1].name}={change}."
+            )
+        start = schedule.find_phase(phases, name, "--topology").index
+        slices[start:] = [topology.parse(slice_name)] * (len(phases) - start)
+    return slices
+
+
+def compile_for(
+    config: ConfigDict, phases: Sequence[Phase], slices: Sequence[topology.Slice],
+    folder: Path | None, show: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Compiles the programs of every phase for its slice.
+
+    Args:
+        config: see `config.base_config`.
+        phases: of the config.
+        slices: one a phase.
+        folder: where results are remembered; None for nowhere.
+        show: told what is being compiled, since that takes minutes.
+
+    Returns:
+        `phases`, of each what `_describe` returns; `evaluations`, how many there are on each slice
+        and what one needs; `seconds_at_least` the run takes by the compiler's estimates (None where
+        it made none) and `chip_hours_at_least`; `fits`; `compiler`, its version.
+
+    Raises:
+        Mistake: if the TPU compiler is not there, or knows no such slice.
+    """
+    with jax.enable_x64(config.dtype == "float64"):
+        seatings = [make_seatings(config, [phase], found.devices)[0]
+                    for phase, found in zip(phases, slices, strict=True)]
+        net = network.build(config)
+        on = {
+            found: _Compiler(
+                config, net, found, folder, show, accumulates=any(
+                    seating.microbatches > 1
+                    for seating, other in zip(seatings, slices, strict=True) if other == found))
+            for found in dict.fromkeys(slices)
+        }
+        rows = [on[found].describe(seating)
+                for seating, found in zip(seatings, slices, strict=True)]
+        evaluations = [
+            {"slice": found.name, "count": _count_evaluations(
+                config, phases, [other == found for other in slices]),
+             **compiler.describe_evaluation()}
+            for found, compiler in on.items()
+        ]
+    seconds, chip_seconds = 0.0, 0.0
+    for times, row, found in [
+        *((phase.updates, row, found)
+          for phase, row, found in zip(phases, rows, slices, strict=True)),
+        *((one["count"], one, found) for one, found in zip(evaluations, on, strict=True)),
+    ]:
+        if row["seconds"] is None:
+            seconds = None
+            break
+        seconds += times * row["seconds"]
+        chip_seconds += times * row["seconds"] * found.chips
+    return {
+        "phases": rows,
+        "evaluations": evaluations,
+        "seconds_at_least": seconds,
+        "chip_hours_at_least": None if seconds is None else chip_seconds / 3600,
+        "fits": all(row["fits"] for row in rows + evaluations),
+        "compiler": compiled.version(on[slices[0]].mesh),
+    }
+
+
+class _Compiler:
+    """The compiler of one slice for one config."""
+
+    def __init__(
+        self, config: ConfigDict, net: network.Network, found: topology.Slice,
+        folder: Path | None, show: Callable[[str], None], accumulates: bool,
+    ):
+        """`accumulates`: whether a phase on this slice keeps sums; the rest as in `compile_for`."""
+        self.config, self.net, self.slice = config, net, found
+        self.folder, self.show, self.accumulates = folder, show, accumulates
+        self.mesh = topology.make_mesh(found)
+        self.state = update.abstract_state(config, self.net, self.mesh)
+        self.resident, self.test = feed.resident_shapes(config, self.mesh)
+        self.known: dict[Program, Measured] = {}
+
+    def measure(self, program: Program) -> Measured:
+        """A program, compiled."""
+        if program not in self.known:
+            self.show(f"{self.slice.name}: {program}")
+            # No device hears of another in a pass that only accumulates, so its program is the same
+            # on all slices of a kind, and compiled once for all.
+            silent = program.kind is Kind.ACCUMULATE
+            mesh = topology.make_mesh(self.slice.one_host) if silent else self.mesh
+            sharding = replicated(mesh)
+            whole = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+                (self.state, self.resident, self.test),
+            )
+            lower = lowering.lowering(self.config, self.net, mesh, *whole)
+            self.known[program] = compiled.measure(
+                lower(program), self.slice.kind, mesh, self.folder)
+        return self.known[program]
+
+    def memory(self, program: Program) -> int:
+        """Bytes on a device while the program runs: its own, and what else the run keeps there."""
+        measured = self.measure(program)
+        if not measured.fits:
+            return measured.extra_bytes
+        kind, beside = program.kind, 0
+        if kind is Kind.EVALUATE:
+            beside += _bytes(self.state.opt_state) + _bytes(self.resident)
+        else:
+            beside += _bytes(self.test)
+        if kind is Kind.APPLY:
+            beside += _bytes(self.resident)
+        if kind in (Kind.UPDATE, Kind.EVALUATE) and self.accumulates:
+            beside += _bytes(update.abstract_sums(self.state, self.mesh)) // self.mesh.size
+        if kind in (Kind.UPDATE, Kind.ACCUMULATE):  # the next microbatch is there before its turn
+            shapes = feed.update_shapes(self.config, self.mesh, program.seats)
+            beside += _bytes(shapes) // self.mesh.size
+        return measured.argument_bytes + measured.extra_bytes + beside
+
+    def fits(self, program: Program) -> bool:
+        """Whether the program and what the run keeps beside it have room on a device."""
+        return self.measure(program).fits and self.memory(program) <= self.slice.kind.memory_bytes
+
+    def describe(self, seating: Seating) -> dict[str, Any]:
+        """Of an update: see `_describe`; with `advice` where it does not fit."""
+        programs = programs_of(seating)
+        times = [seating.microbatches if program.kind is Kind.ACCUMULATE else 1
+                 for program in programs]
+        described = self._describe(programs, times)
+        if not described["fits"]:
+            described["advice"] = self._advice(seating)
+        return described
+
+    def describe_evaluation(self) -> dict[str, Any]:
+        """Of one evaluation of the whole test set: see `_describe`; with `advice`."""
+        rows = feed.evaluation_shapes(self.config, self.mesh)["record"].shape[0]
+        batches = -(-self.config.data.test_examples // rows)
+        described = self._describe([EVALUATE], [batches])
+        if not described["fits"]:
+            described["advice"] = (
+                f"a --config.eval_batch_size below {rows // self.mesh.size} needs less")
+        return described
+
+    def _describe(self, programs: Sequence[Program], times: Sequence[int]) -> dict[str, Any]:
+        """Programs that are run so many times in a row, of one device's part.
+
+        Returns:
+            `slice`, its `devices` and `chips`; `fits`, `memory_bytes` (the most at any time) and
+            `memory_limit_bytes`; of all runs together `flops`, `seconds` (the compiler's estimate),
+            `collectives` {kind: [how many, bytes]}; `compile_seconds`, `programs`.
+        """
+        runs = [(self.measure(program), count)
+                for program, count in zip(programs, times, strict=True)]
+        reduced: dict[str, list[int]] = {}
+        for measured, count in runs:
+            for kind, (number, size) in measured.collectives.items():
+                had = reduced.get(kind, [0, 0])
+                reduced[kind] = [had[0] + count * number, had[1] + count * size]
+        known = all(measured.seconds is not None for measured, _ in runs)
+        return {
+            "slice": self.slice.name,
+            "devices": self.slice.devices,
+            "chips": self.slice.chips,
+            "fits": all(map(self.fits, programs)),
+            "memory_bytes": max(map(self.memory, programs)),
+            "memory_limit_bytes": self.slice.kind.memory_bytes,
+            "flops": sum(count * measured.flops for measured, count in runs),
+            "seconds": sum(count * measured.seconds for measured, count in runs) if known else None,
+            "collectives": reduced,
+            "compile_seconds": sum(measured.compile_seconds for measured, _ in runs),
+            "programs": list(map(str, programs)),
+        }
+
+    def _advice(self, seating: Seating) -> str:
+        """The smallest changes under which an update would fit: more passes, or a larger slice."""
+        ghost = self.config.ghost_size
+        changes = []
+        if seats := self._most_seats(Kind.ACCUMULATE, seating):
+            passes = make_seating(
+                seating.ghosts * ghost, ghost, seating.devices, seats * ghost, 0).microbatches
+            setting = (f"--config.microbatches={passes}" if self.config.microbatches
+                       else f"--config.max_per_device_batch={seats * ghost}")
+            changes.append(f"{setting} fits ({passes} passes an update)")
+        # As each device of that slice takes it, at once.
+        if seats := self._most_seats(Kind.UPDATE, seating):
+            changes.append(f"a slice of {-(-seating.ghosts // seats)} devices or more fits")
+        return ", or ".join(changes) or (
+            f"not even one ghost batch of {ghost} has room on a device: a kind of TPU with more "
+            "memory, or a smaller network, is needed"
+        )
+
+    def _most_seats(self, kind: Kind, seating: Seating) -> int:
+        """The most seats in a pass, below those of `seating`, with which a program fits; or 0."""
+        needed = max(map(self.memory, programs_of(seating)))
+        # As if memory grew with the seats; then one by one.
+        seats = min(seating.seats - 1,
+                    seating.seats * self.slice.kind.memory_bytes // max(needed, 1))
+        while seats > 0 and not self.fits(Program(kind, seats)):
+            seats -= 1
+        while 0 < seats < seating.seats - 1 and self.fits(Program(kind, seats + 1)):
+            seats += 1
+        return seats
+
+
+def _count_evaluations(
+    config: ConfigDict, phases: Sequence[Phase], chosen: Sequence[bool]
+) -> int:
+    """How often a run evaluates, in those of its phases that are `chosen`."""
+    is_due = make_due(config, phases[-1].end_example)
+    return sum(
+        is_due("eval", start, end)
+        for phase, taken in zip(phases, chosen, strict=True) if taken
+        for start, end in schedule.spans([phase], 0)
+    )
+
+
+def _bytes(shapes: Mapping | Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))

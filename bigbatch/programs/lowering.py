@@ -1,0 +1,68 @@
+"""A run's programs, lowered for their shapes but not yet compiled."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from bigbatch.data import feed
+from bigbatch.job.devices import replicated
+from bigbatch.programs.compilation import Kind, Program
+from bigbatch.update import evaluation, network, update
+
+
+def lowering(
+    config: ConfigDict, net: network.Network, mesh: Mesh, state: update.State,
+    resident: Mapping, test: Mapping, prepare: Callable | None = None,
+) -> Callable[[Program], jax.stages.Lowered]:
+    """A function that lowers a program.
+
+    Args:
+        config: of the run.
+        net: its network.
+        mesh: the devices; they may be those of a topology that is not there.
+        state: shapes of the state, as `update.abstract_state` gives them.
+        resident: shapes of what `feed.Feed.resident` holds.
+        test: the same of `feed.Feed.test`.
+        prepare: see `update.make_update`.
+    """
+    functions = update.make_update(config, net, mesh, prepare)
+
+    def lower(program: Program) -> jax.stages.Lowered:
+        if program.kind is Kind.INIT:
+            return update.make_init(config, net).lower(jax.ShapeDtypeStruct((), np.uint32))
+        if program.kind is Kind.EVALUATE:
+            return evaluation.make_evaluate(config, net, mesh).lower(
+                state.params, state.batch_stats, test, feed.evaluation_shapes(config, mesh))
+        batch = feed.update_shapes(config, mesh, program.seats)
+        return lower_update(functions, program.kind, mesh, state, resident, batch)
+
+    return lower
+
+
+def lower_update(
+    functions: update.Update, kind: Kind, mesh: Mesh, state: update.State, resident: Mapping,
+    batch: Mapping,
+) -> jax.stages.Lowered:
+    """One of the three programs of an update, for shapes (or arrays that have them).
+
+    Args:
+        functions: of the update.
+        kind: UPDATE, ACCUMULATE or APPLY.
+        mesh: the devices.
+        state: before the update.
+        resident: see `update.make_update`.
+        batch: a microbatch; not read for APPLY.
+    """
+    def scalar(dtype: np.dtype) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((), dtype, sharding=replicated(mesh))
+
+    number = scalar(jax.tree.leaves(state.params)[0].dtype)
+    if kind is Kind.UPDATE:
+        return functions.update.lower(state, resident, batch, number, number)
+    sums = update.abstract_sums(state, mesh)
+    if kind is Kind.APPLY:
+        return functions.apply.lower(state, sums, number, number)
+    return functions.accumulate.lower(state, sums, resident, batch, scalar(np.bool_))

@@ -1,0 +1,358 @@
+"""A recipe and a strategy become phases, each with one batch size.
+
+The noise scale of SGD, g = eps/(1-m) (N/B - 1) (Smith, Kindermans, Ying, Le, ICLR 2018, section
+3 and 4), is what a recipe states: where it falls and by how much. A strategy says how each fall
+is paid: by decaying the learning rate eps, by growing the batch B, or a mixture. All strategies of
+one recipe share one nominal noise curve. Learning rates are decided here and nowhere else.
+
+Positions are counted in examples seen. Pure Python; imports nothing of the package.
+"""
+
+import bisect
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+
+from bigbatch.mistake import Mistake
+
+STRATEGIES = ("constant", "decay", "hybrid", "increase")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What to train with, whichever way its noise is annealed."""
+
+    learning_rate: float  # eps, at the first fall and before, after any warm-up
+    batch_size: int  # B, examples in the first updates
+    momentum: float  # m; for Adam its first beta
+    examples: int  # N, examples in the training set
+    epochs: float
+    falls: tuple[tuple[float, float], ...] = ()  # (epoch, factor the noise scale is divided by)
+    warmup_epochs: float = 0.0
+    warmup_learning_rate: float = 0.0  # where the linear warm-up starts; absolute
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a grown batch must respect."""
+
+    max_batch_size: int | None = None  # None: no limit
+    granularity: int | None = None  # batches are multiples of it; None: of the ghost batch
+    ghost_size: int = 1  # examples in a ghost batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A stretch of training with one batch size. Examples are counted from the run's start."""
+
+    index: int
+    name: str  # "warmup", "noise/1", "noise/5", ...: the nominal noise against its first value
+    start_example: int
+    end_example: int  # the first update boundary at or after nominal_end_example
+    nominal_end_example: int  # round(epochs x N)
+    start_update: int
+    updates: int
+    batch_size: int
+    learning_rate: float  # at the phase's start
+    learning_rate_end: float  # at its end; differs in a warm-up
+    momentum: float
+    noise_scale: float  # eps/(1-m) (N/B - 1), at the phase's start
+    noise_scale_approximate: float  # eps N / (B (1-m)), at the phase's start
+    lost_epochs: float  # B/(N (1-m)): what filling the momentum's accumulator takes (appendix A)
+
+    @property
+    def shift(self) -> int:
+        """Examples by which the phase ends after its nominal end (less than a batch)."""
+        return self.end_example - self.nominal_end_example
+
+
+def noise_scale(learning_rate: float, momentum: float, examples: int, batch_size: int) -> float:
+    """g = eps/(1-m) (N/B - 1) (paper, section 4)."""
+    return learning_rate / (1.0 - momentum) * (examples / batch_size - 1.0)
+
+
+def noise_scale_approximate(
+    learning_rate: float, momentum: float, examples: int, batch_size: int
+) -> float:
+    """eps N / (B (1-m)): the noise scale while B << N; the form the schedules keep equal."""
+    return learning_rate / (1.0 - momentum) * examples / batch_size
+
+
+def scale_up(recipe: Recipe, learning_rate_factor: float = 1.0, momentum: float | None = None,
+             granularity: int = 1) -> Recipe:
+    """The recipe with a larger rate and momentum, and the batch in proportion to eps/(1-m).
+
+    Paper, section 5.2: the noise scale stays and the updates fall. Done before training starts; a
+    warm-up's starting rate is absolute and stays.
+
+    Args:
+        recipe: what to scale.
+        learning_rate_factor: the rate is multiplied by it.
+        momentum: the new coefficient, None to keep the recipe's.
+        granularity: what the batch must be a multiple of.
+
+    Raises:
+        Mistake: if the batch that keeps the noise is no whole multiple of `granularity`, or over
+            the training set.
+    """
+    new_momentum = recipe.momentum if momentum is None else momentum
+    _check_momentum("recipe.momentum", recipe.momentum)
+    _check_momentum("scale_up.momentum", new_momentum)
+    if not (math.isfinite(learning_rate_factor) and learning_rate_factor > 0):
+        raise Mistake(
+            f"scale_up.learning_rate is {learning_rate_factor}; it is a factor on the rate and "
+            "must be a finite number over 0 (1 leaves the rate as it is)."
+        )
+    batch = (
+        recipe.batch_size * learning_rate_factor * (1.0 - recipe.momentum) / (1.0 - new_momentum)
+    )
+    whole = round(batch / granularity) * granularity
+    if whole < 1 or abs(batch - whole) > 1e-6 * whole:
+        raise Mistake(
+            f"scaling the rate by {learning_rate_factor:g} and the momentum from "
+            f"{recipe.momentum:g} to {new_momentum:g} asks for a batch of {batch:g}, which is no "
+            f"multiple of {granularity}; change scale_up so that {recipe.batch_size} x rate factor "
+            "x (1 - old momentum)/(1 - new momentum) is one."
+        )
+    if whole > recipe.examples:
+        raise Mistake(
+            f"scale_up takes the batch from {recipe.batch_size} to {whole}, over the "
+            f"{recipe.examples} examples of the training set; scale up by less."
+        )
+    return dataclasses.replace(
+        recipe,
+        learning_rate=recipe.learning_rate * learning_rate_factor,
+        batch_size=whole,
+        momentum=new_momentum,
+    )
+
+
+def plan_phases(
+    recipe: Recipe, strategy: str, limits: Limits, hybrid_falls: int = 1
+) -> tuple[Phase, ...]:
+    """The phases of `recipe` under `strategy`.
+
+    No example is dropped or repeated and no update is partial: a phase, and the run, ends at the
+    first update boundary at or after its nominal example, and the next begins there. A grown batch
+    is rounded down to the granularity and capped; what it does not take of a fall the rate pays at
+    the same place.
+
+    Args:
+        recipe: the recipe, scaled up already where that is wanted.
+        strategy: "constant" (no falls), "decay" (all by the rate), "hybrid" (the first
+            `hybrid_falls` by the batch, the rest by the rate), "increase" (all by the batch).
+        limits: on the batch.
+        hybrid_falls: only read by "hybrid".
+
+    Raises:
+        Mistake: where no such schedule exists; the message has the value and what to change.
+    """
+    if strategy == "constant":
+        recipe = dataclasses.replace(recipe, falls=())
+    granularity = _check(recipe, strategy, limits, hybrid_falls)
+    n, momentum, falls = recipe.examples, recipe.momentum, recipe.falls
+    by_batch = {"constant": 0, "decay": 0, "hybrid": hybrid_falls, "increase": len(falls)}[strategy]
+
+    # Stretches of (name, nominal end in epochs, batch, rate at start, rate at end).
+    batch, rate, divided = recipe.batch_size, recipe.learning_rate, 1.0
+    stretches = []
+    if recipe.warmup_epochs > 0:
+        stretches.append(
+            ("warmup", recipe.warmup_epochs, batch, recipe.warmup_learning_rate, rate)
+        )
+    for place, (epoch, factor) in enumerate(falls):
+        stretches.append((f"noise/{divided:g}", epoch, batch, rate, rate))
+        grown = _grown(batch, factor, recipe, limits, granularity) if place < by_batch else batch
+        rate *= grown / batch / factor
+        batch = grown
+        divided *= factor
+    stretches.append((f"noise/{divided:g}", recipe.epochs, batch, rate, rate))
+
+    phases: list[Phase] = []
+    example = update = 0
+    for name, epoch, batch, rate, rate_end in stretches:
+        nominal = round(epoch * n)
+        updates = -(-(nominal - example) // batch)
+        if updates < 1:
+            raise Mistake(
+                f"phase {name!r} would have no update: it should end at example {nominal} (epoch "
+                f"{epoch:g}), but whole updates before it already reach example {example}; move "
+                "the fall, or take a smaller batch or limits.max_batch_size."
+            )
+        phases.append(Phase(
+            index=len(phases), name=name, start_example=example,
+            end_example=example + updates * batch, nominal_end_example=nominal,
+            start_update=update, updates=updates, batch_size=batch, learning_rate=rate,
+            learning_rate_end=rate_end, momentum=momentum,
+            noise_scale=noise_scale(rate, momentum, n, batch),
+            noise_scale_approximate=noise_scale_approximate(rate, momentum, n, batch),
+            lost_epochs=batch / (n * (1.0 - momentum)),
+        ))
+        example, update = phases[-1].end_example, update + updates
+    return tuple(phases)
+
+
+def phase_at(phases: Sequence[Phase], examples_seen: int) -> Phase | None:
+    """The phase an update starting at `examples_seen` belongs to; None when the run is over."""
+    place = bisect.bisect_right([phase.end_example for phase in phases], examples_seen)
+    return phases[place] if place < len(phases) else None
+
+
+def find_phase(phases: Sequence[Phase], name: str, asked_by: str) -> Phase:
+    """The phase of this name or number.
+
+    Raises:
+        Mistake: if there is none; it names `asked_by`, a flag, and the phases.
+    """
+    for phase in phases:
+        if name in (phase.name, str(phase.index)):
+            return phase
+    named = ", ".join(f"{phase.index} or {phase.name}" for phase in phases)
+    raise Mistake(f"{asked_by} names the phase {name!r}; this run's phases are {named}.")
+
+
+def spans(phases: Sequence[Phase], examples_seen: int) -> Iterator[tuple[int, int]]:
+    """The first example and the end of each update of `phases` from `examples_seen` on."""
+    for phase in phases:
+        first = max(phase.start_example, examples_seen)
+        for start in range(first, phase.end_example, phase.batch_size):
+            yield start, start + phase.batch_size
+
+
+def learning_rate_at(phase: Phase, examples_seen: int) -> float:
+    """The rate of the update whose first example is at `examples_seen`, inside `phase`.
+
+    Linear in examples from the phase's start to its nominal end: constant but for a warm-up.
+    """
+    if phase.learning_rate == phase.learning_rate_end:
+        return phase.learning_rate
+    passed = (examples_seen - phase.start_example) / (
+        phase.nominal_end_example - phase.start_example
+    )
+    return phase.learning_rate + passed * (phase.learning_rate_end - phase.learning_rate)
+
+
+def nominal_noise_scale(recipe: Recipe, epoch: float) -> float:
+    """The noise scale, in its approximate form, that `recipe` asks for at `epoch`.
+
+    A warm-up asks for the rate's linear rise; after it the first value divided by the factors of
+    all falls at or before `epoch`.
+    """
+    rate = recipe.learning_rate
+    if epoch < recipe.warmup_epochs:
+        start = recipe.warmup_learning_rate
+        rate = start + (rate - start) * epoch / recipe.warmup_epochs
+    first = noise_scale_approximate(rate, recipe.momentum, recipe.examples, recipe.batch_size)
+    return first / math.prod(factor for at, factor in recipe.falls if at <= epoch)
+
+
+def notes(recipe: Recipe, phases: Sequence[Phase]) -> list[str]:
+    """What a reader of the plan should know: where the approximate noise scale is far off."""
+    return [
+        f"{phase.name}: batch {phase.batch_size} is over a tenth of the {recipe.examples} training "
+        f"examples; the exact noise scale is {phase.batch_size / recipe.examples:.1%} below the "
+        "approximate one that the schedules share."
+        for phase in phases
+        if phase.batch_size > recipe.examples / 10
+    ]
+
+
+def _grown(batch: int, factor: float, recipe: Recipe, limits: Limits, granularity: int) -> int:
+    """The batch after a fall by `factor`: rounded down to the granularity, capped, checked."""
+    # The nudge keeps 128 x 5.0 from becoming 639.999 and losing a ghost batch.
+    grown = int(batch * factor * (1 + 1e-12) // granularity) * granularity
+    if limits.max_batch_size is not None:
+        return min(grown, limits.max_batch_size)
+    if grown > recipe.examples:
+        limit = max(recipe.examples // 10 // granularity * granularity, recipe.batch_size)
+        raise Mistake(
+            f"the batch would grow from {batch} to {grown}, past the {recipe.examples} training "
+            f"examples; set limits.max_batch_size, for example to {limit} (the noise scales agree "
+            "while the batch is below about a tenth of the training set)."
+        )
+    return grown
+
+
+def _check_momentum(name: str, momentum: float) -> None:
+    if not 0.0 <= momentum < 1.0:
+        raise Mistake(f"{name} is {momentum}; it must lie in [0, 1).")
+
+
+def _check(recipe: Recipe, strategy: str, limits: Limits, hybrid_falls: int) -> int:
+    """Refuses what no schedule can be made of; returns the granularity."""
+    if strategy not in STRATEGIES:
+        raise Mistake(f"strategy is {strategy!r}; allowed are {', '.join(STRATEGIES)}.")
+    if strategy == "hybrid" and not 0 <= hybrid_falls <= len(recipe.falls):
+        raise Mistake(
+            f"hybrid_falls is {hybrid_falls}; the recipe has {len(recipe.falls)} falls, so it "
+            f"must lie between 0 and {len(recipe.falls)}."
+        )
+    _check_momentum("recipe.momentum", recipe.momentum)
+    for name in ("learning_rate", "examples", "epochs"):
+        value = getattr(recipe, name)
+        if not (math.isfinite(value) and value > 0):
+            raise Mistake(f"recipe.{name} is {value}; it must be a finite number over 0.")
+    _check_batches(recipe, limits)
+
+    before = 0.0
+    for epoch, factor in recipe.falls:
+        if not (math.isfinite(factor) and factor > 1):
+            raise Mistake(
+                f"the noise scale falls by a factor of {factor} at epoch {epoch:g}; factors must "
+                "be finite and over 1 (they divide the noise scale)."
+            )
+        if not before < epoch < recipe.epochs:
+            raise Mistake(
+                f"the falls are at epochs {[at for at, _ in recipe.falls]} of {recipe.epochs:g}; "
+                "each must come after the one before it, over 0 and below the end, which "
+                f"{epoch:g} does not: change recipe.falls or recipe.epochs."
+            )
+        before = epoch
+
+    end = recipe.falls[0][0] if recipe.falls else recipe.epochs
+    if not 0 <= recipe.warmup_epochs < end:
+        raise Mistake(
+            f"recipe.warmup_epochs is {recipe.warmup_epochs:g}; a warm-up must end before the "
+            f"first fall or the end of the run, which is at epoch {end:g}."
+        )
+    if recipe.warmup_epochs and not 0 <= recipe.warmup_learning_rate <= recipe.learning_rate:
+        raise Mistake(
+            f"recipe.warmup_learning_rate is {recipe.warmup_learning_rate:g}; a warm-up rises to "
+            f"the rate {recipe.learning_rate:g} from a value between 0 and that."
+        )
+    return limits.ghost_size if limits.granularity is None else limits.granularity
+
+
+def _check_batches(recipe: Recipe, limits: Limits) -> None:
+    """Refuses batches that are over the training set or no whole number of ghost batches."""
+    ghost = limits.ghost_size
+    if ghost < 1:
+        raise Mistake(f"ghost_size is {ghost}; it must be 1 or more.")
+    granularity = ghost if limits.granularity is None else limits.granularity
+    if granularity < 1 or granularity % ghost:
+        raise Mistake(
+            f"limits.granularity is {granularity}; it must be a multiple of the ghost batch of "
+            f"{ghost}, so that every batch is a whole number of ghost batches."
+        )
+    named = [("recipe.batch_size", recipe.batch_size)]
+    if limits.max_batch_size is not None:
+        named.append(("limits.max_batch_size", limits.max_batch_size))
+    for name, batch in named:
+        if batch < 1 or batch % granularity:
+            below = max(batch, 0) // granularity * granularity
+            nearest = sorted({max(below, granularity), below + granularity})
+            raise Mistake(
+                f"{name} is {batch}; it must be a multiple of {granularity} "
+                f"({'the ghost batch' if granularity == ghost else 'limits.granularity'}), for "
+                f"example {' or '.join(map(str, nearest))}."
+            )
+        if batch > recipe.examples:
+            raise Mistake(
+                f"{name} is {batch}, over the {recipe.examples} examples of the training set; "
+                "a batch may hold the whole set at most."
+            )
+    if limits.max_batch_size is not None and limits.max_batch_size < recipe.batch_size:
+        raise Mistake(
+            f"limits.max_batch_size is {limits.max_batch_size}, below the first batch of "
+            f"{recipe.batch_size}; raise it or lower the batch (scale_up raises the batch too)."
+        )

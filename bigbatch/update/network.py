@@ -1,0 +1,304 @@
+"""The network a config names, as pure functions of its parameters and running statistics."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.errors
+import jax
+import jax.numpy as jnp
+from flax import linen, nnx
+from ml_collections import ConfigDict
+
+from bigbatch import dotted
+from bigbatch.mistake import Mistake
+
+Tree = Mapping[str, Any]
+
+# Fixed tags folded into the one seed, so that no two uses draw from the same stream. The order of
+# examples has a tag of its own in data/order.py.
+INITIALISATION, AUGMENTATION, DROPOUT = 1, 2, 3
+
+
+class Network(NamedTuple):
+    """A model without its variables. Trees are nested dicts of arrays."""
+
+    init: Callable[[jax.Array], tuple[Tree, Tree]]  # seed, uint32 -> parameters, statistics
+    params: Tree  # their shapes
+    batch_stats: Tree  # the same of the running statistics
+    # (parameters, statistics, images_BxHxWxC, train, keys_B) -> logits_BxK, [(weight, logits)...],
+    # statistics: in training one row a ghost batch.
+    apply: Callable[..., tuple[jax.Array, list, Tree]]
+    decays: Tree  # like the statistics: what remains of each after one ghost batch
+    in_norm: Tree  # like the parameters: True for those of a normalisation layer
+
+
+def build(config: ConfigDict) -> Network:
+    """The network of `config.network` with the arguments `config.model`.
+
+    The contract: a function `(num_classes, dtype, rngs, **config.model)` that returns an
+    nnx.Module called as `(images, train, keys)`, with one random key an example, and giving logits
+    or (logits, [(weight, auxiliary logits)...]). Its parameters are float32 (float64 for float64).
+    Linen modules come in through Flax's bridge (`nnx.bridge.ToNNX`), and GhostBatchNorm into them
+    (`nnx.bridge.ToLinen`), which in training are called with mutable=["batch_stats"].
+
+    Raises:
+        Mistake: if the path leads nowhere, the arguments do not fit, the module is not called
+            or does not answer as above, or it holds something whose result would depend on how a
+            batch is cut up (Flax's own BatchNorm or Dropout, random streams, state of its own),
+            naming the layer. Nothing has been compiled then.
+    """
+    name, num_classes, dtype = config.network, config.data.num_classes, jnp.dtype(config.dtype)
+    if dtype == jnp.float64 and not jax.config.jax_enable_x64:
+        raise Mistake(
+            "config.dtype is float64, but JAX makes float32 of that here: first call "
+            "jax.config.update('jax_enable_x64', True)."
+        )
+    function = dotted.resolve(name, "config.network")
+    arguments = config.model.to_dict()
+    _check_arguments(function, arguments, name)
+
+    @jax.jit  # so that it is traced once: here for its shapes, in `init` for what it draws
+    def construct(seed: jax.Array) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.State]:
+        key = jax.random.key(seed, impl="threefry2x32")
+        key = jax.random.fold_in(key, INITIALISATION)
+        rngs = nnx.Rngs(key)
+        rngs.default = _Stream(key, tag="default")  # for streams of any name
+        module = function(num_classes, dtype, rngs, **arguments)
+        _check_callable(module, name)
+        for bridge in _bridges(module).values():
+            # Left over from initialisation; what a layer drew from them would be no example's own.
+            bridge.to_nnx__rngs = None
+        return nnx.split(module, nnx.Param, nnx.BatchStat, ...)
+
+    linen_layers: dict[tuple, str] = {}  # by path: the class's name
+    with linen.intercept_methods(_watch_linen(linen_layers, name)):
+        seed = jax.ShapeDtypeStruct((), jnp.uint32)
+        graph, params, batch_stats, rest = jax.eval_shape(construct, seed)
+        abstract = nnx.merge(graph, params, batch_stats, rest)
+        _check_modules(abstract, name)
+        _check_state(params, batch_stats, rest, config)
+
+        def apply(
+            params_dict: Tree, stats_dict: Tree, images: jax.Array, train: bool, keys: jax.Array
+        ) -> tuple[jax.Array, list, Tree]:
+            module = nnx.merge(
+                graph, _fill(params, params_dict), _fill(batch_stats, stats_dict), copy=True
+            )
+            logits, auxiliary = _check_outputs(
+                module(images, train, keys), (len(images), num_classes), name
+            )
+            return logits, auxiliary, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
+
+        shapes = nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
+        _trace(apply, *shapes, config)
+
+    def init(seed: jax.Array) -> tuple[Tree, Tree]:
+        _, drawn, began, _ = construct(seed)
+        return nnx.to_pure_dict(drawn), nnx.to_pure_dict(began)
+
+    decays = jax.tree.map(
+        lambda variable: variable.get_metadata()["decay"], batch_stats,
+        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+    )
+    return Network(
+        init, *shapes, apply, nnx.to_pure_dict(decays), _in_norm(abstract, params, linen_layers)
+    )
+
+
+class _Stream(nnx.RngStream):
+    """Flax's stream of keys, drawn without its `count[...] += 1`: that asks the old and the new
+    count where they lie, and in a trace JAX answers at length, longer with each count before.
+    """
+
+    def __call__(self) -> jax.Array:
+        key = jax.random.fold_in(self.key[...], self.count[...])
+        self.count.set_value(self.count[...] + 1)
+        return key
+
+
+def _fill(state: nnx.State, values: Tree) -> nnx.State:
+    """`values` with the structure and metadata of `state`."""
+    filled = jax.tree.map(lambda leaf: leaf, state)
+    nnx.replace_by_pure_dict(filled, values)
+    return filled
+
+
+def _bridges(module: nnx.Module) -> dict[tuple, nnx.bridge.ToNNX]:
+    """The Linen modules brought in through Flax's bridge, by path."""
+    return {
+        path: part for path, part in nnx.iter_modules(module)
+        if isinstance(part, nnx.bridge.ToNNX)
+    }
+
+
+def _in_norm(
+    module: nnx.Module, params: nnx.State, linen_layers: Mapping[tuple, str]
+) -> Tree:
+    """Marks the parameters held by layers whose class's name ends in Norm, as all of Flax's do."""
+    layers = {path: type(part).__name__ for path, part in nnx.iter_modules(module)}
+    for bridge in _bridges(module):
+        layers |= {(*bridge, *path): kind for path, kind in linen_layers.items()}
+    flat = {
+        path: layers.get(path[:-1], "").endswith("Norm") for path, _ in nnx.to_flat_state(params)
+    }
+    return nnx.traversals.unflatten_mapping(flat)
+
+
+def _where(path: tuple) -> str:
+    return ".".join(map(str, path)) or "the module itself"
+
+
+def _check_arguments(function: Callable, arguments: Mapping[str, Any], name: str) -> None:
+    # Of a Module's class, `signature` would tell the metaclass's, which takes anything.
+    own = (None,) if inspect.isclass(function) else ()
+    signature = inspect.signature(function.__init__ if own else function)
+    try:
+        signature.bind(*own, None, None, None, **arguments)
+    except TypeError as error:
+        allowed = [
+            parameter.name for parameter in list(signature.parameters.values())[len(own) + 3 :]
+            if parameter.kind != parameter.VAR_KEYWORD
+        ]
+        raise Mistake(
+            f"{name} cannot be called as (num_classes, dtype, rngs, **config.model): {error}; its "
+            f"own keys in config.model are {', '.join(sorted(allowed))}"
+        ) from None
+
+
+def _check_callable(module: Any, name: str) -> None:
+    if not isinstance(module, nnx.Module):
+        raise Mistake(
+            f"{name} returns a {type(module).__name__}; it must return a flax.nnx.Module (a Linen "
+            "module comes in as flax.nnx.bridge.ToNNX(module, rngs=rngs).lazy_init(images, ...))."
+        )
+    try:
+        inspect.signature(module).bind(None, None, None)
+    except TypeError as error:
+        raise Mistake(
+            f"{name} returns a {type(module).__name__} that cannot be called as (images, train, "
+            f"keys): {error}."
+        ) from None
+
+
+_INSTEAD = {
+    "BatchNorm": "bigbatch.models.normalization.GhostBatchNorm",
+    "Dropout": "bigbatch.models.dropout.dropout",
+}
+
+
+def _refuse_layer(layer: nnx.Module | linen.Module, path: tuple, name: str) -> None:
+    """Refuses Flax's own BatchNorm and Dropout."""
+    for library, module in (("nnx", nnx), ("linen", linen)):
+        for kind, instead in _INSTEAD.items():
+            if isinstance(layer, getattr(module, kind)):
+                raise Mistake(
+                    f"{name} holds flax.{library}.{kind} at {_where(path)}, whose result depends "
+                    f"on how a batch is cut over devices and microbatches; use {instead} instead."
+                )
+
+
+def _watch_linen(layers: dict[tuple, str], name: str) -> Callable:
+    """Notes which Linen layers are called, and refuses those that `_refuse_layer` does."""
+    def watch(call: Callable, arguments: tuple, keywords: dict, context: Any) -> Any:
+        layer = context.module
+        _refuse_layer(layer, layer.path, name)
+        # ToLinen: an NNX layer inside of a Linen module.
+        layers[layer.path] = getattr(layer, "nnx_class", type(layer)).__name__
+        return call(*arguments, **keywords)
+
+    return watch
+
+
+def _check_modules(module: nnx.Module, name: str) -> None:
+    for path, part in nnx.iter_modules(module):
+        _refuse_layer(part, path, name)
+
+
+def _check_state(
+    params: nnx.State, batch_stats: nnx.State, rest: nnx.State, config: ConfigDict
+) -> None:
+    name = config.network
+    for path, leaf in nnx.to_flat_state(rest):
+        if isinstance(leaf, nnx.RngState):
+            raise Mistake(
+                f"{name} keeps a random stream at {_where(path)}; draw from the keys the module "
+                "is called with, one an example, so that the numbers do not depend on how a batch "
+                "is cut over devices and microbatches."
+            )
+        kind = type(leaf).__name__ if isinstance(leaf, nnx.Variable) else "a plain array"
+        raise Mistake(
+            f"{name} keeps {kind} at {_where(path)}; only parameters (nnx.Param) and "
+            "GhostBatchNorm's statistics are carried from update to update. A constant is made "
+            "where it is used."
+        )
+    for path, variable in nnx.to_flat_state(batch_stats):
+        metadata = variable.get_metadata()
+        if "ghost_size" not in metadata:
+            raise Mistake(
+                f"{name} keeps a batch statistic at {_where(path)} that is not GhostBatchNorm's, "
+                "so how to fold an update's ghost batches into it is unknown."
+            )
+        if metadata["ghost_size"] != config.ghost_size:
+            raise Mistake(
+                f"{name} normalises ghost batches of {metadata['ghost_size']} at "
+                f"{_where(path[:-1])}, but config.ghost_size is {config.ghost_size}; give the "
+                "model ghost_size=config.get_ref('ghost_size') in config.model."
+            )
+    wide = jnp.promote_types(config.dtype, jnp.float32)
+    for path, variable in [*nnx.to_flat_state(params), *nnx.to_flat_state(batch_stats)]:
+        if variable.dtype != wide:
+            raise Mistake(
+                f"{name} keeps {variable.dtype} at {_where(path)}; where config.dtype is "
+                f"{config.dtype}, parameters and statistics are {wide}: give layers "
+                "param_dtype=jax.numpy.promote_types(dtype, jax.numpy.float32)."
+            )
+
+
+def _check_outputs(outputs: Any, shape: tuple[int, int], name: str) -> tuple[jax.Array, list]:
+    """The logits, and the (weight, logits) of the auxiliary losses, of what a module gives."""
+    logits, auxiliary = outputs if _is_pair(outputs) else (outputs, [])
+    if not isinstance(auxiliary, list | tuple) or not all(map(_is_pair, auxiliary)):
+        raise Mistake(
+            f"{name} gives {type(auxiliary).__name__} beside its logits; that must be a list of "
+            "(weight, auxiliary logits) pairs."
+        )
+    for given in (logits, *(more for _, more in auxiliary)):
+        if getattr(given, "shape", None) != shape:
+            found = getattr(given, "shape", type(given).__name__)
+            raise Mistake(
+                f"{name} gives logits of shape {found} for {shape[0]} images; they must be "
+                f"{shape}: (images, config.data.num_classes)."
+            )
+    return logits, list(auxiliary)
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2
+
+
+def _trace(apply: Callable, params: Tree, batch_stats: Tree, config: ConfigDict) -> None:
+    """Calls the module once with shapes alone; nothing is computed."""
+    data, ghost, name = config.data, config.ghost_size, config.network
+    images = jax.ShapeDtypeStruct(
+        (ghost, data.image_size, data.image_size, len(data.mean)), jnp.dtype(config.dtype)
+    )
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), ghost))
+    try:
+        *_, rows = jax.eval_shape(
+            lambda *arrays: apply(*arrays[:3], True, arrays[3]), params, batch_stats, images, keys
+        )
+    except flax.errors.InvalidRngError as error:
+        raise Mistake(
+            f"{name} draws from a random stream of Linen's; draw from the keys the module is "
+            "called with, one an example, so that the numbers do not depend on how a batch is cut "
+            f"over devices and microbatches. Flax says: {error}"
+        ) from None
+    running = dict(jax.tree_util.tree_leaves_with_path(batch_stats))
+    for path, row in jax.tree_util.tree_leaves_with_path(rows):
+        if row.shape != (1, *running[path].shape):
+            raise Mistake(
+                f"{name} leaves the statistic {jax.tree_util.keystr(path)} as it is in training; "
+                "call GhostBatchNorm with train=True there (through Flax's bridge also with "
+                "mutable=['batch_stats'])."
+            )

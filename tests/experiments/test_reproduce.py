@@ -1,0 +1,369 @@
+"""The paper's figures from one command, by real runs of the quickest scale."""
+
+import json
+import re
+import shutil
+import signal
+
+import numpy as np
+import pytest
+
+from experiments import curves, drawing, figures, provenance, records, reproduce, runs, tables
+from tests.support.started import end, start_python, wait_until
+
+# Figure 6 is the quickest: two curves.
+COMMAND = ("-m", "experiments.reproduce", "--scale=digits", "--seeds=1")
+
+
+def refused(monkeypatch, capsys, *arguments):
+    """What the command says as it ends; in this process, which has imported everything already."""
+    monkeypatch.setattr("sys.argv", [*COMMAND[1:], *arguments])
+    with pytest.raises(SystemExit) as ended:
+        reproduce.main()
+    assert ended.value.code == 2  # a mistake in what was asked
+    return capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Figure 6 trained, after a SIGTERM in the middle of it; with a record."""
+    workdir = tmp_path_factory.mktemp("reproduce")
+    arguments = ("--figure=6", f"--workdir={workdir}", f"--record={workdir / 'record'}")
+    child = start_python(*COMMAND, *arguments)
+    wait_until(lambda: list(workdir.glob("runs/*/metrics.jsonl")), child, "a run that trains")
+    child.send_signal(signal.SIGTERM)
+    assert "the same command goes on from here" in end(child, 1)
+    # Whatever was training has saved, and nothing is left over that still trains.
+    begun = {path.parent: path for path in workdir.glob("runs/*/metrics.jsonl")}
+    assert all(list((folder / "checkpoints").glob("[0-9]*")) for folder in begun)
+    assert not (workdir / "report.html").exists()
+    end(start_python(*COMMAND, *arguments))
+    return workdir
+
+
+def test_cut_runs_go_on_and_everything_is_drawn(made):
+    starts = [
+        event for timing in made.glob("runs/*/timing.jsonl")
+        for event in curves.read_events(timing) if event["event"] == "start"
+    ]
+    assert len(starts) > 2 and any(event["examples_seen"] for event in starts)
+    assert len(provenance.read(made)) == 2
+    for name in ("figure_6.png", "figure_6.svg", "tables.md", "report.html"):
+        assert (made / name).stat().st_size > 500, name
+    report = (made / "report.html").read_text()
+    # Self-contained: nothing is fetched, and what was run is said.
+    assert not re.search(r"(?:src|href)=[\"']?(?:https?:)?//", report)
+    assert "url(" not in report and "<script" not in report
+    assert "data:image/svg+xml;base64," in report
+    for training in provenance.read(made):
+        assert training["revision"] in report and training["hardware"] in report
+    assert "--config=configs/small.py:figure6_increase,data=digits,seed=SEED" in report
+    assert "1,152 (2.5x fewer)" in report
+
+
+def test_finished_runs_are_left_alone(made, monkeypatch):
+    before = {path: path.stat().st_mtime_ns for path in made.glob("runs/*/*")}
+    monkeypatch.setattr("sys.argv", [*COMMAND[1:], "--figure=6", f"--workdir={made}"])
+    reproduce.main()
+    assert {path: path.stat().st_mtime_ns for path in made.glob("runs/*/*")} == before
+    assert len(provenance.read(made)) == 2  # nothing was trained
+
+
+def test_a_record_says_what_its_workdir_says(made, tmp_path):
+    record = tmp_path / "record"
+    shutil.copytree(made / "record", record)
+    (record / "tables.md").unlink()
+    reproduce.draw(figures.select("6"), "digits", 1, record, tmp_path / "drawn")
+    assert (tmp_path / "drawn" / "tables.md").read_text() == (made / "tables.md").read_text()
+    with records.opened(record) as folder:
+        for run in made.glob("runs/*"):
+            kept = curves.read_run(folder / "runs" / run.name)
+            lived = curves.read_run(run)
+            assert kept._replace(timing=None) == lived._replace(timing=None)
+            assert kept.seconds == pytest.approx(lived.seconds, abs=0.01)
+            assert kept.training_seconds == lived.training_seconds
+            assert 0 < kept.training_seconds < kept.seconds
+    records.keep(made, list(made.glob("runs/*")), tmp_path / "again")
+    assert (tmp_path / "again" / records.ARCHIVE).read_bytes() == (
+        record / records.ARCHIVE).read_bytes()
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (("--figure=6", "--draw_only", "--seeds=2"), "seed=1 has no metrics.jsonl"),
+    (("--figure=6", "--scale=small"), "holds a run of another config"),
+    (("--figure=9",), "--figure names '9'"),
+    (("--figure=6", "--seeds=0"), "--seeds is 0"),
+    (("--figure=6", "--at_once=-1"), "--at_once is -1"),
+    (("--figure=6", "--record=runs", "--output=runs"), "neither --workdir nor --output"),
+    (("--figure=6", "--output=README.md"), "README.md can be no folder: File exists"),
+])
+def test_what_cannot_be_drawn_is_one_line(made, tmp_path, monkeypatch, capsys, arguments, said):
+    workdir = tmp_path / "copy"
+    for run in made.glob("runs/*"):
+        renamed = run.name.replace("_data=digits", "") if "small" in str(arguments) else run.name
+        shutil.copytree(run, workdir / "runs" / renamed, ignore=lambda *_: ["checkpoints"])
+    told = refused(monkeypatch, capsys, *arguments, f"--workdir={workdir}")
+    assert said in told and told.startswith("experiments.reproduce: "), told
+    assert told.count("\n") == 1
+    assert not (workdir / "report.html").exists()
+
+
+def test_a_missing_record_is_named(tmp_path, monkeypatch, capsys):
+    arguments = ("--figure=6", "--draw_only", f"--workdir={tmp_path / 'none'}")
+    said = refused(monkeypatch, capsys, *arguments)
+    assert "none holds neither runs nor runs.tar.gz" in said
+
+
+def test_a_run_that_fails_is_told_with_its_command(tmp_path):
+    run = runs.Run("configs/small.py:decay", tmp_path / "run")
+    with pytest.raises(RuntimeError, match="there is no such folder") as failed:
+        runs.train_all([run], [f"--config.data.dir={tmp_path / 'no data'}"])
+    assert ("python -m bigbatch.main --config=configs/small.py:decay "
+            f"'--config.data.dir={tmp_path / 'no data'}' --workdir={run.workdir} ended with status"
+            ) in str(failed.value)
+
+
+def test_a_run_that_diverges_is_a_result(made, tmp_path, monkeypatch, capsys):
+    """A finished curve, one that diverges after an evaluation, one before anything is logged."""
+    later, at_once = (
+        figures.Curve(name, f"figure6_decay,recipe.learning_rate={rate}", claim="same")
+        for name, rate in (
+            ("later", "100,recipe.warmup_epochs=5,recipe.warmup_learning_rate=0.01"),
+            ("at once", "1e6")))
+    first = figures.FIGURE_6[0]
+    panel = figures.FIGURES["6"].panels[0]._replace(curves=(first, later, at_once))
+    figure = figures.FIGURES["6"]._replace(panels=(panel,))
+    monkeypatch.setitem(figures.FIGURES, "6", figure)
+    workdir, record = tmp_path / "work", tmp_path / "record"
+    shutil.copytree(made, workdir, ignore=lambda *_: ["record", "report.html", "checkpoints"])
+    monkeypatch.setattr("sys.argv", [
+        *COMMAND[1:], "--figure=6", f"--workdir={workdir}", f"--record={record}",
+        f"--data_dir={tmp_path}"])
+    reproduce.main()
+    told = capsys.readouterr().out
+    assert told.count("DIVERGED") == 2 and "FAILED" not in told
+    texts = [figures.config_text("digits", panel, curve, 0) for curve in panel.curves]
+    whole, *broken = (curves.read_run(reproduce.folder_of(workdir, text)) for text in texts)
+    assert not whole.diverged and len(broken[0].events) > 20 and not broken[1].events
+    assert 1 < broken[0].diverged["epoch"] < 3 and broken[1].diverged["epoch"] < 0.03
+    # What is drawn and tabulated.
+    results = {curve.config: [run]
+               for curve, run in zip(panel.curves, (whole, *broken), strict=True)}
+    legend = {text.get_text() for text in drawing.make(figure, "digits", results).axes[0]
+              .get_legend().get_texts()}
+    for curve, run in zip((later, at_once), broken, strict=True):
+        told = f"1 of 1 diverged at epoch {run.diverged['epoch']:.3g}"
+        assert f"{curve.label} (2,880 updates; {told})" in legend
+        (cells,) = [line.split(" | ") for line in (workdir / "tables.md").read_text().splitlines()
+                    if line.startswith(f"| {curve.label} |")]
+        assert told in cells and "none: a run diverged" in cells
+    report = (workdir / "report.html").read_text()
+    for curve, directory in ((first, ""), (later, f"--config.data.dir={tmp_path} ")):
+        assert (f"python -m bigbatch.main --config=configs/small.py:{curve.config},data=digits,"
+                f"seed=SEED {directory}--workdir=DIR") in report
+    # The same command again trains none of them, and a record has it all.
+    before = {path: path.stat().st_mtime_ns for path in workdir.glob("runs/*/*")}
+    reproduce.main()
+    assert "3 of 3 runs are over already, 2 of them diverged" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in workdir.glob("runs/*/*")} == before
+    reproduce.draw([figure], "digits", 1, record, tmp_path / "drawn")
+    assert (tmp_path / "drawn" / "tables.md").read_text() == (workdir / "tables.md").read_text()
+
+
+def write_run(folder, accuracies, losses, updates=10):
+    """What a finished run of `updates` updates leaves, evaluated at each."""
+    folder.mkdir(parents=True)
+    events = [
+        {"updates": u, "examples_seen": 10 * u, "epoch": u / 5, "batch_size": 10,
+         "train_loss": losses[u - 1], "test_accuracy": accuracies[u - 1], "learning_rate": 0.1}
+        for u in range(1, updates + 1)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    (folder / "timing.jsonl").write_text(json.dumps({"event": "speed", "seconds": 2.5}) + "\n")
+    (folder / "config.json").write_text(json.dumps({
+        "config": {"data": {"train_examples": 50, "dir": ""}},
+        "phases": [{"start_example": 0, "end_example": 10 * updates, "updates": updates,
+                    "learning_rate": 0.1}]}))
+    return curves.read_run(folder)
+
+
+def broken(run, updates):
+    """A run as if it had diverged after so many updates."""
+    return run._replace(
+        events=run.events[:updates],
+        timing=[*run.timing, {"event": "diverged", "updates": updates, "epoch": updates / 5}])
+
+
+def test_a_tables_numbers(tmp_path):
+    """Final values, differences and verdicts, from runs that are written out here."""
+    (panel,) = figures.FIGURES["5"].panels
+    results = {}
+    for number, curve in enumerate(panel.curves):
+        results[curve.config] = [
+            write_run(tmp_path / f"{number}-{seed}", [0.5] * 9 + [0.7 + 0.01 * seed - 0.1 * number],
+                      [1.0] * 9 + [0.3])
+            for seed in (0, 1)
+        ]
+    first, second, *_ = tables.rows(panel, "paper", results)
+    assert first.values == pytest.approx([0.7, 0.71]) and first.paper_values == [0.943]
+    assert first.comparison is None and first.inside is False and not first.read_off
+    assert second.comparison.difference == pytest.approx(-0.1)
+    assert second.comparison.verdict == "lower" and second.claim == "same"
+    (table,) = tables.make(figures.FIGURES["5"], "paper", results)
+    row = dict(zip(table.header, table.cells[1], strict=True))
+    assert row["final test accuracy"] == "60.50 ± 0.71 %" and row["n"] == "2"
+    assert row["of the paper's recipe"] == "29,189 (2.7x fewer)"
+    assert row["ours less the paper's"] == "-33.90 points"
+    run = results[panel.curves[0].config][0]
+    assert tables.final_value(run, "train_loss") == pytest.approx(0.3)  # of the last tenth alone
+
+
+def test_a_curve_with_a_diverged_run_gets_no_verdict(tmp_path):
+    """Nor do others against it; and the mean is of the runs that finished, as is said."""
+    (panel,) = figures.FIGURES["5"].panels
+    whole = [write_run(tmp_path / str(seed), [0.5] * 9 + [0.94 + 0.01 * seed], [1.0] * 10)
+             for seed in (0, 1, 2)]
+    first, second, *_ = panel.curves
+
+    def table(*diverged):
+        results = dict.fromkeys([curve.config for curve in panel.curves], whole)
+        results |= {curve.config: [whole[0], broken(whole[1], 4), whole[2]] for curve in diverged}
+        (made,) = tables.make(figures.FIGURES["5"], "paper", results)
+        return [dict(zip(made.header, cells, strict=True)) for cells in made.cells]
+
+    verdicts = [row["verdict"] for row in table()]
+    assert verdicts == ["the reference", "same", "same", "same"]
+    rows = table(second)
+    assert [row["verdict"] for row in rows] == [
+        "the reference", "none: a run diverged", "same", "same"]
+    assert rows[1]["n"] == "3" and rows[1]["updates"] == "10"
+    assert rows[1]["final test accuracy"] == "95.00 ± 1.41 %; 1 of 3 diverged at epoch 0.8"
+    assert rows[1]["the paper's inside ours"] == rows[1]["ours less the paper's"] == ""
+    assert rows[2]["the paper's inside ours"] == "yes"
+    assert [row["verdict"] for row in table(first)] == [
+        "the reference", *["none: a run diverged"] * 3]
+
+
+def test_the_thirty_minutes_are_told_where_they_are_known(tmp_path):
+    figure = figures.FIGURES["30min"]
+    run = write_run(tmp_path / "run", [0.7] * 10, [1.0] * 10)
+
+    def timed(seconds):
+        return run._replace(timing=[
+            {"event": "start", "devices": 8, "device_kind": "TPU v3"},
+            {"event": "time_share", "wall_seconds": seconds + 10,
+             "time_share": {"evaluation": 4 / (seconds + 10), "compile": 6 / (seconds + 10)}}])
+
+    results = {curve.config: [run, run] for curve in figure.panels[0].curves}
+    (table,) = tables.make(figure, "small", results)
+    assert "training took" not in table.header
+    first, second, third = results
+    results |= {first: [timed(1790), timed(1810)], second: [timed(20), timed(21)],
+                third: [timed(20), run]}
+    (table,) = tables.make(figure, "small", results)
+    column = table.header.index("training took")
+    assert [cells[column] for cells in table.cells] == ["30.0 min", "20.5 s", ""]
+    assert "8 x TPU v3" in table.note and "without compiling and evaluating" in table.note
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """Two made-up runs of every curve."""
+    folder, made = tmp_path_factory.mktemp("written"), {}
+    for figure in figures.FIGURES.values():
+        for panel in figure.panels:
+            for curve in panel.curves:
+                if curve.config not in made:
+                    runs_of = [
+                        write_run(folder / f"{len(made)}-{seed}",
+                                  [0.1 * u for u in range(1, 11)],
+                                  [2.0 / u + 0.1 * seed for u in range(1, 11)])
+                        for seed in (0, 1)
+                    ]
+                    for run in runs_of:
+                        run.phases[0] |= {"lost_epochs": 0.1 + len(made), "batch_size": 10}
+                    made[curve.config] = runs_of
+    return made
+
+
+@pytest.mark.parametrize("scale", ["paper", "small"])
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_a_figure_shows_its_curves_and_the_papers_points(written, name, scale):
+    figure = figures.FIGURES[name]
+    picture = drawing.make(figure, scale, written)
+    if figure.kind == "schedules":
+        assert len(picture.axes) == 3 and all(len(axis.patches) == 3 for axis in picture.axes)
+        return
+    for column, panel in enumerate(figure.panels):
+        axis = picture.axes[column]
+        lines = {line.get_label().split(" (")[0]: line for line in axis.get_lines()
+                 if not line.get_label().endswith("(paper)")}
+        for number, curve in enumerate(panel.curves):
+            line = lines[curve.label] if figure.kind != "initial_rate" else axis.get_lines()[-1]
+            if figure.kind == "initial_rate":  # one point a curve: the mean of the last values
+                assert line.get_ydata()[number] == pytest.approx(1.0)
+                continue
+            across = [10 * u / (50 if panel.axis == "epoch" else 10) for u in range(1, 11)]
+            expected = {"test_accuracy": [0.1 * u for u in range(1, 11)],
+                        "train_loss": [2.0 / u + 0.05 for u in range(1, 11)]}[panel.quantity]
+            assert line.get_xdata() == pytest.approx(across)
+            assert line.get_ydata() == pytest.approx(expected)
+        segments = {
+            (*line.get_xdata(), *line.get_ydata())
+            for where in (picture.axes if scale == "small" else [axis])
+            for line in where.get_lines() if len(line.get_xdata()) == 2
+        }
+        points = {(p.start, p.end, p.mean, p.mean) for p in figures.read_digitised()
+                  if p.panel == panel.name}
+        assert points <= segments
+
+
+@pytest.mark.parametrize("name", [name for name in figures.FIGURES if name != "1"])
+def test_a_figure_is_drawn_beside_runs_that_diverged(written, name):
+    """One of the first curve's, all of the last's; means are of the others."""
+    figure = figures.FIGURES[name]
+    (panel, *_), results = figure.panels, dict(written)
+    first, last = panel.curves[0].config, panel.curves[-1].config
+    results[first] = [broken(written[first][0], 3), written[first][1]]
+    results[last] = [broken(written[last][0], 3), broken(written[last][1], 0)]
+    picture = drawing.make(figure, "small", results)
+    axis = picture.axes[0]
+    crosses = sum(line.get_marker() == "x" for line in axis.get_lines())
+    assert crosses == (2 if figure.kind == "initial_rate" else 3)  # there one a rate
+    legend = " ".join(text.get_text() for text in axis.get_legend().get_texts())
+    assert "1 of 2 diverged at epoch 0.6" in legend
+    assert "2 of 2 diverged at epoch 0.6, 0" in legend
+    if figure.kind == "initial_rate":
+        assert np.isnan(axis.get_lines()[-1].get_ydata()).tolist() == [False] * 5 + [True]
+    else:
+        lines = {line.get_label().split(" (")[0]: line for line in axis.get_lines()}
+        whole = drawing.points(written[first][1], panel.quantity)
+        assert lines[panel.curves[0].label].get_ydata() == pytest.approx(whole.value)
+        assert not len(lines[panel.curves[-1].label].get_ydata())
+    text = "".join(tables.markdown(table) for table in tables.make(figure, "small", results))
+    assert "1 of 2 diverged at epoch 0.6" in text and "2 of 2 diverged at epoch 0.6, 0" in text
+    assert "nan" not in text
+
+
+def test_a_failed_run_does_not_keep_others_from_ending(tmp_path):
+    """The first of three fails at once; beside it and after it the others train to their end."""
+    tiny = "tests/support/small_config.py:resident"
+    wanted = [runs.Run("configs/small.py:decay", tmp_path / "fails")]
+    wanted += [runs.Run(f"{tiny},seed={seed}", tmp_path / f"run{seed}") for seed in (0, 1)]
+    said = []
+    with pytest.raises(RuntimeError, match="1 of 3 runs failed"):
+        runs.train_all(wanted, [f"--config.data.dir={tmp_path / 'none'}"], 2, said.append)
+    assert [runs.is_over(run) for run in wanted] == [False, True, True]
+    assert sum("FAILED" in line for line in said) == 1
+
+
+def test_after_a_stop_nothing_more_is_started():
+    children = runs.Children()
+    children.stop()
+    assert children.run(["false"], {}) == (0, "")
+
+
+def test_figure_1_needs_no_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", [*COMMAND[1:], "--figure=1", f"--workdir={tmp_path / 'new'}"])
+    reproduce.main()
+    assert (tmp_path / "new" / "report.html").exists()

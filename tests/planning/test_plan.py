@@ -1,0 +1,233 @@
+"""What `bigbatch.plan` says of a config: counts, dealing, totals; without data or accelerator."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from bigbatch import command_line
+from bigbatch.config import make_phases, make_seatings
+from bigbatch.plan import as_text, plan
+from tests.conftest import REPOSITORY
+from tests.support import configs
+
+# Updates at 204.8 epochs, batches and rates of the paper's CIFAR-10 curves.
+CIFAR_CURVES = {
+    "decay": (80_000, (128, 128, 128, 128), (0.1, 0.02, 0.004, 0.0008)),
+    "hybrid": (34_750, (128, 640, 640, 640), (0.1, 0.1, 0.02, 0.004)),
+    "increase": (28_891, (128, 640, 3200, 16_000), (0.1, 0.1, 0.1, 0.1)),
+    "figure5_original": (80_000, (128, 128, 128, 128), (0.1, 0.02, 0.004, 0.0008)),
+    "figure5_increasing_batch": (29_189, (128, 640, 3200, 5120), (0.1, 0.1, 0.1, 0.032)),
+    "figure5_increased_lr": (6453, (640, 3200, 5120, 5120), (0.5, 0.5, 0.16, 0.032)),
+    "figure5_increased_momentum": (2352, (3200, 5120, 5120, 5120), (0.5, 0.16, 0.032, 0.0064)),
+}
+WRN_16_4_PARAMETERS = 2_748_890
+
+
+def run_plan(*arguments, **environment):
+    done = subprocess.run(
+        [sys.executable, "-m", "bigbatch.plan", *arguments], cwd=REPOSITORY, text=True,
+        capture_output=True, timeout=120, env=os.environ | environment,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def assert_is_the_papers(phases, curve):
+    """`phases` as a plan has them."""
+    updates, batches, rates = CIFAR_CURVES[curve]
+    assert abs(sum(phase["updates"] for phase in phases) - updates) <= 2
+    assert tuple(phase["batch_size"] for phase in phases) == batches
+    assert [phase["learning_rate"] for phase in phases] == pytest.approx(rates, rel=1e-12)
+
+
+@pytest.mark.parametrize("preset", ("hybrid", "figure5_increased_momentum"))
+def test_the_command_prints_the_papers_curves_as_json(preset):
+    planned = json.loads(run_plan(f"--config=configs/cifar10.py:{preset}", "--format=json"))
+    assert_is_the_papers(planned["phases"], preset)
+    assert planned["total_updates"] == sum(phase["updates"] for phase in planned["phases"])
+    assert planned["parameters"] == WRN_16_4_PARAMETERS
+    first, last = planned["phases"][0], planned["phases"][-1]
+    assert [phase["name"] for phase in planned["phases"]] == [
+        "noise/1", "noise/5", "noise/25", "noise/125"]
+    assert first["start_example"] == 0
+    assert last["end_example"] == planned["total_examples"] >= 204.8 * 50_000
+    for phase in planned["phases"]:
+        assert phase["end_example"] - phase["start_example"] == (
+            phase["updates"] * phase["batch_size"])
+        assert phase["learning_rate_end"] == phase["learning_rate"]
+        momentum = 0.98 if preset == "figure5_increased_momentum" else 0.9
+        assert phase["momentum"] == momentum
+        assert phase["noise_scale"] == pytest.approx(
+            phase["learning_rate"] / (1 - momentum) * (50_000 / phase["batch_size"] - 1))
+
+
+@pytest.mark.parametrize("preset", CIFAR_CURVES)
+def test_every_preset_is_the_papers_curve(preset):
+    phases = make_phases(configs.load("cifar10", preset))
+    assert_is_the_papers([dataclasses.asdict(phase) for phase in phases], preset)
+
+
+@pytest.mark.parametrize("family", ("cifar10", "digits"))
+def test_a_familys_docstring_has_the_updates_that_the_planner_gives(family):
+    module = command_line.load_file(configs.CONFIGS / f"{family}.py")
+    header, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in module.__doc__.splitlines() if line.startswith("|")
+    ]
+    assert [row[0] for row in rows] == list(module.PRESETS)
+    for row in rows:
+        planned = plan(module.get_config(row[0]), devices=1)
+        written = int(row[header.index("updates")].replace(" ", ""))
+        assert planned["total_updates"] == written, f"{family}:{row[0]}"
+        if row[0] == "decay":  # falls paid by the rate change no count
+            assert planned["constant_batch"]["updates"] == written
+        if "batches" in header:
+            batches = [int(batch) for batch in row[header.index("batches")].split(",")]
+            assert sorted({phase["batch_size"] for phase in planned["phases"]}) == batches
+
+
+@pytest.mark.parametrize(("optimizer", "momentum", "rate"), (
+    ("momentum", 0.9, 0.1), ("nesterov", 0.9, 0.1), ("sgd", 0.0, 0.1), ("adam", 0.9, 0.001),
+))
+def test_figures_2_to_4_keep_batches_and_updates_under_every_optimizer(optimizer, momentum, rate):
+    for preset in ("decay", "hybrid", "increase"):
+        config = configs.load("cifar10", f"{preset},optimizer={optimizer}")
+        assert config.optimizer.name == optimizer
+        phases = make_phases(config)
+        updates, batches, rates = CIFAR_CURVES[preset]
+        assert abs(sum(phase.updates for phase in phases) - updates) <= 2
+        assert tuple(phase.batch_size for phase in phases) == batches
+        # Figure 4: Adam's rates are a hundredth of the others'.
+        assert [phase.learning_rate for phase in phases] == pytest.approx(
+            [rate / 0.1 * usual for usual in rates], rel=1e-12)
+        assert {phase.momentum for phase in phases} == {momentum}
+
+
+def dealt(argument, devices):
+    """(ghost batches, passes, seats a device, idle share) of each phase."""
+    config = configs.load("cifar10", argument)
+    return [
+        (seating.ghosts, seating.microbatches, seating.seats, seating.idle_share)
+        for seating in make_seatings(config, make_phases(config), devices)
+    ]
+
+
+def test_ghost_batches_are_dealt_evenly_where_they_can_be():
+    # Ghost batches of 128: 1, 5, 25, 125 in an update; 8 of them fit in 1024 examples a pass.
+    assert dealt("increase", 1) == [(1, 1, 1, 0), (5, 1, 5, 0), (25, 4, 7, pytest.approx(3 / 28)),
+                                    (125, 16, 8, pytest.approx(3 / 128))]
+    assert dealt("increase", 5) == [(1, 1, 1, pytest.approx(4 / 5)), (5, 1, 1, 0), (25, 1, 5, 0),
+                                    (125, 4, 7, pytest.approx(15 / 140))]
+    # 5 on 8 devices: 3 of 8 seats are idle.
+    assert dealt("increase", 8)[1] == (5, 1, 1, pytest.approx(3 / 8))
+    assert dealt("increase,max_per_device_batch=128", 1)[2] == (25, 25, 1, 0)
+    assert dealt("increase,microbatches=5", 1)[2] == (25, 5, 5, 0)
+
+
+def test_8192_in_ghosts_of_64_fill_at_most_128_devices():
+    argument = ("decay,strategy=constant,recipe.batch_size=8192,ghost_size=64,"
+                "max_per_device_batch=64")
+    assert dealt(argument, 128) == [(128, 1, 1, 0)]
+    assert dealt(argument, 256) == [(128, 1, 1, 0.5)]
+
+
+def test_devices_change_no_phase():
+    one, many = (plan(configs.tiny(), devices)["phases"] for devices in (1, 7))
+    dealing = {"devices", "ghost_batches", "microbatches", "seats", "idle_share"}
+    for before, after in zip(one, many, strict=True):
+        assert {key: before[key] for key in before.keys() - dealing} == {
+            key: after[key] for key in after.keys() - dealing}
+
+
+def test_parameters_are_counted_by_hand_and_none_is_made():
+    # conv 3x3 1 -> 16; groups of 16, 32, 64 with one block each; 10 classes.
+    block = 2 * 16 + 9 * 16 * 16 + 2 * 16 + 9 * 16 * 16
+    for inputs, outputs in ((16, 32), (32, 64)):
+        block += 2 * inputs + 9 * inputs * outputs + 2 * outputs + 9 * outputs * outputs
+        block += inputs * outputs
+    expected = 9 * 16 + block + 2 * 64 + 64 * 10 + 10
+    for dtype in ("float32", "bfloat16", "float64"):
+        assert plan(configs.tiny(f"dtype={dtype}"), 1)["parameters"] == expected
+    # 10^12 numbers a layer: more than memory holds.
+    assert plan(configs.tiny("model.width=20000"), 1)["parameters"] > 10**12
+
+
+def test_a_plan_fits_json_and_says_what_a_constant_batch_would_take():
+    planned = plan(configs.load("cifar10", "figure5_increased_lr"), 8)
+    assert json.loads(json.dumps(planned)) == planned
+    # The batch before it was scaled up: the paper's original schedule.
+    assert planned["constant_batch"] == {"batch_size": 128, "updates": 80_000}
+    assert len(planned["notes"]) == 2
+    assert planned["total_epochs"] == planned["total_examples"] / 50_000
+
+
+def test_the_table_shows_every_phase_and_fits_a_terminal():
+    config = configs.load(
+        "cifar10", "figure5_increased_lr,recipe.warmup_epochs=5,recipe.warmup_learning_rate=0.1")
+    text = as_text(plan(config, 8))
+    assert max(map(len, text.splitlines())) <= 100
+    rows = [re.split(" {2,}", line) for line in text.splitlines() if re.match(r"\d  ", line)]
+    assert [row[0] for row in rows] == [*"01234", *"01234"]  # the phases, then their dealing
+    # 391 x 640 examples; 0.1/(1 - 0.9) x (50 000/640 - 1); 640/(50 000 (1 - 0.9)).
+    assert rows[0] == ["0", "warmup", "0.00 to 5.00", "640", "391", "0.1 to 0.5", "0.9", "77.13",
+                       "78.13", "0.128"]
+    assert rows[4][1:] == ["noise/125", "160.08 to 204.83", "5 120", "437", "0.032", "0.9", "2.805",
+                           "3.125", "1.02"]
+    # 640 is 5 ghost batches on 8 devices; the last phase is 40, and ends 1280 past 204.8 epochs.
+    assert rows[5] == ["0", "0", "250 240", "240", "5", "8", "1", "1", "37.5%"]
+    assert rows[9] == ["4", "8 003 840", "10 241 280", "1 280", "40", "8", "1", "5"]
+    said = " ".join(text.split())
+    for part in ("6 454 updates", "10 241 280 examples", "epochs of 50 000", "2 748 890 parameters",
+                 "A constant batch of 128 (the strategy decay) takes 80 000 updates: 12.4 times",
+                 "Note: noise/125", "10.2%"):
+        assert part in said
+
+
+def test_a_plan_without_growth_claims_no_saving():
+    assert "A constant batch" not in as_text(plan(configs.load("digits", "decay"), 1))
+
+
+def test_what_training_would_refuse_is_refused():
+    for argument, message in (
+        ("decay,limits.max_batch_size=100", "limits.max_batch_size is 100"),
+        ("decay,max_per_device_batch=64", "max_per_device_batch is 64"),
+        ("decay,model.depth=7", "model.depth is 7"),
+        ("decay,dtype=float16", "config.dtype is 'float16'"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            plan(configs.load("cifar10", argument), 1)
+
+
+TRIAL = """
+import runpy, sys
+sys.argv = ["plan", "--config=configs/cifar10.py:increase"]
+try:
+    runpy.run_module("bigbatch.plan", run_name="__main__")
+except SystemExit as end:
+    assert not end.code
+import jax
+assert jax.default_backend() == "cpu"
+unneeded = {"tensorflow", "tensorflow_datasets", "sklearn", "orbax", "grain", "tensorboardX"}
+print("imported:", sorted(unneeded & sys.modules.keys()))
+"""
+
+
+def test_planning_needs_no_accelerator_and_loads_no_data():
+    # With a platform that is not here (or is busy), whatever touches the accelerator would fail.
+    done = subprocess.run(
+        [sys.executable, "-c", TRIAL], cwd=REPOSITORY, text=True, capture_output=True, timeout=120,
+        env=os.environ | {"JAX_PLATFORMS": "tpu"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "28 891 updates" in done.stdout
+    assert done.stdout.splitlines()[-1] == "imported: []"
+
+
+def test_piped_output_is_the_table_itself():
+    text = run_plan("--config=configs/digits.py:increase", "--devices=3", COLUMNS="20")
+    assert text == as_text(plan(configs.load("digits", "increase"), 3)) + "\n"

@@ -1,0 +1,94 @@
+"""Dealing ghost batches: each has one seat, in order, whatever the devices and passes."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from bigbatch.schedule.layout import Seating, ghosts_seated, make_seating, seat_examples
+
+GHOST = 4
+
+
+def all_seatings():
+    for ghosts, devices, microbatches in itertools.product(
+        (1, 2, 3, 5, 8, 9, 25, 64), (1, 2, 3, 4, 8, 16), (1, 2, 3, 4, 100)
+    ):
+        yield make_seating(ghosts * GHOST, GHOST, devices, 1, microbatches)
+
+
+def test_every_ghost_batch_has_one_seat_and_devices_take_them_in_runs():
+    for seating in all_seatings():
+        seated_KxDxS = ghosts_seated(seating)
+        assert seated_KxDxS.shape == (seating.microbatches, seating.devices, seating.seats)
+        # Device after device, pass after pass: the order of the update.
+        in_order = seated_KxDxS.transpose(1, 0, 2).reshape(-1)
+        np.testing.assert_array_equal(
+            in_order[in_order >= 0], np.arange(seating.ghosts), err_msg=str(seating))
+        assert (in_order[in_order < 0] == -1).all()
+        assert seating.idle_share == pytest.approx((in_order < 0).mean()), seating
+
+
+def test_no_device_takes_more_than_its_share_and_no_pass_is_idle():
+    for seating in all_seatings():
+        filled_KxD = (ghosts_seated(seating) >= 0).sum(axis=2)
+        share = -(-seating.ghosts // seating.devices)
+        assert filled_KxD.sum(axis=0).max() == share, seating
+        assert (filled_KxD.max(axis=1) > 0).all(), f"{seating} has a pass without work"
+
+
+def test_passes_by_hand_are_of_one_size():
+    for ghosts, devices, wanted in itertools.product((1, 5, 8, 25), (1, 3, 8), (1, 2, 3, 4, 100)):
+        seating = make_seating(ghosts * GHOST, GHOST, devices, 1, wanted)
+        share = -(-ghosts // devices)
+        assert seating.microbatches <= wanted
+        # Passes of one size: 5 ghost batches in 4 passes are 2 + 2 + 1.
+        assert seating.seats == -(-share // min(wanted, share))
+        assert seating.microbatches == -(-share // seating.seats)
+
+
+@pytest.mark.parametrize(("batch", "devices", "most", "passes", "seats", "idle"), [
+    (640, 8, 1024, 1, 1, 3 / 8),  # the paper's 640 in ghost batches of 128, on 8 devices
+    (128, 1, 1024, 1, 1, 0),
+    (1024, 1, 1024, 1, 8, 0),
+    (1152, 1, 1024, 2, 5, 1 / 10),  # evened out: 5 + 4, and not 8 + 1
+    (1152, 1, 1151, 2, 5, 1 / 10),
+    (16_000, 1, 1024, 16, 8, 3 / 128),
+    (5120, 8, 128, 5, 1, 0),
+    (65_536, 1, 1024, 64, 8, 0),
+])
+def test_as_few_passes_as_fit(batch, devices, most, passes, seats, idle):
+    ghosts = batch // 128
+    seating = make_seating(batch, 128, devices, most, 0)
+    assert seating == Seating(ghosts, devices, passes, seats)
+    assert seating.idle_share == pytest.approx(idle)
+    assert seating.seats * 128 <= most
+
+
+def test_a_ghost_batch_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="max_per_device_batch is 100, less than a ghost batch of "
+                                         "128.*raise it to 128"):
+        make_seating(640, 128, 1, 100, 0)
+    assert make_seating(640, 128, 1, 100, 5).microbatches == 5  # by hand it is not read
+
+
+def test_rows_show_each_example_at_its_seat():
+    for seating in all_seatings():
+        batch = seating.ghosts * GHOST
+        records_Bx3 = np.random.default_rng(0).permutation(3 * batch).reshape(batch, 3)
+        found = []
+        examples_MxSx4 = seat_examples(records_Bx3.astype(np.int32), seating, GHOST)
+        for seated_DxS, rows in zip(ghosts_seated(seating), examples_MxSx4, strict=True):
+            assert rows.dtype == np.int32
+            assert rows.shape == (seating.devices * seating.seats * GHOST, 4)
+            empty = rows[:, 3] < 0
+            assert (np.repeat(seated_DxS.ravel() < 0, GHOST) == empty).all()
+            # What an empty seat shows is thrown away, but the network must be able to take it.
+            assert np.isin(rows[empty, 0], records_Bx3[:, 0]).all()
+            found.append(rows[~empty])
+        found = np.concatenate(found)
+        # By the ghost batches after its own, and its place in it, an example is where it was.
+        in_order = found[np.argsort(-found[:, 3], kind="stable")]
+        np.testing.assert_array_equal(in_order[:, :3], records_Bx3)
+        np.testing.assert_array_equal(
+            in_order[:, 3], np.repeat(np.arange(seating.ghosts)[::-1], GHOST))

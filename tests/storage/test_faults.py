@@ -1,0 +1,332 @@
+"""What a run does when it is killed, stopped, spoiled, crowded out or in the dark."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from bigbatch import train
+from bigbatch.programs import program_cache
+from bigbatch.storage import checkpoint
+from bigbatch.storage.logs import read_events
+from tests import soak
+from tests.storage.test_continuing import assert_same_bits, run, small
+from tests.support import small_config, started
+from tests.support.updates import with_model
+
+# A small network, and a run that has to be caught while it lasts.
+SMALL = started.SMALL
+LONG = ("recipe.epochs=100000", "log_every_epochs=2", "eval_every_epochs=20")
+# For the short soak: three phases, with the programs of each and as many saves as evaluations.
+SOAKED = SMALL | {"config": (
+    *SMALL["config"], "recipe.epochs=12", "recipe.falls=((4,2),(8,2))", "log_every_epochs=0.3",
+    "eval_every_epochs=0.6", "checkpoint_every_epochs=0.6", "eval_batch_size=8",
+    "keep_checkpoints=3",
+)}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A tiny run that nothing interrupts, and all its checkpoints."""
+    folder = tmp_path_factory.mktemp("whole")
+    return run(small("keep_checkpoints=9"), folder), folder
+
+
+def test_a_soak_of_kills_and_spoiled_checkpoints_loses_no_bit(tmp_path):
+    """The short form of `make soak`: a kill after a save, and one and a damage at a new phase."""
+    found = soak.soak(tmp_path, kills=2, seed=64, run=SOAKED)
+    assert found.kills.total() == 2
+    assert found.resumes > 0 and found.spoiled > 0, found
+    assert found.bits_different == 0
+    assert found.same_metrics, "metrics.jsonl differs from that of a run never killed"
+    assert found.detected == found.spoiled
+
+
+def test_a_cut_cache_entry_costs_one_recompile(tmp_path):
+    """JAX itself would fail to load it at every start from now on."""
+    cache = tmp_path / "cache"
+
+    def one_run(name):
+        started.end(started.start(tmp_path / name, **SMALL, cache=cache))
+        return {path.name: path.stat().st_mtime_ns for path in cache.glob("*-cache")}
+
+    written = one_run("a")
+    largest = max(cache.glob("*-cache"), key=lambda path: path.stat().st_size)
+    content = largest.read_bytes()
+    largest.write_bytes(content[: len(content) // 2])
+    again = one_run("b")
+    assert len(largest.read_bytes()) > len(content) // 2, "the cut entry is still there"
+    changed = {name for name in written if again[name] != written[name]}
+    assert changed == {largest.name}
+    assert started.bits_different(tmp_path / "a", tmp_path / "b") == 0
+
+
+def test_an_unusable_cache_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file/cache cannot be used.*--compilation_cache"):
+        program_cache.keep(str(tmp_path / "file" / "cache"))
+
+
+# --- spoiled checkpoints ----------------------------------------------------------------------
+def damage(kind: str, file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    if kind == "missing":
+        file.unlink()
+    elif kind == "truncated":
+        file.write_bytes(content[:-1])
+    else:
+        content[len(content) // 2] ^= 16
+        file.write_bytes(content)
+
+
+def test_any_damage_to_any_file_of_a_checkpoint_is_found_by_name(whole, tmp_path):
+    shutil.copytree(whole[1] / "checkpoints", tmp_path / "checkpoints")
+    newest, before, *_ = reversed(checkpoint.finished(tmp_path))
+    files = [file for file in newest.rglob("*") if file.is_file()]
+    assert {"run.json", "checksums.json"} < {file.name for file in files}
+    assert len(files) > 6
+    for file in files:
+        content = file.read_bytes()
+        for kind in ("missing", "truncated", "a flipped bit")[: 3 if content else 1]:
+            damage(kind, file)
+            found = checkpoint.find_newest(tmp_path)
+            assert found.path == before, f"{kind} in {file.name}: fell back to {found.path}"
+            assert any(str(file) in fault for fault in found.faults), (kind, found.faults)
+            file.write_bytes(content)
+    assert checkpoint.find_newest(tmp_path).path == newest
+
+
+def test_training_goes_on_from_the_newest_checkpoint_that_is_whole(whole, tmp_path):
+    state, folder = whole
+    shutil.copytree(folder, tmp_path / "run")
+    damaged = checkpoint.finished(tmp_path / "run")[-2:]
+    for path, kind in zip(damaged, ("truncated", "a flipped bit"), strict=True):
+        damage(kind, max(path.rglob("d/*"), key=lambda file: file.stat().st_size))
+    assert_same_bits(
+        run(small("keep_checkpoints=9"), tmp_path / "run"), state, "after damage")
+    names = [path.name for path in checkpoint.finished(folder)]
+    assert [path.name for path in checkpoint.finished(tmp_path / "run")] == names
+    assert checkpoint.find_newest(tmp_path / "run").faults == []
+    log = "metrics.jsonl"
+    assert (tmp_path / "run" / log).read_bytes() == (folder / log).read_bytes()
+    notices = [e["text"] for e in read_events(tmp_path / "run/timing.jsonl")
+               if e["event"] == "notice"]
+    for path in damaged:
+        assert any(str(path) in text and "damaged" in text for text in notices), notices
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_deleted(whole, tmp_path):
+    shutil.copytree(whole[1], tmp_path / "run")
+    for path in checkpoint.finished(tmp_path / "run"):
+        damage("a flipped bit", path / "run.json")
+    before = sorted(path for path in (tmp_path / "run").rglob("*"))
+    with pytest.raises(ValueError, match="no checkpoint is whole.*nothing was deleted") as caught:
+        run(small("keep_checkpoints=9"), tmp_path / "run")
+    for path in checkpoint.finished(whole[1]):
+        assert path.name + "/run.json is damaged" in str(caught.value)
+    assert sorted(path for path in (tmp_path / "run").rglob("*")) == before
+
+
+def test_the_newest_and_every_phase_boundary_are_kept(tmp_path):
+    config = small("keep_checkpoints=2", "checkpoint_every_epochs=0.1")
+    run(config, tmp_path)
+    kept = [int(path.name) for path in checkpoint.finished(tmp_path)]
+    boundaries = [phase.end_example for phase in train.make_phases(config)]
+    saved = [event["examples_seen"] for event in read_events(tmp_path / "timing.jsonl")
+             if event["event"] == "save"]
+    assert len(saved) > 10
+    assert kept == sorted({*boundaries, *saved[-2:]})
+
+
+def test_retention_counts_what_was_written_and_not_what_is_damaged(tmp_path):
+    state = {"weight": np.arange(3.0)}
+
+    def save(examples_seen):
+        return checkpoint.save(tmp_path, state, {"examples_seen": examples_seen}, 1, {100})
+
+    for examples_seen in (100, 200, 300, 400):
+        save(examples_seen).result()
+    assert [int(path.name) for path in checkpoint.finished(tmp_path)] == [100, 400]
+    damage("a flipped bit", checkpoint.finished(tmp_path)[-1] / "run.json")
+    save(150).result()  # the run went on from 100
+    assert int(checkpoint.find_newest(tmp_path).path.name) == 150
+
+
+def test_a_relative_workdir_and_one_that_is_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(small("recipe.epochs=1.5", "tensorboard=true"), "runs/a")
+    assert checkpoint.load("runs/a")["params"]
+    written = b"".join(file.read_bytes() for file in (tmp_path / "runs/a/tensorboard").iterdir())
+    for name in (b"test_accuracy", b"noise_scale", b"train_loss"):
+        assert name in written
+    with pytest.raises(ValueError, match="s3://bucket/run is no folder of this machine"):
+        run(small(), "s3://bucket/run")
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+# --- stopped ----------------------------------------------------------------------------------
+
+
+SLOW_SAVES = """
+import time
+from bigbatch import command_line, main
+from bigbatch.storage import checkpoint
+checkpoint._commit = lambda *_: time.sleep(60)
+command_line.run(main.main)
+"""
+
+
+def test_a_second_ctrl_c_waits_for_nothing(tmp_path):
+    process = started.start_python(
+        "-c", SLOW_SAVES, "--config=tests/support/small_config.py:resident,recipe.epochs=100000",
+        f"--workdir={tmp_path}", "--compilation_cache=")
+    log = tmp_path / "metrics.jsonl"
+    started.wait_until(lambda: len(read_events(log)) > 1, process, "two events")
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None, "the first one waits for its save"
+    process.send_signal(signal.SIGINT)
+    output = started.end(process, status=128 + signal.SIGINT, seconds=10)
+    assert output.rstrip().endswith("bigbatch: interrupted."), output
+
+
+def test_sigterm_while_training_ends_with_a_checkpoint_and_42(tmp_path):
+    log = tmp_path / "run/metrics.jsonl"
+    first = started.start(tmp_path / "run", *LONG, "checkpoint_every_epochs=99999", **SMALL)
+    started.wait_until(lambda: len(read_events(log)) > 20, first, "20 events")
+    told = time.monotonic()
+    first.send_signal(signal.SIGTERM)
+    started.end(first, status=42)
+    assert time.monotonic() - told < 15
+    found = checkpoint.find_newest(tmp_path / "run")
+    assert found.run["examples_seen"] >= read_events(log)[-1]["examples_seen"] > 0
+    assert not list((tmp_path / "run/checkpoints").glob("*.unfinished"))
+
+
+def test_sigterm_while_the_first_program_is_compiled_ends_at_once(tmp_path):
+    process = started.start(tmp_path / "run", "model.depth=28", cache=None)
+    timing = tmp_path / "run/timing.jsonl"
+    started.wait_until(lambda: len(read_events(timing)) > 0, process, "its first event")
+    process.send_signal(signal.SIGTERM)
+    told = time.monotonic()
+    started.end(process, status=42)
+    assert time.monotonic() - told < 15
+    assert [event["event"] for event in read_events(timing)] == ["start", "time_share"]
+    assert checkpoint.finished(tmp_path / "run") == []
+
+
+# --- crowded out, read-only, full ---------------------------------------------------------------
+def test_a_second_job_on_the_same_workdir_is_refused(tmp_path):
+    first = started.start(tmp_path, *LONG, "recipe.falls=((99999,2),)",
+                            "checkpoint_every_epochs=99999", **SMALL)
+    started.wait_until((tmp_path / "timing.jsonl").exists, first, "its first event")
+    output = started.end(started.start(tmp_path, **SMALL), status=2)
+    assert f"held by another job (process {first.pid} on" in output
+    assert len(output.strip().splitlines()) == 1, output
+    first.kill()
+    first.communicate()
+    run(small_config.get_config("resident"), tmp_path)  # the kill has freed it
+
+
+def test_a_workdir_that_cannot_be_made_is_refused_before_compiling(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        ValueError, match="file/run cannot be written: Not a directory; give --workdir"
+    ):
+        run(small(), tmp_path / "file" / "run")
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 12 MB of its own."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("needs to mount a file system, which only root outside most containers may")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "log"])
+def test_a_full_disk_is_named_with_the_last_good_checkpoint(small_disk, tmp_path, what):
+    workdir = small_disk / "run"
+    every = 20 if what == "checkpoint" else 99_999
+    settings = (*LONG, "keep_checkpoints=1", f"checkpoint_every_epochs={every}",
+                "tensorboard=true")
+    with (small_disk / "filling").open("wb", buffering=0) as filling:
+        process = started.start(workdir, *settings, **SMALL)
+        wanted = 2 if what == "checkpoint" else 1
+        started.wait_until(
+            lambda: len(checkpoint.finished(workdir)) >= wanted, process, "its first checkpoints")
+        with contextlib.suppress(OSError):
+            while filling.write(b"x" * 4096):
+                pass
+    output = started.end(process, status=1)
+    assert "No space left on device" in output or "ENOSPC" in output.upper(), output
+    good = checkpoint.finished(workdir)[-1]
+    assert f"last good checkpoint is {good}" in output
+    assert str(workdir) in output.split("failed")[0]
+    (small_disk / "filling").unlink()
+    assert checkpoint.find_newest(workdir).path == good
+    checkpoint.load(workdir)
+
+
+def test_a_read_only_workdir_is_refused_before_compiling(small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(ValueError, match="cannot be written: Read-only file system"):
+        run(small(), small_disk / "run")
+
+
+# --- saves in the background --------------------------------------------------------------------
+class Broad(nnx.Module):
+    """9.4 million parameters and little to compute."""
+
+    def __init__(self, num_classes, dtype, rngs):
+        self.first = nnx.Linear(64, 3000, rngs=rngs)
+        self.second = nnx.Linear(3000, 3000, rngs=rngs)
+        self.head = nnx.Linear(3000, num_classes, rngs=rngs)
+
+    def __call__(self, images, train, keys):
+        hidden = nnx.relu(self.first(images.reshape(len(images), -1)))
+        return self.head(nnx.relu(self.second(hidden)))
+
+
+def test_a_save_blocks_the_loop_for_an_update_or_a_moment(tmp_path):
+    """With 75 MB of state, whose writing takes many times longer than what the loop waits."""
+    config = with_model(
+        "storage.test_faults.Broad", {}, "recipe.epochs=0.5", "recipe.falls=((0.3,2),)",
+        "recipe.momentum=0.5", "recipe.batch_size=96", "checkpoint_every_epochs=0.15",
+        "eval_every_epochs=1")
+    run(config, tmp_path)
+    events = read_events(tmp_path / "timing.jsonl")
+    blocked = [event["blocked_seconds"] for event in events if event["event"] == "save"]
+    update = max(1 / e["updates_per_second"] for e in events if e["event"] == "speed")
+    assert len(blocked) >= 4
+    assert sorted(blocked)[len(blocked) // 2] <= max(0.15, update), (blocked, update)
+
+
+def test_a_save_that_fails_in_the_background_is_raised(tmp_path, monkeypatch):
+    """Its folder vanishes while Orbax writes: nothing the loop itself would notice."""
+    commit = checkpoint._commit
+
+    def without_its_folder(unfinished, path, run):
+        if run["examples_seen"] > 700:
+            shutil.rmtree(unfinished)
+        commit(unfinished, path, run)
+
+    monkeypatch.setattr(checkpoint, "_commit", without_its_folder)
+    with pytest.raises(checkpoint.WriteError, match="the last good checkpoint is") as caught:
+        run(small("checkpoint_every_epochs=0.2"), tmp_path)
+    good = checkpoint.finished(tmp_path)[-1]
+    assert str(good) in str(caught.value)
+    json.loads((good / "run.json").read_text())
+    assert checkpoint.find_newest(tmp_path).path == good

@@ -1,0 +1,129 @@
+"""Real processes of the main job: alone, or several as one job on this machine."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from bigbatch.storage import checkpoint
+from tests.support.configs import TINY
+
+REPOSITORY = Path(__file__).parents[2]
+# For `start`: a run whose processes are ready to train in a few seconds.
+SMALL = {"file": "tests/support/small_config.py", "config": ("resident",)}
+# Kept between test runs, and apart from the cache that the test processes themselves fill.
+CACHE = REPOSITORY / ".jax_cache" / "main"
+
+
+def start(
+    workdir: Path, *settings: str, devices: int = 1, flags: tuple[str, ...] = (),
+    cache: Path | None = CACHE, file: str = "configs/digits.py", config: tuple[str, ...] = TINY,
+    process: tuple[int, int] = (0, 1), port: int = 0, host: str = "127.0.0.1",
+    on: tuple[str, ...] = (),
+) -> subprocess.Popen:
+    """Starts `python -m bigbatch.main` on the tiny config with `key=value` settings.
+
+    Args:
+        workdir: of the run.
+        devices: CPU devices of this process.
+        flags: more of the command line.
+        cache: for compiled programs; None for none.
+        file: the config's.
+        config: preset and settings of that file.
+        process: which process of how many; `port` of the first one is then needed.
+        port: see `free_port`.
+        host: of the first one.
+        on: the command that runs this one on its host.
+    """
+    index, count = process
+    job = (f"--coordinator={host}:{port}", f"--processes={count}", f"--process={index}")
+    return start_python(
+        "-m", "bigbatch.main", f"--config={file}:{','.join([*config, *settings])}",
+        f"--workdir={workdir}", f"--compilation_cache={cache or ''}",
+        *(job if count > 1 else ()), *flags, devices=devices, on=on,
+    )
+
+
+def start_python(
+    *arguments: str, devices: int = 1, on: tuple[str, ...] = (), **environment: str
+) -> subprocess.Popen:
+    """Starts Python with CPU devices; see `start`. `environment` is added to this process's."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    } | environment
+    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    return subprocess.Popen(
+        [*on, sys.executable, *arguments], cwd=REPOSITORY, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )
+
+
+def start_job(workdir: Path, *settings: str, processes: int, **options) -> list[subprocess.Popen]:
+    """Starts the processes of one job; see `start`."""
+    port = free_port()
+    return [
+        start(workdir, *settings, process=(index, processes), port=port, **options)
+        for index in range(processes)
+    ]
+
+
+def end(process: subprocess.Popen, status: int = 0, seconds: float = 240) -> str:
+    """Waits for a process and returns what it printed; fails unless it ends with `status`."""
+    try:
+        output, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, _ = process.communicate()
+        pytest.fail(f"still running after {seconds} s; it had printed:\n{output}")
+    assert process.returncode == status, f"ended with {process.returncode}:\n{output}"
+    return output
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return opened.getsockname()[1]
+
+
+def wait_until(
+    ready: Callable[[], bool], process: subprocess.Popen, what: str, seconds: float = 240
+) -> None:
+    """Waits for something that `process` does; fails if it ends before, or takes too long."""
+    until = time.monotonic() + seconds
+    while not ready():
+        if process.poll() is not None:
+            pytest.fail(f"ended before {what}:\n{process.communicate()[0]}")
+        if time.monotonic() > until:
+            process.kill()
+            pytest.fail(f"{seconds} s without {what}:\n{process.communicate()[0]}")
+        time.sleep(0.002)
+
+
+def bits_different(workdir: Path, other: Path) -> int:
+    """How many bits of parameters, statistics and optimizer state differ between two runs' ends."""
+    first, second = (checkpoint.load(folder) for folder in (workdir, other))
+    assert jax.tree.structure(first) == jax.tree.structure(second)
+    count = 0
+    for leaf, twin in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        assert (leaf.dtype, leaf.shape) == (twin.dtype, twin.shape)
+        pair = (np.frombuffer(array.tobytes(), np.uint8) for array in (leaf, twin))
+        count += int(np.unpackbits(np.bitwise_xor(*pair)).sum())
+    return count
+
+
+def relative_difference(workdir: Path, other: Path) -> float:
+    """||a - b|| / ||b|| over the parameters of two runs' ends."""
+    first, second = (
+        np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(state["params"])])
+        for state in map(checkpoint.load, (workdir, other))
+    )
+    return float(np.linalg.norm(first - second) / np.linalg.norm(second))

@@ -1,0 +1,280 @@
+"""Models from outside of the package: what they may be, and what is refused, naming the layer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+
+from bigbatch.models.normalization import GhostBatchNorm
+from bigbatch.update import network
+from bigbatch.update.update import init_state
+from tests.support.configs import tiny
+from tests.support.updates import conv_net, train, with_model
+
+
+# --- what comes in -------------------------------------------------------------------------------
+@pytest.mark.parametrize(("name", "model"), [
+    ("ConvNet", {"ghost_size": 16}),
+    ("Regression", {"auxiliary_weight": 0.3}),
+    ("FromLinen", {"ghost_size": 16}),
+])
+def test_models_of_a_users_own_learn(name, model):
+    config = with_model(f"support.foreign_models.{name}", model)
+    net = network.build(config)
+    params, batch_stats, _ = init_state(config, net)
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(20, 8, 8, 1)), jnp.float32)
+    logits, _, _ = net.apply(params, batch_stats, images, False, None)
+    assert logits.shape == (20, 10)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((params, logits)))
+
+    (*_, state), measured = train(config, 2)
+    assert all(one.finite for one in measured)
+    assert np.mean([one.loss for one in measured[-3:]]) < 0.8 * measured[0].loss
+    moved = jax.tree.map(lambda new, old: np.abs(new - old).max(), state.params, params)
+    assert min(jax.tree.leaves(moved)) > 0
+    folded = jax.tree.map(lambda new, old: np.abs(new - old).max(), state.batch_stats, batch_stats)
+    assert all(change > 0 for change in jax.tree.leaves(folded))
+    assert len(jax.tree.leaves(folded)) == {"ConvNet": 4, "Regression": 0, "FromLinen": 2}[name]
+
+
+def test_linen_and_nnx_ghost_batch_norm_are_one():
+    """The same layer through Flax's bridge: rows in training, running statistics outside."""
+    config = with_model("support.foreign_models.FromLinen", {"ghost_size": 16})
+    net = network.build(config)
+    params, batch_stats, _ = init_state(config, net)
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(48, 8, 8, 1)), jnp.float32)
+    _, _, rows = net.apply(params, batch_stats, images, True, None)
+    found = rows["net"]["ToLinen_0"]["mean"]
+    conv = params["net"]["Conv_0"]
+    expected = jax.lax.conv_general_dilated(
+        images, conv["kernel"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    ) + conv["bias"]
+    np.testing.assert_allclose(
+        found, expected.reshape(3, -1, 8).mean(axis=1), rtol=1e-4, atol=1e-6)
+    _, _, after = net.apply(params, batch_stats, images, False, None)
+    jax.tree.map(np.testing.assert_array_equal, after, batch_stats)
+
+
+@pytest.mark.parametrize("config", [
+    tiny(), conv_net(), with_model("support.foreign_models.FromLinen", {"ghost_size": 16}),
+], ids=["WideResNet", "ConvNet", "FromLinen"])
+def test_trees_of_a_network_fit_together(config):
+    net = network.build(config)
+    params, batch_stats = net.params, net.batch_stats
+    assert jax.tree.structure(net.in_norm) == jax.tree.structure(params)
+    assert jax.tree.structure(net.decays) == jax.tree.structure(batch_stats)
+    assert set(jax.tree.leaves(net.decays)) == {config.model.get("bn_decay", 0.9)}
+    marked = [leaf.size for leaf, norm in zip(
+        jax.tree.leaves(params), jax.tree.leaves(net.in_norm), strict=True) if norm]
+    # A scale and a bias for each mean and variance; the LayerNorm of 4x4x8 numbers has neither.
+    kept = [leaf.size for leaf in jax.tree.leaves(batch_stats)]
+    assert sorted(marked) == sorted(kept + [128, 128] * config.network.endswith("FromLinen"))
+
+
+# --- what does not -------------------------------------------------------------------------------
+class Holder(nnx.Module):
+    """Softmax regression with something more in it, two levels down; `call` uses it."""
+
+    def __init__(self, rngs, held, call=lambda held, x: x):
+        self.inner = nnx.List([nnx.Linear(64, 10, rngs=rngs)])
+        self.inner[0].held = held
+        self.call = call
+
+    def __call__(self, images, train, keys):
+        x = self.call(self.inner[0].held, images.reshape(len(images), -1))
+        return self.inner[0](x)
+
+
+def holding(make, call=lambda held, x: x):
+    def model(num_classes, dtype, rngs):
+        return Holder(rngs, make(rngs), call)
+    return model
+
+
+class Inner(linen.Module):
+    layer: linen.Module
+
+    @linen.compact
+    def __call__(self, x):
+        return self.layer.copy(name="unfit")(x)
+
+
+class LinenHolder(linen.Module):
+    layer: linen.Module
+    only_in_training: bool = False
+
+    @linen.compact
+    def __call__(self, images, train, keys):
+        x = images.reshape(len(images), -1)
+        if train or not self.only_in_training:
+            x = Inner(self.layer)(x)
+        return linen.Dense(10)(x)
+
+
+def linen_holding(layer, **keywords):
+    def model(num_classes, dtype, rngs):
+        module = LinenHolder(layer, **keywords)
+        rngs = nnx.Rngs(params=rngs.params(), dropout=1, noise=2)
+        return nnx.bridge.ToNNX(module, rngs=rngs).lazy_init(jnp.zeros((1, 8, 8, 1)), False, None)
+    return model
+
+
+class Noise(linen.Module):
+    @linen.compact
+    def __call__(self, x):
+        return x + jax.random.normal(self.make_rng("noise"), x.shape)
+
+
+class Counter(nnx.Variable):
+    pass
+
+
+def returning(outputs):
+    """A model whose `outputs` are made from its logits."""
+    class Model(nnx.Module):
+        def __init__(self, num_classes, dtype, rngs):
+            self.head = nnx.Linear(64, num_classes, rngs=rngs)
+
+        def __call__(self, images, train, keys):
+            return outputs(self.head(images.reshape(len(images), -1)))
+    return Model
+
+
+class Frozen(nnx.Module):
+    def __init__(self, num_classes, dtype, rngs):
+        self.norm = GhostBatchNorm(1, ghost_size=16, rngs=rngs)
+
+    def __call__(self, images, train, keys):
+        return self.norm(images, False).reshape(len(images), -1)[:, :10]
+
+
+class Uncallable(nnx.Module):
+    def __init__(self, num_classes, dtype, rngs):
+        pass
+
+    def __call__(self, images):
+        return images
+
+
+UNFIT = {
+    "nnx_batch_norm": (
+        holding(lambda rngs: nnx.BatchNorm(64, rngs=rngs)),
+        r"flax.nnx.BatchNorm at inner.0.held, .*GhostBatchNorm instead"),
+    "nnx_dropout": (
+        holding(lambda rngs: nnx.Dropout(0.5, rngs=rngs)),
+        r"flax.nnx.Dropout at inner.0.held, .*models.dropout.dropout instead"),
+    "linen_batch_norm": (
+        linen_holding(linen.BatchNorm(use_running_average=True)),
+        r"flax.linen.BatchNorm at Inner_0.unfit, .*GhostBatchNorm instead"),
+    "linen_dropout": (
+        linen_holding(linen.Dropout(0.5, deterministic=False), only_in_training=True),
+        r"flax.linen.Dropout at Inner_0.unfit, .*models.dropout.dropout instead"),
+    "linen_noise": (
+        linen_holding(Noise(), only_in_training=True),
+        r"draws from a random stream of Linen's; draw from the keys .*\"noise\""),
+    "nnx_noise": (
+        holding(lambda rngs: rngs.fork()),
+        r"keeps a random stream at inner.0.held.default.count; draw from the keys"),
+    "foreign_statistic": (
+        holding(lambda rngs: nnx.BatchStat(jnp.zeros(3))),
+        r"batch statistic at inner.0.held that is not GhostBatchNorm's"),
+    "counter": (
+        holding(lambda rngs: Counter(jnp.zeros(()))),
+        r"keeps Counter at inner.0.held; only parameters"),
+    "table": (
+        holding(lambda rngs: nnx.data(jnp.arange(64.0)), lambda table, x: x + table),
+        r"keeps a plain array at inner.0.held; .*A constant is made where it is used"),
+    "half_parameters": (
+        holding(lambda rngs: nnx.Param(jnp.zeros(3, jnp.bfloat16))),
+        r"keeps bfloat16 at inner.0.held; where config.dtype is float32, .*are float32: give"),
+    "another_ghost_size": (
+        holding(lambda rngs: GhostBatchNorm(64, ghost_size=8, rngs=rngs)),
+        r"ghost batches of 8 at inner.0.held, but config.ghost_size is 16"),
+    "frozen_statistics": (
+        Frozen,
+        r"leaves the statistic \['norm'\]\['mean'\] as it is in training; call GhostBatchNorm"),
+    "narrow": (
+        returning(lambda logits: logits[:, :9]),
+        r"logits of shape \(16, 9\) for 16 images; they must be \(16, 10\)"),
+    "summed": (
+        returning(lambda logits: logits.sum(axis=0)), r"logits of shape \(10,\) for 16 images"),
+    "three": (returning(lambda logits: (logits, [], 0)), "logits of shape tuple"),
+    "bare_auxiliary": (
+        returning(lambda logits: (logits, logits)),
+        r"beside its logits; that must be a list of \(weight, auxiliary logits\) pairs"),
+    "unweighted_auxiliary": (
+        returning(lambda logits: (logits, [logits])), r"must be a list of \(weight, auxiliary"),
+    "narrow_auxiliary": (
+        returning(lambda logits: (logits, [(0.3, logits[:8])])), r"logits of shape \(8, 10\)"),
+    "no_module": (
+        lambda num_classes, dtype, rngs: linen.Dense(10),
+        r"returns a Dense; it must return a flax.nnx.Module \(a Linen module comes in as"),
+    "uncallable": (
+        Uncallable, r"Uncallable that cannot be called as \(images, train, keys\): too many"),
+}
+globals().update({name: model for name, (model, _) in UNFIT.items()})
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_an_unfit_model_is_refused_before_compiling(name):
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None)
+    said = f"^tests.update.test_network.{name} .*{UNFIT[name][1]}"
+    with pytest.raises(ValueError, match=said) as told:
+        network.build(with_model(f"update.test_network.{name}", {}))
+    assert "\n" not in str(told.value)
+    assert compiled == []
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    (("network=bigbatch.models.wide_resnet.WideResNets",), "no 'WideResNets'. Did you mean WideR"),
+    (("network=bigbatch.models.wide_resnets.WideResNet",), "no module 'bigbatch.models.wide_res"),
+    (("network=WideResNet",), "config.network is 'WideResNet'; it must be a dotted path"),
+    (("network=bigbatch.models.wide_resnet.he_normal.gain",), "no module"),
+])
+def test_a_path_that_leads_nowhere_is_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        network.build(tiny(*settings))
+
+
+def test_arguments_that_do_not_fit_are_refused():
+    config = tiny()
+    with config.unlocked():
+        config.model.widht = 2
+    with pytest.raises(ValueError, match="unexpected keyword argument 'widht'; its own .* are "
+                                         ".*depth, .*width$"):
+        network.build(config)
+    with pytest.raises(ValueError, match="missing a required .*argument: 'ghost_size'"):
+        network.build(with_model("support.foreign_models.ConvNet", {}))
+
+
+def test_float64_without_64_bit_arrays_is_refused():
+    """JAX would go on in float32."""
+    with pytest.raises(ValueError, match="config.dtype is float64, but JAX makes float32 of that"):
+        network.build(tiny("dtype=float64"))
+
+
+class Stacked(nnx.Module):
+    """Draws keys one by one, and between them as many at once as it has layers in a stack."""
+
+    def __init__(self, num_classes, dtype, rngs):
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def stack(rngs):
+            return nnx.Linear(8, 8, rngs=rngs)
+
+        self.first = nnx.Linear(64, 8, rngs=rngs)
+        self.stacked = stack(rngs)
+        self.last = nnx.Linear(8, num_classes, rngs=rngs)
+
+    def __call__(self, images, train, keys):
+        return self.last(self.first(images.reshape(len(images), -1)))
+
+
+def test_parameters_are_drawn_with_the_keys_of_flaxs_own_stream():
+    drawn, _ = network.build(with_model("update.test_network.Stacked", {})).init(np.uint32(7))
+    key = jax.random.fold_in(jax.random.key(7, impl="threefry2x32"), network.INITIALISATION)
+    flaxs = nnx.to_pure_dict(nnx.state(Stacked(10, jnp.float32, nnx.Rngs(key)), nnx.Param))
+    jax.tree.map(np.testing.assert_array_equal, drawn, flaxs)

@@ -1,0 +1,28 @@
+"""What a person watching is told."""
+
+import pytest
+
+from bigbatch.config import make_phases
+from bigbatch.watching import progress
+from tests.support import configs
+
+
+def test_the_time_to_go_knows_the_phases():
+    """Batches of 48, 96 and 192 in 21, 11 and 5 updates; an update's time is known by its batch."""
+    phases = make_phases(configs.tiny())
+    assert [(phase.batch_size, phase.updates) for phase in phases] == [(48, 21), (96, 11), (192, 5)]
+    assert progress.seconds_to_go(phases, 0, {}) is None
+    known = {48: 1.0, 96: 1.5, 192: 2.0}
+    assert progress.seconds_to_go(phases, 0, known) == pytest.approx(21 + 11 * 1.5 + 5 * 2)
+    assert progress.seconds_to_go(phases, 20 * 48, known) == pytest.approx(1 + 11 * 1.5 + 5 * 2)
+    # A batch not yet met costs what the largest known one does an example.
+    assert progress.seconds_to_go(phases, 0, {48: 1.0}) == pytest.approx(21 + 11 * 2 + 5 * 4)
+    assert progress.seconds_to_go(phases, phases[-1].end_example, known) == 0
+    assert [progress.format_seconds(s) for s in (None, 59.6, 3723)] == ["--:--", "01:00", "1:02:03"]
+
+
+def test_a_phase_is_announced_in_one_line():
+    phases = make_phases(configs.tiny("recipe.warmup_epochs=0.3"))
+    lines = [progress.describe(phase, phases) for phase in phases]
+    assert lines[0].startswith("phase 0 of 0 to 3, warmup: batch 48, rate 0 to 0.1, momentum 0.9")
+    assert lines[2].startswith("phase 2 of 0 to 3, noise/2: batch 96, rate 0.1, ")
