@@ -83,13 +83,24 @@ def config() -> ConfigDict:
     """
     if not flags.FLAGS.config:
         raise Mistake(f"--config is missing; write for example {EXAMPLE}.")
-    return _load(flags.FLAGS.config)
+    return _load_once(flags.FLAGS.config)
 
 
-@functools.cache
-def _load(config: str) -> ConfigDict:
-    path, _, argument = config.partition(":")
-    return load_file(path).get_config(argument)
+def load_config(text: str, root: Path | None = None) -> ConfigDict:
+    """The config that a text as that of --config names: file.py:preset,key=value,...
+
+    Args:
+        text: as "configs/digits.py:increase,seed=3".
+        root: the folder that a relative path begins in; None for the working directory.
+
+    Raises:
+        Mistake: if there is no such file, or its argument asks for what is not there.
+    """
+    path, _, argument = text.partition(":")
+    return load_file(root / path if root else path).get_config(argument)
+
+
+_load_once = functools.cache(load_config)
 
 
 def load_file(path: str | Path) -> ModuleType:

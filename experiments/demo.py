@@ -10,25 +10,21 @@ into --output. Run again, it continues what is there.
 import argparse
 from pathlib import Path
 
-from experiments import curves, records
+from bigbatch.mistake import Mistake
+from experiments import curves, logs, provenance, records, runs, tables
 from experiments.command_line import one_line_errors
-from experiments.figures import REPOSITORY
-from experiments.runs import Run, train_noted
+from experiments.figures import DEMO, REPOSITORY
 
-PRESETS = ("decay", "hybrid", "increase")  # the longest first, so that no core idles at the end
+PRESETS = [curve.config for curve in DEMO.panels[0].curves]
 
 
-def draw(folder: Path, seeds: int, output: Path) -> str:
-    """Draws the picture and writes the table, which it returns, from a workdir or a record."""
+def read(folder: Path, seeds: int) -> tables.Results:
+    """What is drawn, from a workdir or a record."""
     with records.opened(folder) as opened:
-        schedules = {
-            preset: [curves.read_run(opened / "runs" / f"{preset}-{seed}") for seed in range(seeds)]
+        return {
+            preset: [logs.read_run(opened / "runs" / f"{preset}-{seed}") for seed in range(seeds)]
             for preset in PRESETS
         }
-    curves.draw(schedules, output / "curves.png", "digits: one recipe, three schedules")
-    text = curves.table(schedules)
-    (output / "table.md").write_text(text, encoding="utf-8")
-    return text
 
 
 def main() -> None:
@@ -39,19 +35,22 @@ def main() -> None:
     parser.add_argument("--record", type=Path, help="also keep the runs' logs in this folder")
     options = parser.parse_args()
     output = options.output.resolve()
-    runs = [
-        Run(f"configs/digits.py:{preset},seed={seed}", output / "runs" / f"{preset}-{seed}")
+    wanted = [
+        runs.Run(f"configs/digits.py:{preset},seed={seed}", output / "runs" / f"{preset}-{seed}")
         for preset in PRESETS for seed in range(options.seeds)
     ]
     with one_line_errors("experiments.demo"):
         if options.seeds < 1:
-            raise ValueError(f"--seeds is {options.seeds}; it must be 1 or more.")
-        train_noted(output, "experiments.demo", runs, ["--config.tensorboard=false"])
-        text = draw(output, options.seeds, output)
+            raise Mistake(f"--seeds is {options.seeds}; it must be 1 or more.")
+        missing = runs.missing(wanted)
+        provenance.note(output, "experiments.demo", [run.config for run in missing])
+        runs.train(missing, ["--config.tensorboard=false"])
+        results = read(output, options.seeds)
+        text = curves.draw(DEMO, results, output)
         if options.record:
-            records.keep(output, [run.workdir for run in runs], options.record)
-            draw(options.record, options.seeds, options.record)
-    print(f"\n{text}\n{output / 'curves.png'} has the curves.")
+            records.keep(output, [run.workdir for run in wanted], options.record)
+            curves.draw(DEMO, results, options.record)
+    print(f"\n{text}\n\n{output / 'curves.png'} has the curves.")
 
 
 if __name__ == "__main__":

@@ -6,20 +6,25 @@ their own below ours, since only the shape can be compared. A run that diverged 
 a dashed line, with a cross at the axis where it broke down.
 """
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Picture
+from matplotlib.lines import Line2D
 
-from bigbatch.config import make_phases
-from experiments.curves import COLOURS, Logs, divergences, finished, plot_runs, spread
-from experiments.figures import SCALES, Figure, Panel, config_text, load_config, read_digitised
-from experiments.tables import LABELS, Results, lost_epochs_of
+from bigbatch.dotted import resolve
+from experiments.figures import SCALES, Figure, Panel, config_text, planned, read_digitised
+from experiments.logs import Logs, divergences, finished
+from experiments.tables import LABELS, Results, lost_epochs_of, recipe_updates
 
+COLOURS = ("#3b6fb6", "#d9822b", "#3a9a5b", "#8a4fa3", "#b6403b", "#6b6b6b", "#c2a415")
 AXES = {"epoch": "epochs", "update": "parameter updates"}
+CLOCKS = {"epoch": "epoch", "update": "updates"}  # as events name them
 # The paper's axes where its plots give them, and wide enough for its points elsewhere.
 PAPER_LIMITS = {
     "cifar10": {"train_loss": (0.0, 0.8), "test_accuracy": (0.80, 0.96)},
@@ -29,60 +34,69 @@ PAPER_LIMITS = {
 LOSS_POINTS = 40  # over a run; a single batch's loss is noisy
 
 
-class Points(NamedTuple):
-    """A run's values of one quantity."""
+def points(run: Logs, quantity: str, axis: str = "epoch") -> tuple[np.ndarray, np.ndarray]:
+    """What was measured, and when: each evaluation, or the training loss averaged over stretches.
 
-    epoch: np.ndarray
-    updates: np.ndarray
-    value: np.ndarray
-
-
-def points(run: Logs, quantity: str) -> Points:
-    """What was measured: each evaluation, or the training loss averaged over stretches."""
+    Args:
+        run: of which.
+        quantity: train_loss or test_accuracy.
+        axis: epoch or update.
+    """
     events = [event for event in run.events if quantity in event]
-    epoch, updates, value = (
-        np.array([event[name] for event in events], float)
-        for name in ("epoch", "updates", quantity)
-    )
-    if quantity == "train_loss":
-        stretch = np.ceil(epoch / epoch.max(initial=0.0) * LOSS_POINTS).astype(int)
-        inside = [stretch == number for number in np.unique(stretch)]
-        epoch, updates, value = (
-            np.array([column[rows].mean() for rows in inside]) for column in (epoch, updates, value)
-        )
-    return Points(epoch, updates, value)
+    epoch, across, value = (np.array([event[name] for event in events], float)
+                            for name in ("epoch", CLOCKS[axis], quantity))
+    if quantity != "train_loss":
+        return across, value
+    stretch = np.ceil(epoch / epoch.max(initial=0.0) * LOSS_POINTS).astype(int)
+    inside = [stretch == number for number in np.unique(stretch)]
+    return tuple(np.array([column[rows].mean() for rows in inside]) for column in (across, value))
 
 
-def draw(figure: Figure, scale: str, results: Results, path: Path) -> None:
+def colours(count: int) -> list[Any]:
+    """As many colours; for more than are told apart at a glance, out of a rainbow."""
+    if count <= len(COLOURS):
+        return list(COLOURS[:count])
+    return list(matplotlib.colormaps["turbo"](np.linspace(0.03, 0.97, count)))
+
+
+def spread(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, lowest and highest over runs that were measured at the same epochs."""
+    table = np.stack(rows)
+    return table.mean(axis=0), table.min(axis=0), table.max(axis=0)
+
+
+def draw(figure: Figure, scale: str | None, results: Results, path: Path) -> None:
     """Draws `figure` into `path` (.png or .svg)."""
     make(figure, scale, results).savefig(path, dpi=110)
 
 
-def make(figure: Figure, scale: str, results: Results) -> Picture:
-    """The picture of `figure`."""
-    kinds = {"curves": _curves, "schedules": _schedules, "lost_epochs": _lost_epochs,
-             "initial_rate": _initial_rate}
-    picture = kinds[figure.kind](figure, scale, results)
+def make(figure: Figure, scale: str | None, results: Results) -> Picture:
+    """The picture of `figure`; a scale of None for runs that are of no scale of the paper's."""
+    picture = resolve(figure.draw, "the figure's draw")(figure, scale, results)
     for axis in picture.axes:
         axis.spines[["top", "right"]].set_visible(False)
     return picture
 
 
-def _curves(figure: Figure, scale: str, results: Results) -> Picture:
-    overlaid = SCALES[scale].comparable
+def curves(figure: Figure, scale: str | None, results: Results) -> Picture:
+    """Lines against epochs or updates, a row of axes for each quantity."""
+    overlaid = scale is not None and SCALES[scale].comparable
     plotted = {stretch.panel for stretch in read_digitised()}
     beside = not overlaid and any(panel.name in plotted for panel in figure.panels)
-    picture, axes_RxC = _axes(1 + beside, len(figure.panels))
-    for column, panel in enumerate(figure.panels):
-        axis = axes_RxC[0][column]
+    rows = [list(row) for _, row in itertools.groupby(
+        figure.panels, key=lambda panel: panel.quantity)]
+    picture, axes_RxC = _axes(len(rows) * (1 + beside), len(rows[0]))
+    for axis, panel in zip(axes_RxC.flat, figure.panels, strict=False):
         lows, highs = [], []
-        for colour, curve in zip(COLOURS, panel.curves, strict=False):
-            mean = _plot(axis, panel, results[curve.config], colour, curve.label)
+        for colour, curve in zip(colours(len(panel.curves)), panel.curves, strict=True):
+            mean = plot_runs(axis, panel, results[curve.config], colour, curve.label)
             if len(mean):
                 lows.append(np.quantile(mean, 0.08))
                 highs.append(mean.max())
         if panel.axis == "epoch":
-            _mark_falls(axis, results[panel.curves[0].config][0])
+            _mark_falls(axis, max((results[curve.config][0] for curve in panel.curves),
+                                  key=lambda run: len(run.phases)))
+        axis.set_yscale(panel.scale)
         if overlaid:
             _draw_paper(axis, panel, 2.6, 0.55)
             axis.set_ylim(PAPER_LIMITS[panel.family][panel.quantity])
@@ -90,33 +104,76 @@ def _curves(figure: Figure, scale: str, results: Results) -> Picture:
             room = 0.06 * (max(highs) - min(lows))
             axis.set_ylim(min(lows) - room, max(highs) + 3 * room)
         _finish(axis, panel)
-        if beside:
-            below = axes_RxC[1][column]
+    if beside:
+        for below, panel in zip(axes_RxC[1], figure.panels, strict=True):
             _draw_paper(below, panel, 2.2, 1.0)
             below.set_ylim(PAPER_LIMITS[panel.family][panel.quantity])
             _finish(below, panel)
-            below.set_title("the paper's, read off its plots", fontsize=9)
+            stated = any(curve.finals for curve in panel.curves)
+            below.set_title("the paper's, read off its plots" + "; diamonds: as it states" * stated,
+                            fontsize=9)
+    if scale is None:
+        picture.suptitle(figure.title)
     return picture
 
 
+def plot_runs(
+    axis: Axes, panel: Panel, runs: Sequence[Logs], colour: Any, name: str
+) -> np.ndarray:
+    """Draws the mean and the band of the runs that finished, and each that diverged by itself.
+
+    Args:
+        axis: to draw on.
+        panel: what of them is drawn.
+        runs: of one schedule.
+        colour: of all.
+        name: of the schedule, in the legend.
+
+    Returns:
+        The mean; empty where all diverged.
+    """
+    lines = [points(run, panel.quantity, panel.axis) for run in runs]
+    whole = [line for run, line in zip(runs, lines, strict=True) if not run.diverged]
+    whole = whole or [(np.array([]), np.array([]))]
+    mean, low, high = spread([values for _, values in whole])
+    axis.fill_between(whole[0][0], low, high, color=colour, alpha=0.18, linewidth=0)
+    told = "; ".join(filter(None, [f"{runs[0].updates:,} updates", divergences(runs)]))
+    axis.plot(whole[0][0], mean, color=colour, linewidth=1.5, label=f"{name} ({told})")
+    for run, (across, values) in zip(runs, lines, strict=True):
+        if run.diverged:
+            # Not `plot`, since its loss may be any number: the others decide how far y goes.
+            axis.add_artist(Line2D(across, values, color=colour, linewidth=0.9, linestyle="--"))
+            axis.plot(run.diverged[CLOCKS[panel.axis]], 0.02, "x", color=colour, clip_on=False,
+                      transform=axis.get_xaxis_transform())
+    return mean
+
+
 def _draw_paper(axis: Axes, panel: Panel, width: float, alpha: float) -> None:
-    """The paper's points: means of its curves over stretches of the axis."""
-    for colour, curve in zip(COLOURS, panel.curves, strict=False):
+    """The paper's points: means of its curves over stretches of the axis; where they end."""
+    for colour, curve in zip(colours(len(panel.curves)), panel.curves, strict=True):
         label = f"{curve.label} (paper)"
         for found in read_digitised():
             if found.panel == panel.name and found.curve in curve.plotted:
                 axis.plot([found.start, found.end], [found.mean] * 2, color=colour, alpha=alpha,
                           linewidth=width, solid_capstyle="butt", label=label)
                 label = None
+        if curve.finals and panel.quantity == "test_accuracy":
+            end = recipe_updates(panel, curve) if panel.axis == "update" else planned(
+                config_text("paper", panel, curve, 0))[0].recipe.epochs
+            axis.plot([end] * len(curve.finals), curve.finals, "D", color=colour, alpha=alpha,
+                      markersize=4, label=label)
     axis.set_xlim(left=0)
 
 
-def _schedules(figure: Figure, scale: str, results: Results) -> Picture:
+def schedules(figure: Figure, scale: str, results: Results) -> Picture:
+    """Learning rate, batch size and noise scale of each curve against epochs; needs no runs."""
     picture, axes_RxC = _axes(1, 3)
     (panel,) = figure.panels
-    for number, (colour, curve) in enumerate(zip(COLOURS, panel.curves, strict=False)):
-        config = load_config(config_text(scale, panel, curve, 0))
-        phases, examples = make_phases(config), config.data.train_examples
+    for number, (colour, curve) in enumerate(zip(
+        colours(len(panel.curves)), panel.curves, strict=True
+    )):
+        config, phases = planned(config_text(scale, panel, curve, 0))
+        examples = config.data.train_examples
         edges = [phase.start_example / examples for phase in phases]
         edges.append(phases[-1].end_example / examples)
         for axis, name in zip(axes_RxC[0], ("learning_rate", "batch_size",
@@ -131,13 +188,15 @@ def _schedules(figure: Figure, scale: str, results: Results) -> Picture:
     return picture
 
 
-def _lost_epochs(figure: Figure, scale: str, results: Results) -> Picture:
+def lost_epochs(figure: Figure, scale: str, results: Results) -> Picture:
+    """Training losses, and how many epochs each momentum's lag behind the first's."""
     picture, (axes,) = _axes(1, 2)
     (panel,) = figure.panels
-    for colour, curve in zip(COLOURS, panel.curves, strict=False):
-        _plot(axes[0], panel, results[curve.config], colour, curve.label)
+    of_curves = colours(len(panel.curves))
+    for colour, curve in zip(of_curves, panel.curves, strict=True):
+        plot_runs(axes[0], panel, results[curve.config], colour, curve.label)
     _finish(axes[0], panel)
-    for colour, row in zip(COLOURS[1:], lost_epochs_of(panel, results), strict=False):
+    for colour, row in zip(of_curves[1:], lost_epochs_of(panel, results), strict=True):
         if len(row.worth_SxT):
             mean, low, high = spread([row.trained - worth for worth in row.worth_SxT])
             axes[1].fill_between(row.trained, low, high, color=colour, alpha=0.18, linewidth=0)
@@ -150,7 +209,8 @@ def _lost_epochs(figure: Figure, scale: str, results: Results) -> Picture:
     return picture
 
 
-def _initial_rate(figure: Figure, scale: str, results: Results) -> Picture:
+def initial_rate(figure: Figure, scale: str, results: Results) -> Picture:
+    """Final accuracy against the first learning rate."""
     picture, ((axis,),) = _axes(1, 1)
     (panel,) = figure.panels
     rates, means = [], []
@@ -176,15 +236,6 @@ def _axes(rows: int, columns: int) -> tuple[Picture, np.ndarray]:
     picture = Picture(figsize=(max(5.5 * columns, 6.5) if columns < 3 else 12, 4.0 * rows),
                       layout="constrained")
     return picture, picture.subplots(rows, columns, squeeze=False)
-
-
-def _plot(axis: Axes, panel: Panel, runs: Sequence[Logs], colour: str, name: str) -> np.ndarray:
-    """See `plot_runs`."""
-    clock = {"epoch": "epoch", "update": "updates"}[panel.axis]
-    of_seeds = [points(run, panel.quantity) for run in runs]
-    return plot_runs(
-        axis, runs, [(getattr(found, clock), found.value) for found in of_seeds], clock, colour,
-        name)
 
 
 def _mark_falls(axis: Axes, run: Logs) -> None:

@@ -1,18 +1,23 @@
 """What the paper's figures and tables show: their curves, the runs that make them, its numbers.
 
 Smith, Kindermans, Ying and Le, "Don't Decay the Learning Rate, Increase the Batch Size", ICLR 2018.
-A curve names a preset that three config files have under one name: the paper's own scale, the
-laptop's, and the digits. Numbers read off the paper's plots are in paper/digitised.csv.
+A curve names a preset that the config files of all scales have under one name. A figure also names
+the functions that draw it and make its tables, so a new figure is one entry of FIGURES. Numbers
+read off the paper's plots are in paper/digitised.csv.
 """
 
 import csv
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from bigbatch.command_line import load_file
+from bigbatch import command_line
+from bigbatch.config import check, make_phases
+from bigbatch.mistake import Mistake
+from bigbatch.schedule import Phase
 
 REPOSITORY = Path(__file__).parents[1]
 DIGITISED = Path(__file__).parent / "paper" / "digitised.csv"
@@ -28,6 +33,9 @@ class Curve(NamedTuple):
     finals: tuple[float, ...] = ()  # the paper's final accuracies, where it states them
     # Of its final value against the first curve's, in the paper: same, lower, or "" (no claim).
     claim: str = ""
+    # The median of five more runs of the paper's, told from memory of it; see paper/README.md.
+    median: float | None = None
+    took: str = ""  # wall-clock time, as the paper states it
 
 
 class Panel(NamedTuple):
@@ -39,29 +47,43 @@ class Panel(NamedTuple):
     axis: str  # epoch or update
     family: str  # the config file at the paper's scale
     curves: tuple[Curve, ...]
+    # Where all the paper's curves end, read off its plot: shown of those of which digitised.csv has
+    # no end, being hidden under others.
+    ends: str = "not given"
+    scale: str = "linear"  # of the quantity's axis
 
 
 class Figure(NamedTuple):
-    """A figure or table, with the claim it makes."""
+    """A figure or table, with the claim it makes.
+
+    Its functions are named by dotted path, since they are written for figures as they are here and
+    need matplotlib. Each is called with the figure, the scale's name and the runs it shows.
+    """
 
     name: str
-    kind: str  # curves, schedules, lost_epochs, initial_rate
     title: str
     claim: str
     panels: tuple[Panel, ...]
+    draw: str = "experiments.drawing.curves"
+    tables: str = "experiments.tables.of_curves"
+    trained: bool = True  # whether it shows runs, and not schedules alone
+    summed_up: bool = True  # whether the table over all figures has its accuracies
 
 
 class Scale(NamedTuple):
-    """A size at which every figure can be reproduced."""
+    """A size at which figures can be reproduced."""
 
     files: dict[str, str]  # config file by family
     settings: str  # after the curve's own
     margins: dict[str, float]  # two schedules within it, by quantity, are called the same
     comparable: bool  # whether the paper's numbers are about the same task
     says: str  # what a reader of its results must know
+    panels: tuple[str, ...] = ()  # the names of those it has; () for all
 
 
 FAMILIES = ("cifar10", "imagenet_inception_resnet_v2", "imagenet_resnet50")
+CIFAR10, INCEPTION, RESNET_50 = FAMILIES
+SMALL_MARGINS = {"test_accuracy": 0.015, "train_loss": 0.05}
 SCALES = {
     "paper": Scale(
         {family: f"configs/{family}.py" for family in FAMILIES}, "dtype=bfloat16",
@@ -69,17 +91,23 @@ SCALES = {
         "The paper's own recipes, networks and data, computed in bfloat16 with parameters, batch "
         "statistics and the optimizer in float32.",
     ),
+    "medium": Scale(
+        {CIFAR10: "configs/medium.py"}, "", SMALL_MARGINS, False,
+        "A narrow Wide ResNet 10-1 on all 50 000 CIFAR-10 images, for 30 of the paper's 204.8 "
+        "epochs, with its batches, learning rates, weight decay and ghost batches, and the noise "
+        "falling at the same fractions of training. Accuracies are below the paper's; batches, "
+        "noise scales and updates an epoch are the paper's own.",
+        ("1", "2a", "2b", "3a", "5"),
+    ),
     "small": Scale(
-        dict.fromkeys(FAMILIES, "configs/small.py"), "",
-        {"test_accuracy": 0.015, "train_loss": 0.05}, False,
+        dict.fromkeys(FAMILIES, "configs/small.py"), "", SMALL_MARGINS, False,
         "A narrow Wide ResNet 10-1 on 5 120 CIFAR-10 images at half resolution, for about a tenth "
         "of the paper's epochs (a fifth for Figures 6, 7 and the 30 minutes), with the noise "
         "falling at the same fractions of training. Accuracies are not the paper's and far below "
         "them; batches, updates and noise scales stand in its ratios.",
     ),
     "digits": Scale(
-        dict.fromkeys(FAMILIES, "configs/small.py"), "data=digits",
-        {"test_accuracy": 0.015, "train_loss": 0.05}, False,
+        dict.fromkeys(FAMILIES, "configs/small.py"), "data=digits", SMALL_MARGINS, False,
         "A narrow Wide ResNet 10-1 on scikit-learn's 8x8 digits: the quickest, and without any "
         "download. Accuracies are not the paper's; batches, updates and noise scales stand in its "
         "ratios.",
@@ -99,14 +127,13 @@ def _schedules(optimizer: str, claim: str = "same") -> tuple[Curve, ...]:
 
 MOMENTUM = _schedules("momentum")
 FIGURE_5 = (
-    Curve("original schedule", "decay", ("original",), "about 80,000", (0.943,)),
+    Curve("original schedule", "decay", ("original",), "about 80,000", (0.943,), median=0.943),
     Curve("increasing batch size", "figure5_increasing_batch", ("increasing_batch",),
-          "about 29,000",
-          (0.944,), "same"),
+          "about 29,000", (0.944,), "same", 0.942),
     Curve("+ increased initial learning rate", "figure5_increased_lr", ("increased_lr",),
-          "under 6,500", (0.945,), "same"),
+          "under 6,500", (0.945,), "same", 0.942),
     Curve("+ increased momentum coefficient", "figure5_increased_momentum", (),
-          "under 2,500", (0.933,), "lower"),
+          "under 2,500", (0.933,), "lower", 0.935),
 )
 FIGURE_6 = (
     Curve("decaying learning rate", "figure6_decay", ("decaying_lr run1", "decaying_lr run2"),
@@ -123,10 +150,11 @@ FIGURE_7 = (
           ("momentum 0.975 run1", "momentum 0.975 run2"), "under 2,500", (0.775, 0.768), "lower"),
 )
 THIRTY_MINUTES = (
-    Curve("8k batches", "batch_8k", finals=(0.761,)),
-    Curve("8k, then 16k batches: 30 minutes", "thirty_minutes", finals=(0.761,),
-          claim="same"),
-    Curve("16k batches, doubled learning rate", "batch_16k", finals=(0.750,), claim="lower"),
+    Curve("8k batches", "batch_8k", finals=(0.761,), took="under 45 min"),
+    Curve("8k, then 16k batches: 30 minutes", "thirty_minutes", finals=(0.761,), claim="same",
+          took="under 30 min"),
+    Curve("16k batches, doubled learning rate", "batch_16k", finals=(0.750,), claim="lower",
+          took="22 min"),
 )
 # What the paper's appendices say is told here from memory of them.
 # Appendix A: the batch in proportion to 1/(1-m), nothing else changed, at a rate so low that no
@@ -145,102 +173,114 @@ INITIAL_RATES = tuple(
 )
 
 
-def _figure(name: str, kind: str, title: str, claim: str, *panels: Panel) -> Figure:
-    return Figure(name, kind, title, claim, panels)
-
-
-CIFAR10, INCEPTION, RESNET_50 = FAMILIES
 FIGURES = {figure.name: figure for figure in (
-    _figure(
-        "1", "schedules", "Three schedules of one noise scale",
+    Figure(
+        "1", "Three schedules of one noise scale",
         "Decaying the rate, growing the batch and a mixture: the same noise at every epoch.",
-        Panel("1", "schedules", "", "epoch", CIFAR10, MOMENTUM),
+        (Panel("1", "schedules", "", "epoch", CIFAR10, MOMENTUM),),
+        "experiments.drawing.schedules", "experiments.tables.none", trained=False,
     ),
-    _figure(
-        "2", "curves", "Training loss, SGD with momentum",
+    Figure(
+        "2", "Training loss, SGD with momentum",
         "At equal epochs the three schedules' training losses are one curve; against updates they "
         "part.",
-        Panel("2a", "(a)", "train_loss", "epoch", CIFAR10, MOMENTUM),
-        Panel("2b", "(b)", "train_loss", "update", CIFAR10, MOMENTUM),
+        (Panel("2a", "(a)", "train_loss", "epoch", CIFAR10, MOMENTUM, "~0.077"),
+         Panel("2b", "(b)", "train_loss", "update", CIFAR10, MOMENTUM, "~0.077")),
     ),
-    _figure(
-        "3", "curves", "Test accuracy, SGD with momentum and Nesterov momentum",
+    Figure(
+        "3", "Test accuracy, SGD with momentum and Nesterov momentum",
         "The three schedules' test accuracies are one curve.",
-        Panel("3a", "(a) momentum", "test_accuracy", "epoch", CIFAR10, MOMENTUM),
-        Panel("3b", "(b) Nesterov momentum", "test_accuracy", "epoch", CIFAR10,
-              _schedules("nesterov")),
+        (Panel("3a", "(a) momentum", "test_accuracy", "epoch", CIFAR10, MOMENTUM,
+               "~94.25 to 94.5 %"),
+         Panel("3b", "(b) Nesterov momentum", "test_accuracy", "epoch", CIFAR10,
+               _schedules("nesterov"), "~94.3 to 94.5 %")),
     ),
-    _figure(
-        "4", "curves", "Test accuracy, vanilla SGD and Adam",
+    Figure(
+        "4", "Test accuracy, vanilla SGD and Adam",
         "The same holds for vanilla SGD; with Adam the curves part a little.",
-        Panel("4a", "(a) vanilla SGD", "test_accuracy", "epoch", CIFAR10, _schedules("sgd")),
-        Panel("4b", "(b) Adam", "test_accuracy", "epoch", CIFAR10,
-              _schedules("adam", "")),
+        (Panel("4a", "(a) vanilla SGD", "test_accuracy", "epoch", CIFAR10, _schedules("sgd"),
+               "~93.4 to 93.65 %"),
+         Panel("4b", "(b) Adam", "test_accuracy", "epoch", CIFAR10, _schedules("adam", ""),
+               "~92.8 to 93.1 %")),
     ),
-    _figure(
-        "5", "curves", "Test accuracy against parameter updates",
+    Figure(
+        "5", "Test accuracy against parameter updates",
         "Growing the batch, then also the first rate and the momentum: about 30 times fewer "
         "updates, at little cost until the momentum grows.",
-        Panel("5", "", "test_accuracy", "update", CIFAR10, FIGURE_5),
+        (Panel("5", "", "test_accuracy", "update", CIFAR10, FIGURE_5),),
     ),
-    _figure(
-        "6", "curves", "ImageNet, Inception-ResNet-V2: decaying rate or growing batch",
+    Figure(
+        "6", "ImageNet, Inception-ResNet-V2: decaying rate or growing batch",
         "The same accuracy at equal epochs, in well under half the updates.",
-        Panel("6a", "(a)", "test_accuracy", "epoch", INCEPTION, FIGURE_6),
-        Panel("6b", "(b)", "test_accuracy", "update", INCEPTION, FIGURE_6),
+        (Panel("6a", "(a)", "test_accuracy", "epoch", INCEPTION, FIGURE_6),
+         Panel("6b", "(b)", "test_accuracy", "update", INCEPTION, FIGURE_6)),
     ),
-    _figure(
-        "7", "curves", "ImageNet, Inception-ResNet-V2: rising momentum and first batch",
+    Figure(
+        "7", "ImageNet, Inception-ResNet-V2: rising momentum and first batch",
         "Under 2 500 updates, at a small cost in accuracy.",
-        Panel("7a", "(a)", "test_accuracy", "epoch", INCEPTION, FIGURE_7),
-        Panel("7b", "(b)", "test_accuracy", "update", INCEPTION, FIGURE_7),
+        (Panel("7a", "(a)", "test_accuracy", "epoch", INCEPTION, FIGURE_7),
+         Panel("7b", "(b)", "test_accuracy", "update", INCEPTION, FIGURE_7)),
     ),
-    _figure(
-        "A", "lost_epochs", "Appendix A: epochs lost to momentum",
+    Figure(
+        "A", "Appendix A: epochs lost to momentum",
         "Filling the accumulator costs up to B/(N(1-m)) epochs, which grow as 1/(1-m)² where B "
         "grows with 1/(1-m).",
-        Panel("A", "", "train_loss", "epoch", CIFAR10, LOST_EPOCHS),
+        (Panel("A", "", "train_loss", "epoch", CIFAR10, LOST_EPOCHS),),
+        "experiments.drawing.lost_epochs", "experiments.tables.of_lost_epochs",
     ),
-    _figure(
-        "B", "initial_rate", "Appendix B: the initial learning rate",
+    Figure(
+        "B", "Appendix B: the initial learning rate",
         "At a constant batch the final accuracy falls once the first rate is over about 0.4.",
-        Panel("B", "", "test_accuracy", "epoch", CIFAR10, INITIAL_RATES),
+        (Panel("B", "", "test_accuracy", "epoch", CIFAR10, INITIAL_RATES),),
+        "experiments.drawing.initial_rate", summed_up=False,
     ),
-    _figure(
-        "30min", "curves", "ImageNet, ResNet-50 in 30 minutes (section 5.4)",
+    Figure(
+        "30min", "ImageNet, ResNet-50 in 30 minutes (section 5.4)",
         "Doubling the batch at the first fall costs nothing; doubling it and the rate from the "
         "start costs a point.",
-        Panel("30min", "", "test_accuracy", "update", RESNET_50, THIRTY_MINUTES),
+        (Panel("30min", "", "test_accuracy", "update", RESNET_50, THIRTY_MINUTES),),
     ),
 )}
 
 
-def select(names: str) -> list[Figure]:
+def of_schedules(names: Sequence[str], title: str) -> Figure:
+    """A figure of no paper: loss and accuracy of runs, against epochs and against updates."""
+    lines = tuple(Curve(name, name) for name in names)
+    return Figure("", title, "", tuple(
+        Panel("", "", quantity, axis, "", lines, scale=scale)
+        for quantity, scale in (("train_loss", "log"), ("test_accuracy", "linear"))
+        for axis in ("epoch", "update")
+    ))
+
+
+# The longest first, so that no core idles at the end.
+DEMO = of_schedules(("decay", "hybrid", "increase"), "digits: one recipe, three schedules")
+
+
+def select(names: str, scale: str) -> list[Figure]:
     """The figures that `names` asks for, as "all", "3", "3b" or "2,5,A"; with those panels only.
 
     Raises:
-        ValueError: naming what there is, if one of them is not.
+        Mistake: naming what the scale has, if one of them is not there.
     """
-    if names == "all":
-        return list(FIGURES.values())
-    chosen: dict[str, Figure] = {}
-    for name in filter(None, (part.strip() for part in names.split(","))):
-        for figure in FIGURES.values():
-            panels = tuple(
-                panel for panel in figure.panels if name in (figure.name, panel.name)
-            )
-            if panels:
-                before = chosen[figure.name].panels if figure.name in chosen else ()
-                both = tuple(p for p in figure.panels if p in before or p in panels)
-                chosen[figure.name] = figure._replace(panels=both)
-                break
-        else:
-            panels = [panel.name for figure in FIGURES.values() for panel in figure.panels]
-            there = ", ".join(dict.fromkeys([*FIGURES, *panels]))
-            raise ValueError(f"--figure names {name!r}; there are {there}, or all.")
-    if not chosen:
-        raise ValueError("--figure is empty; write for example --figure=3b, or all.")
-    return [figure for figure in (chosen.get(name) for name in FIGURES) if figure]
+    there: dict[str, set[str]] = {}  # panels by all names that they go by
+    for figure in FIGURES.values():
+        for panel in figure.panels:
+            if panel.name in (SCALES[scale].panels or [panel.name]):
+                for name in (figure.name, panel.name):
+                    there.setdefault(name, set()).add(panel.name)
+    asked = list(there) if names == "all" else list(filter(None, map(str.strip, names.split(","))))
+    if unknown := [name for name in asked if name not in there]:
+        raise Mistake(f"--figure names {unknown[0]!r}; at the scale {scale} there are "
+                         f"{', '.join(there)}, or all.")
+    if not asked:
+        raise Mistake("--figure is empty; write for example --figure=3b, or all.")
+    wanted = set().union(*(there[name] for name in asked))
+    chosen = [
+        figure._replace(panels=tuple(panel for panel in figure.panels if panel.name in wanted))
+        for figure in FIGURES.values()
+    ]
+    return [figure for figure in chosen if figure.panels]
 
 
 def config_text(scale: str, panel: Panel, curve: Curve, seed: int) -> str:
@@ -252,8 +292,19 @@ def config_text(scale: str, panel: Panel, curve: Curve, seed: int) -> str:
 
 def load_config(text: str) -> ConfigDict:
     """The config of a `config_text`."""
-    path, _, argument = text.partition(":")
-    return load_file(REPOSITORY / path).get_config(argument)
+    return command_line.load_config(text, REPOSITORY)
+
+
+@functools.cache
+def planned(text: str) -> tuple[ConfigDict, tuple[Phase, ...]]:
+    """The config of a `config_text`, checked, and its phases. Loaded once: not to be changed.
+
+    Raises:
+        Mistake: if it can be no run.
+    """
+    config = load_config(text)
+    check(config)
+    return config, tuple(make_phases(config))
 
 
 class Stretch(NamedTuple):

@@ -1,16 +1,9 @@
 """The machine that runs are trained on: its cores, and what JAX finds."""
 
+import functools
 import os
 import subprocess
 import sys
-from typing import NamedTuple
-
-
-class Devices(NamedTuple):
-    """What JAX would run on."""
-
-    backend: str  # cpu, gpu, tpu
-    text: str  # how many and which, as "1 x NVIDIA H100 80GB HBM3"
 
 
 def own_cores() -> list[int]:
@@ -20,8 +13,11 @@ def own_cores() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
-def jax_devices() -> Devices:
-    """Asks JAX in a process of its own, since asking takes the accelerator.
+@functools.cache
+def jax_devices() -> tuple[str, str]:
+    """JAX's backend (cpu, gpu, tpu), and its devices as "1 x NVIDIA H100 80GB HBM3".
+
+    JAX is asked once, and in a process of its own, since asking takes the accelerator.
 
     Raises:
         RuntimeError: with what JAX said, if it does not start.
@@ -34,4 +30,4 @@ def jax_devices() -> Devices:
     if asked.returncode:
         raise RuntimeError(f"JAX does not start here:\n{asked.stderr[-2000:]}")
     backend, _, text = asked.stdout.strip().splitlines()[-1].partition(" ")
-    return Devices(backend, text)
+    return backend, text

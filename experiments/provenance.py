@@ -1,5 +1,6 @@
 """On what, with what and by which command runs were trained: what a record says beside the logs."""
 
+import contextlib
 import importlib.metadata
 import json
 import platform
@@ -19,24 +20,36 @@ FILE = "trainings.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def describe(command: Sequence[str], configs: Sequence[str]) -> dict[str, Any]:
-    """One training: its command, revision, machine, versions, and the configs it is for."""
+def describe(
+    command: Sequence[str], configs: Sequence[str] = (), packages: Sequence[str] = PACKAGES
+) -> dict[str, Any]:
+    """One training or measurement: its command, revision, machine and versions.
+
+    Args:
+        command: that makes it.
+        configs: it is for; none where it trains none.
+        packages: whose versions are told, where they are installed.
+    """
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
     return {
         "command": shlex.join(command),
         "began": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "revision": _revision(),
         "hardware": _hardware(),
-        "versions": {"python": platform.python_version()}
-        | {package: importlib.metadata.version(package) for package in PACKAGES},
-        "configs": list(configs),
-    }
+        "versions": versions,
+    } | ({"configs": list(configs)} if configs else {})
 
 
-def add(folder: Path, training: dict[str, Any]) -> None:
-    """Adds a training to those of `folder`: one for each time that something was trained there."""
+def note(folder: Path, module: str, configs: Sequence[str]) -> None:
+    """Adds to `folder` that the running program is about to train `configs` there, if any."""
+    if not configs:
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps([*read(folder), training], indent=1) + "\n"
-    replace_text(folder / FILE, text)
+    training = describe(command_line(module), configs)
+    replace_text(folder / FILE, json.dumps([*read(folder), training], indent=1) + "\n")
 
 
 def read(folder: Path) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from bigbatch.mistake import Mistake
 from bigbatch.storage.logs import read_events
 from experiments import provenance
 
@@ -32,12 +33,12 @@ def keep(workdir: Path, folders: Sequence[Path], record: Path) -> None:
         record: the folder to write.
 
     Raises:
-        ValueError: if nothing is known of how the runs were trained.
+        Mistake: if nothing is known of how the runs were trained.
     """
     if missing := [folder for folder in folders if not folder.is_dir()]:
-        raise ValueError(f"{missing[0]} is not there: a record is made from a workdir's own runs.")
+        raise Mistake(f"{missing[0]} is not there: a record is made from a workdir's own runs.")
     if not provenance.read(workdir):
-        raise ValueError(f"{workdir} has no {provenance.FILE}: no record can say how it was made.")
+        raise Mistake(f"{workdir} has no {provenance.FILE}: no record can say how it was made.")
     record.mkdir(parents=True, exist_ok=True)
     shutil.copy(workdir / provenance.FILE, record / provenance.FILE)
     # Without times of now in it, so that the same logs make the same file.
@@ -66,7 +67,7 @@ def opened(folder: Path) -> Iterator[Path]:
     """A folder with the runs of a workdir or a record in it, for the time of the block.
 
     Raises:
-        ValueError: if there are none.
+        Mistake: if there are none.
     """
     if (folder / "runs").is_dir():
         yield folder
@@ -75,7 +76,7 @@ def opened(folder: Path) -> Iterator[Path]:
             archive.extractall(unpacked, filter="data")
             yield Path(unpacked)
     else:
-        raise ValueError(
+        raise Mistake(
             f"{folder} holds neither runs nor {ARCHIVE}: it is no workdir of experiments.reproduce "
             "and no record."
         )

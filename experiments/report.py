@@ -1,95 +1,91 @@
-"""report.html: figures, tables, commands, hardware and versions in one file, without a network."""
+"""report.md: figures, tables, commands, hardware, versions; report.html: the same in one file."""
 
 import base64
+import re
 import shlex
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from markdown import markdown
 
 from experiments import figures, tables
 from experiments.figures import Figure
 from experiments.runs import Run
 
 STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem;
-       color: #222; background: #fff }
-h1, h2 { line-height: 1.2 } h2 { margin-top: 3rem; border-top: 1px solid #ddd; padding-top: 1.5rem }
-img { max-width: 100%; height: auto } .wide { overflow-x: auto }
-table { border-collapse: collapse; font-size: .85rem; margin: .5rem 0 }
-th, td { border: 1px solid #ddd; padding: .3rem .5rem; text-align: left; vertical-align: top }
-th { background: #f4f4f4 } pre { background: #f4f4f4; padding: .75rem; overflow-x: auto;
-     font-size: .8rem } .note { color: #555; font-size: .85rem } nav a { margin-right: .75rem }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
+h2 { margin-top: 3rem; border-top: 1px solid #ddd; padding-top: 1.5rem }
+img { max-width: 100% } table, pre { display: block; overflow-x: auto; font-size: .85rem }
+table { border-collapse: collapse } th, td { border: 1px solid #ddd; padding: .3rem .5rem }
+th, pre { background: #f4f4f4 }
 """
 
 
 def write(
-    path: Path, chosen: Sequence[Figure], scale: str, seeds: int, results: tables.Results,
-    pictures: dict[str, Path], trainings: Sequence[dict[str, Any]],
+    folder: Path, chosen: Sequence[Figure], scale: str, seeds: int, results: tables.Results,
+    made: Mapping[str, Sequence[tables.Table]], trainings: Sequence[dict[str, Any]],
 ) -> None:
-    """Writes the report.
+    """Writes report.md and report.html.
 
     Args:
-        path: of the file.
+        folder: to write in; it has the pictures.
         chosen: the figures in it.
         scale: one of `figures.SCALES`.
         seeds: runs of each curve.
         results: what they are drawn from.
-        pictures: an SVG file by figure.
+        made: the tables of each figure.
         trainings: see `provenance`.
     """
-    sections = [
-        _section(figure, scale, seeds, results, pictures[figure.name]) for figure in chosen
-    ]
-    links = "".join(f'<a href="#figure-{figure.name}">{_name(figure)}</a>' for figure in chosen)
-    path.write_text(f"""<!doctype html>
+    title = "Don't decay the learning rate, increase the batch size"
+    text = "\n\n".join([
+        f"# {title}",
+        "Figures and tables of Smith, Kindermans, Ying and Le (ICLR 2018), reproduced at the scale "
+        f"**{scale}**. {figures.SCALES[scale].says}",
+        f"Lines are means over {seeds} seed{'s' * (seeds > 1)}, bands go from the lowest to the "
+        "highest, dotted lines stand where the noise scale falls. A run that diverged is in no "
+        "mean: it is a dashed line, with a cross at the axis where it broke down. The paper's "
+        "points are means over stretches of its plotted curves, right to about 0.003.",
+        " · ".join(f"[{_name(figure)}](#figure-{figure.name})" for figure in chosen),
+        *(_section(figure, scale, seeds, results, made[figure.name]) for figure in chosen),
+        "## How it was made", *map(_training, trainings),
+    ])
+    (folder / "report.md").write_text(text + "\n", encoding="utf-8")
+
+    def inside(found: re.Match) -> str:
+        image = base64.b64encode((folder / found[1]).read_bytes()).decode()
+        return f'src="data:image/svg+xml;base64,{image}"'
+
+    body = re.sub(r'src="(figure_\w+\.svg)"', inside, markdown(
+        text, extensions=["tables", "fenced_code", "md_in_html"]))
+    (folder / "report.html").write_text(f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Don't decay the learning rate, increase the batch size: {escape(scale)} scale</title>
+<title>{title}: {scale} scale</title>
 <style>{STYLE}</style></head><body>
-<h1>Don't decay the learning rate, increase the batch size</h1>
-<p>Figures and tables of Smith, Kindermans, Ying and Le (ICLR 2018), reproduced at the scale
-<b>{escape(scale)}</b>. {escape(figures.SCALES[scale].says)}</p>
-<p>Lines are means over {seeds} seed{"s" * (seeds > 1)}, bands go from the lowest to the highest,
-dotted lines stand where the noise scale falls. A run that diverged is in no mean: it is a dashed
-line, with a cross at the axis where it broke down. The paper's points are means over stretches of
-its plotted curves, right to about 0.003.</p>
-<nav>{links}<a href="#made">How it was made</a></nav>
-{"".join(sections)}
-<h2 id="made">How it was made</h2>
-{"".join(_training(training) for training in trainings)}
+{body}
 </body></html>
 """, encoding="utf-8")
 
 
 def _name(figure: Figure) -> str:
-    return f"Figure {figure.name}" if figure.name.isdigit() else escape(figure.title.split(":")[0])
+    return f"Figure {figure.name}" if figure.name.isdigit() else figure.title.split(":")[0]
 
 
 def _section(
-    figure: Figure, scale: str, seeds: int, results: tables.Results, picture: Path
+    figure: Figure, scale: str, seeds: int, results: tables.Results, made: Sequence[tables.Table]
 ) -> str:
-    image = base64.b64encode(picture.read_bytes()).decode()
-    made = "".join(_table(table) for table in tables.make(figure, scale, results))
-    title = escape(figure.title)
-    heading = f"Figure {figure.name}. {title}" if figure.name.isdigit() else title
-    runs = "" if figure.kind == "schedules" else _runs(figure, scale, seeds, results)
-    other = not figures.SCALES[scale].comparable and figure.panels[0].family != "cifar10"
-    note = "<p>Here its schedules alone: network and data are this scale's.</p>" * other
-    return f"""<h2 id="figure-{figure.name}">{heading}</h2>
-<p>The paper: {escape(figure.claim[0].lower() + figure.claim[1:])}</p>{note}
-<img alt="{title}" src="data:image/svg+xml;base64,{image}">
-{made}{runs}"""
-
-
-def _table(table: tables.Table) -> str:
-    head = "".join(f"<th>{escape(cell)}</th>" for cell in table.header)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
-        for row in table.cells
-    )
-    return (f"<h3>{escape(table.name)}</h3><div class=wide><table><tr>{head}</tr>{body}</table>"
-            f"</div><p class=note>{escape(table.note)}</p>")
+    number = f"Figure {figure.name}. " * figure.name.isdigit()
+    other = not figures.SCALES[scale].comparable and figure.panels[0].family != figures.CIFAR10
+    parts = [
+        f'<a id="figure-{figure.name}"></a>', f"## {number}{figure.title}",
+        f"The paper: {figure.claim[0].lower()}{figure.claim[1:]}",
+        "Here its schedules alone: network and data are this scale's." * other,
+        f"![{figure.title}](figure_{figure.name}.svg)",
+        *(f"### {table.name}\n\n{tables.markdown(table)}" for table in made),
+        _runs(figure, scale, seeds, results) if figure.trained else "",
+    ]
+    return "\n\n".join(filter(None, parts))
 
 
 def _runs(figure: Figure, scale: str, seeds: int, results: tables.Results) -> str:
@@ -113,14 +109,19 @@ def _runs(figure: Figure, scale: str, seeds: int, results: tables.Results) -> st
         "curve", "phase", "batch", "learning rate", "momentum", "updates", "noise scale",
         "epochs to fill the accumulator",
     ], list(rows.values()), "")
-    seeds_text = f"for SEED from 0 to {seeds - 1}"
-    return (f"<details><summary>Commands and phases</summary><p>One run each, {seeds_text}:</p>"
-            f"<pre>{escape(chr(10).join(commands))}</pre>{_table(phases)}</details>")
+    return "\n\n".join([
+        '<details markdown="1"><summary>Commands and phases</summary>',
+        f"One run each, for SEED from 0 to {seeds - 1}:", _code("\n".join(commands)),
+        tables.markdown(phases), "</details>",
+    ])
 
 
 def _training(training: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in training["versions"].items())
-    return f"""<pre>{escape(training["command"])}</pre>
-<p>{escape(training["began"])}, on {escape(training["hardware"])}. {escape(versions)}. Revision
-{escape(training["revision"])}. For {len(training["configs"])} runs; what was finished before
-was left as it was.</p>"""
+    return (f"{_code(training['command'])}\n\n{training['began']}, on {training['hardware']}. "
+            f"{versions}. Revision {training['revision']}. For {len(training['configs'])} runs; "
+            "what was finished before was left as it was.")
+
+
+def _code(text: str) -> str:
+    return f"```\n{text}\n```"

@@ -3,45 +3,62 @@
     python -m experiments.reproduce --figure=3b --scale=small --seeds=3 --workdir=DIR
 
 Trains what is missing (skips what is finished, continues what was cut short), then draws a picture
-a figure, tables.md and report.html. Figures are 1 to 7, A, B and 30min, or one panel of them, or
-all. Scales: `paper`, the full recipes; `small`, for a laptop with CIFAR-10; `digits`, the quickest,
-without a download. That a run diverges is a result: it is drawn as far as it came, is in no mean,
-and is not trained again.
+a figure, tables.md, and report.md and report.html with all of it. Figures are 1 to 7, A, B and
+30min, or one panel of them, or all. Scales: `paper`, the full recipes; `medium`, all of CIFAR-10
+with a small network, an hour a run on a core (Figures 1, 2, 3a and 5 alone); `small`, for a laptop
+with CIFAR-10; `digits`, the quickest, without a download. That a run diverges is a result: it is
+drawn as far as it came, is in no mean, and is not trained again.
 
-    python -m experiments.reproduce --figure=all --scale=small --draw_only --workdir=RECORD \
-        --output=DIR
+    python -m experiments.reproduce --figure=3 --scale=small --workdir=RECORD --draw_only --output=O
 
 trains nothing, and draws from a workdir or a record.
+
+    python -m experiments.reproduce --figure=all --scale=paper --workdir=DIR --print_commands
+
+trains nothing either, and prints the command of each run that is not over, one a line, to be given
+in the repository to a cluster's queue, or to `xargs -d '\\n' -P 4 -I COMMAND sh -c COMMAND`.
+Then --draw_only draws. (No record can be made of them: it says on what its runs were trained.)
 """
 
 import argparse
+import functools
+import json
+import shlex
 import shutil
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from experiments import curves, drawing, figures, provenance, records, report, runs, tables
+from bigbatch.mistake import Mistake
+from experiments import drawing, figures, logs, provenance, records, report, runs, tables
 from experiments.command_line import one_line_errors
 
 
 def wanted(
     chosen: Sequence[figures.Figure], scale: str, seeds: int, workdir: Path
-) -> list[runs.Run]:
-    """The runs that figures are drawn from, each once: all of seed 0, then of seed 1, ..."""
-    texts = dict.fromkeys(
-        figures.config_text(scale, panel, curve, seed)
-        for seed in range(seeds) for panel, curve in _trained(chosen)
-    )
-    return [runs.Run(text, folder_of(workdir, text)) for text in texts]
+) -> dict[runs.Run, str]:
+    """The runs that figures are drawn from, all of seed 0, then of seed 1, ...; with Curve.config.
+
+    Figures that share a curve share its runs.
+    """
+    found = {}
+    for seed in range(seeds):
+        for panel in (panel for figure in chosen if figure.trained for panel in figure.panels):
+            for curve in panel.curves:
+                text = figures.config_text(scale, panel, curve, seed)
+                found[runs.Run(text, folder_of(workdir, text))] = curve.config
+    return found
 
 
 def folder_of(workdir: Path, text: str) -> Path:
-    """Where the run of a config text lies; figures that share a curve share its runs."""
+    """Where the run of a config text lies."""
     return workdir / "runs" / text.partition(":")[2].replace(",", "_")
 
 
 def read(
     chosen: Sequence[figures.Figure], scale: str, seeds: int, folder: Path, source: Path
-) -> dict[str, list[curves.Logs]]:
+) -> dict[str, list[logs.Logs]]:
     """What figures are drawn from, by the curve's config.
 
     Args:
@@ -52,21 +69,20 @@ def read(
         source: what to call that in messages: a workdir, or the record that was unpacked there.
 
     Raises:
-        ValueError: naming the first run that is missing, not over, or of another config.
+        Mistake: naming the first run that is missing, not over, or of another config.
     """
-    results = {}
-    for panel, curve in _trained(chosen):
-        if curve.config not in results:
-            texts = [figures.config_text(scale, panel, curve, seed) for seed in range(seeds)]
-            results[curve.config] = []
-            for text in texts:
-                run = runs.Run(text, folder_of(folder, text))
-                try:
-                    found = curves.read_run(run.workdir)
-                    runs.is_over(run)  # raises where it is another config's
-                except ValueError as error:
-                    raise ValueError(f"{source} cannot be drawn from: {error}") from None
-                results[curve.config].append(found)
+    results: dict[str, list[logs.Logs]] = {}
+    try:
+        for run, config in wanted(chosen, scale, seeds, folder).items():
+            found = logs.read_run(run.workdir)
+            # Keys that came to configs since a run was made are no difference.
+            now = json.loads(figures.planned(run.config)[0].to_json())
+            runs.refuse_another(run, {
+                "config": _filled(found.config, now), "phases": found.phases,
+                "examples_seen": found.events[-1]["examples_seen"] if found.events else 0})
+            results.setdefault(config, []).append(found)
+    except Mistake as error:
+        raise Mistake(f"{source} cannot be drawn from: {error}") from None
     return results
 
 
@@ -76,40 +92,40 @@ def draw(
     """Draws figures from a workdir or a record into `output`.
 
     Raises:
-        ValueError: see `read`; nothing has been drawn then.
+        Mistake: see `read`; nothing has been drawn then.
     """
     output.mkdir(parents=True, exist_ok=True)
     results = {}
-    if _trained(chosen):
+    if any(figure.trained for figure in chosen):
         with records.opened(source) as folder:
             results = read(chosen, scale, seeds, folder, source)
-    pictures, text = {}, [f"# The paper's figures at the scale {scale}\n",
-                          f"{figures.SCALES[scale].says} Seeds a curve: {seeds}.\n"]
+    title = f"# The paper's figures at the scale {scale}\n"
+    text = [title, f"{figures.SCALES[scale].says} Seeds a curve: {seeds}.\n"]
     overview = tables.summary(chosen, scale, results)
     if overview.cells:
         text += [f"## {overview.name}\n", tables.markdown(overview)]
+    made = {}
     for figure in chosen:
         for kind in ("png", "svg"):
-            pictures[figure.name] = output / f"figure_{figure.name}.{kind}"
-            drawing.draw(figure, scale, results, pictures[figure.name])
-        for table in tables.make(figure, scale, results):
+            drawing.draw(figure, scale, results, output / f"figure_{figure.name}.{kind}")
+        made[figure.name] = tables.make(figure, scale, results)
+        for table in made[figure.name]:
             text += [f"## {table.name}: {figure.title}\n", tables.markdown(table)]
     (output / "tables.md").write_text("\n".join(text), encoding="utf-8")
-    report.write(output / "report.html", chosen, scale, seeds, results, pictures,
-                 provenance.read(source))
+    report.write(output, chosen, scale, seeds, results, made, provenance.read(source))
+
+
+def _filled(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """`saved` with the keys of `now` that it lacks."""
+    return {**now, **{
+        key: _filled(value, now[key]) if isinstance(value, dict) and key in now else value
+        for key, value in saved.items()
+    }}
 
 
 def _absolute(folder: str) -> str:
     """A data_dir as runs find it, which start in the repository."""
     return folder if "://" in folder else str(Path(folder).expanduser().resolve())
-
-
-def _trained(chosen: Sequence[figures.Figure]) -> list[tuple[figures.Panel, figures.Curve]]:
-    """The curves of figures that show runs, with a panel each is in."""
-    return [
-        (panel, curve) for figure in chosen if figure.kind != "schedules"
-        for panel in figure.panels for curve in panel.curves
-    ]
 
 
 def main() -> None:
@@ -125,6 +141,8 @@ def main() -> None:
     parser.add_argument("--at_once", type=int, default=0,
                         help="runs side by side; 0: one a core on CPU, one on an accelerator")
     parser.add_argument("--draw_only", action="store_true", help="train nothing")
+    parser.add_argument("--print_commands", action="store_true",
+                        help="train and draw nothing; print the commands of what is missing")
     parser.add_argument("--record", type=Path,
                         help="also keep the runs' logs in this folder, with tables and pictures")
     options = parser.parse_args()
@@ -132,23 +150,28 @@ def main() -> None:
     output = options.output or workdir
     with one_line_errors("experiments.reproduce"):
         if options.record and options.record.resolve() in (workdir, output.resolve()):
-            raise ValueError(f"--record is {options.record}; it must be a folder of its own, "
+            raise Mistake(f"--record is {options.record}; it must be a folder of its own, "
                              "neither --workdir nor --output.")
+        if options.seeds < 1:
+            raise Mistake(f"--seeds is {options.seeds}; it must be 1 or more.")
+        if options.at_once < 0:
+            raise Mistake(f"--at_once is {options.at_once}; it must be 0 or more.")
+        chosen = figures.select(options.figure, options.scale)
+        needed = wanted(chosen, options.scale, options.seeds, workdir)
+        settings = [f"--config.data.dir={_absolute(options.data_dir)}"] * bool(options.data_dir)
+        if options.print_commands:
+            for run in runs.missing(list(needed), functools.partial(print, file=sys.stderr)):
+                print(shlex.join(run.command(settings, sys.executable)))
+            return
         for folder in filter(None, (output, options.record)):
             try:  # before hours of training
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise ValueError(f"{folder} can be no folder: {error.strerror}.") from None
-        if options.seeds < 1:
-            raise ValueError(f"--seeds is {options.seeds}; it must be 1 or more.")
-        if options.at_once < 0:
-            raise ValueError(f"--at_once is {options.at_once}; it must be 0 or more.")
-        chosen = figures.select(options.figure)
-        needed = wanted(chosen, options.scale, options.seeds, workdir)
+                raise Mistake(f"{folder} can be no folder: {error.strerror}.") from None
         if not options.draw_only:
-            settings = [f"--config.data.dir={_absolute(options.data_dir)}"]
-            runs.train_noted(workdir, "experiments.reproduce", needed,
-                             settings * bool(options.data_dir), options.at_once)
+            missing = runs.missing(list(needed))
+            provenance.note(workdir, "experiments.reproduce", [run.config for run in missing])
+            runs.train(missing, settings, options.at_once)
         draw(chosen, options.scale, options.seeds, workdir, output)
         if options.record:
             records.keep(workdir, [run.workdir for run in needed], options.record)

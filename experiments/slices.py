@@ -10,27 +10,27 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
 
-from bigbatch import command_line
 from bigbatch.plan import REMEMBERED, plan_for_slices
 from bigbatch.planning import topology
+from configs import imagenet_inception_resnet_v2, imagenet_resnet50
 from experiments.command_line import one_line_errors
+from experiments.figures import load_config
+from experiments.markdown_table import markdown_table
 
-CONFIGS = Path(__file__).parents[1] / "configs"
-FAMILIES = ("imagenet_resnet50", "imagenet_inception_resnet_v2")
+PRESETS = [
+    f"{family}:{preset}"
+    for family, module in (("imagenet_resnet50", imagenet_resnet50),
+                           ("imagenet_inception_resnet_v2", imagenet_inception_resnet_v2))
+    for preset in module.PRESETS
+]
 # Half and all of the paper's pod, and a small slice of later generations.
 SLICES = ("v2-256", "v2-512", "v3-32", "v5litepod-32", "v6e-32")
 # The paper's own way to run this one: the second slice takes over at the first fall.
 ON_TWO = {"imagenet_resnet50:thirty_minutes": "v2-256,noise/10=v2-512"}
-
-
-def load(family: str) -> ModuleType:
-    """configs/`family`.py."""
-    return command_line.load_file(CONFIGS / f"{family}.py")
 
 
 def table(plans: Sequence[dict[str, Any]]) -> str:
@@ -39,14 +39,11 @@ def table(plans: Sequence[dict[str, Any]]) -> str:
         texts = [format(value, form) for value in (min(values), max(values))]
         return texts[0] if texts[0] == texts[1] else " to ".join(texts)
 
-    lines = [
-        "| preset | slice | passes | memory, GiB | of | all-reduces | MB reduced | update, s | "
-        "run, hours | chip-hours |", "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     for planned in plans:
         rows, compiled = planned["compiled"]["phases"], planned["compiled"]
         sums = [row["collectives"]["all-reduce"] for row in rows]
-        cells = [
+        lines.append([
             planned["config"].partition(":")[2], planned["topology"],
             span([phase["microbatches"] for phase in planned["phases"]], "d"),
             span([row["memory_bytes"] / topology.GIB for row in rows], ".1f")
@@ -55,9 +52,10 @@ def table(plans: Sequence[dict[str, Any]]) -> str:
             span([count for count, _ in sums], "d"), span([size / 1e6 for _, size in sums], ".0f"),
             span([row["seconds"] for row in rows], ".3g"),
             f"{compiled['seconds_at_least'] / 3600:.2g}", f"{compiled['chip_hours_at_least']:.0f}",
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        ])
+    return markdown_table(
+        ["preset", "slice", "passes", "memory, GiB", "of", "all-reduces", "MB reduced", "update, s",
+         "run, hours", "chip-hours"], lines)
 
 
 def main() -> None:
@@ -69,12 +67,12 @@ def main() -> None:
         Path(output).open("a").close()  # or that it cannot be written shows hours later
         topology.compile_elsewhere()
         plans = []
-        for family in FAMILIES:
-            for preset in load(family).PRESETS:
-                config = f"{family}:{preset}"
-                for name in [ON_TWO[config]] * (config in ON_TWO) + list(SLICES):
-                    planned = plan_for_slices(load(family).get_config(preset), name, REMEMBERED)
-                    plans.append({"config": config, "topology": name, **planned})
+        for preset in PRESETS:
+            family, _, argument = preset.partition(":")
+            for name in [ON_TWO[preset]] * (preset in ON_TWO) + list(SLICES):
+                config = load_config(f"configs/{family}.py:{argument}")
+                plans.append({"config": preset, "topology": name,
+                              **plan_for_slices(config, name, REMEMBERED)})
         command = f"python -m experiments.slices --output={output}"
         record = {"command": command, "jax": jax.__version__, "plans": plans}
         Path(output).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

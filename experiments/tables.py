@@ -6,18 +6,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bigbatch.config import make_phases
-from experiments.curves import Logs, divergences, finished
+from bigbatch.dotted import resolve
 from experiments.figures import (
     SCALES,
     Curve,
     Figure,
     Panel,
     config_text,
-    load_config,
+    planned,
     read_digitised,
 )
+from experiments.logs import Logs, divergences, finished
 from experiments.lost_epochs import progress, worth
+from experiments.markdown_table import markdown_table
 from experiments.verdicts import Comparison, compare, inside
 
 LABELS = {"train_loss": "training cross entropy", "test_accuracy": "test accuracy"}
@@ -30,20 +31,31 @@ Results = Mapping[str, Sequence[Logs]]  # by Curve.config, one run a seed
 class Row(NamedTuple):
     """A curve's results. Values are accuracies as fractions, or training losses."""
 
-    label: str
-    n: int  # runs
-    updates: int
-    paper_updates: str  # as the paper states them; "" where it does not
-    recipe_updates: int  # at the paper's scale, as the planner counts them
+    curve: Curve
+    runs: Sequence[Logs]
+    recipe_updates: int  # at the paper's scale
     values: list[float]  # final, one a seed that did not diverge
-    diverged: str  # see `curves.divergences`
-    paper_values: list[float]  # stated, or else read off the end of its plot
-    read_off: bool  # the latter: to be looked at, not to be tested against
+    stated: list[float]  # the paper's final accuracies, where it states them
+    paper: str  # what is known of the paper's final values, in words; see `_paper`
     # With the first curve; None of that itself, of one seed, and where a run of either diverged.
     comparison: Comparison | None
-    claim: str  # the paper's: same, lower, or "" for none
     inside: bool | None  # whether what the paper states lies inside ours; None: cannot be asked
-    seconds: float | None  # of training, mean over the runs; None where that of one is not known
+
+    @property
+    def diverged(self) -> str:
+        """See `logs.divergences`."""
+        return divergences(self.runs)
+
+    @property
+    def updates(self) -> int:
+        """Of its schedule."""
+        return self.runs[0].updates
+
+    @property
+    def seconds(self) -> float | None:
+        """Of training, mean over the runs; None where that of one is not known."""
+        seconds = [run.training_seconds for run in self.runs]
+        return None if None in seconds else statistics.mean(seconds)
 
 
 class Table(NamedTuple):
@@ -66,7 +78,7 @@ class LostEpochs(NamedTuple):
     # the one it is measured against diverged.
     worth_SxT: np.ndarray
     predicted_T: np.ndarray  # the same, by theory
-    diverged: str  # see `curves.divergences`
+    diverged: str  # see `logs.divergences`
 
 
 def final_value(run: Logs, quantity: str) -> float:
@@ -88,17 +100,13 @@ def rows(panel: Panel, scale: str, results: Results) -> list[Row]:
         runs = results[curve.config]
         values = [final_value(run, panel.quantity) for run in finished(runs)]
         stated = list(curve.finals) if panel.quantity == "test_accuracy" else []
-        seconds = [run.training_seconds for run in runs]
         # Of the runs that are left nothing is said: which diverge is no matter of chance alone.
         testable = not divergences(runs)
         comparable = testable and found and not found[0].diverged
         found.append(Row(
-            curve.label, len(runs), runs[0].updates, curve.updates,
-            _recipe_updates(panel, curve), values, divergences(runs),
-            stated or _plotted_finals(panel, curve.plotted), not stated,
-            compare(values, found[0].values, margin) if comparable else None, curve.claim,
+            curve, runs, recipe_updates(panel, curve), values, stated, _paper(panel, curve),
+            compare(values, found[0].values, margin) if comparable else None,
             inside(values, stated) if testable and SCALES[scale].comparable else None,
-            None if None in seconds else statistics.mean(seconds),
         ))
     return found
 
@@ -128,11 +136,17 @@ def lost_epochs_of(panel: Panel, results: Results) -> list[LostEpochs]:
 
 
 def make(figure: Figure, scale: str, results: Results) -> list[Table]:
-    """The tables of a figure: one for each distinct set of curves and quantity."""
-    if figure.kind == "schedules":
-        return []
-    if figure.kind == "lost_epochs":
-        return [_lost_epochs_table(figure.panels[0], results)]
+    """The tables of a figure."""
+    return resolve(figure.tables, "the figure's tables")(figure, scale, results)
+
+
+def none(figure: Figure, scale: str, results: Results) -> list[Table]:
+    """Of a figure that shows no runs."""
+    return []
+
+
+def of_curves(figure: Figure, scale: str, results: Results) -> list[Table]:
+    """One for each distinct set of curves and quantity."""
     distinct = {(panel.curves, panel.quantity): panel for panel in reversed(figure.panels)}
     return [_panel_table(panel, scale, results) for panel in reversed(distinct.values())]
 
@@ -142,15 +156,14 @@ def summary(chosen: Sequence[Figure], scale: str, results: Results) -> Table:
     cells, seen = [], set()
     for figure in chosen:
         for panel in figure.panels:
-            if (figure.kind != "curves" or panel.quantity != "test_accuracy"
+            if (not figure.summed_up or panel.quantity != "test_accuracy"
                     or panel.curves in seen):
                 continue
             seen.add(panel.curves)
             for row in rows(panel, scale, results):
                 cells.append([
-                    panel.name, row.label, f"{row.recipe_updates:,}",
-                    _paper(row, panel.quantity),
-                    f"{row.updates:,}", _final(row, panel.quantity), str(row.n),
+                    panel.name, row.curve.label, f"{row.recipe_updates:,}",
+                    row.paper, f"{row.updates:,}", _final(row, panel.quantity), str(len(row.runs)),
                     row.comparison.verdict if row.comparison else "",
                 ])
     return Table("All figures", [
@@ -161,9 +174,8 @@ def summary(chosen: Sequence[Figure], scale: str, results: Results) -> Table:
 
 def markdown(table: Table) -> str:
     """A table as Markdown, with its note below."""
-    lines = [f"| {' | '.join(row)} |" for row in (table.header, *table.cells)]
-    lines.insert(1, "|---" * len(table.header) + "|")
-    return "\n".join([*lines, "", table.note + "\n" * bool(table.note)])
+    return "\n".join([
+        markdown_table(table.header, table.cells), "", table.note + "\n" * bool(table.note)])
 
 
 def _panel_table(panel: Panel, scale: str, results: Results) -> Table:
@@ -175,33 +187,33 @@ def _panel_table(panel: Panel, scale: str, results: Results) -> Table:
         return f"{updates:,}" + f" ({most / updates:.1f}x fewer)" * (updates != most)
 
     columns = {
-        "curve": lambda row: row.label,
-        "n": lambda row: str(row.n),
+        "curve": lambda row: row.curve.label,
+        "n": lambda row: str(len(row.runs)),
         "updates": lambda row: fewer(row.updates, first.updates),
         "of the paper's recipe": lambda row: fewer(row.recipe_updates, first.recipe_updates),
-        "the paper says": lambda row: row.paper_updates,
+        "the paper says": lambda row: row.curve.updates,
         f"final {LABELS[quantity]}": lambda row: _final(row, quantity),
         "the paper's" if comparable else "the paper's (of its task)": (
-            lambda row: _paper(row, quantity)),
+            lambda row: row.paper),
         "less the first curve's (90 % interval)": lambda row: (
             _interval(row.comparison, quantity) if row.comparison else ""),
         "verdict": lambda row: (
             row.comparison.verdict if row.comparison else
             "the reference" if row is first else
             "none: a run diverged" if row.diverged or first.diverged else "none: one seed"),
-        "the paper claims": lambda row: row.claim,
+        "the paper claims": lambda row: row.curve.claim,
     }
     if comparable:
         columns |= {
             "ours less the paper's": lambda row: (
-                _number(statistics.mean(row.values) - statistics.mean(row.paper_values),
-                        quantity, signed=True)
-                if row.paper_values and not (row.read_off or row.diverged) else ""),
+                _number(statistics.mean(row.values) - statistics.mean(row.stated), quantity,
+                        signed=True) if row.stated and not row.diverged else ""),
             "the paper's inside ours": lambda row: {True: "yes", False: "no", None: ""}[row.inside],
         }
     time = ""
     if panel.name in TIMED and any(row.seconds for row in found):
         columns["training took"] = lambda row: _time(row.seconds)
+        columns["the paper's took"] = lambda row: row.curve.took
         devices = set().union(*(run.devices for curve in panel.curves
                                 for run in results[curve.config]))
         time = (" Training took: wall clock of a run without compiling and evaluating, mean over "
@@ -211,12 +223,15 @@ def _panel_table(panel: Panel, scale: str, results: Results) -> Table:
         panel.name, list(columns), [[cell(row) for cell in columns.values()] for row in found],
         "Paired over seeds: same where the interval of the mean difference lies within "
         f"±{margin[1:]}; lower or higher where it does not and holds no 0; else undecided. Values "
-        "with ~ were read off the paper's plots (accuracies ±0.3 points; its training loss may "
-        "include the weight decay's term)." + time,
+        "with ~ were read off the paper's plots (accuracies ±0.3 points; a range is of all curves' "
+        "ends; its training loss may include the weight decay's term)." + time,
     )
 
 
-def _lost_epochs_table(panel: Panel, results: Results) -> Table:
+def of_lost_epochs(figure: Figure, scale: str, results: Results) -> list[Table]:
+    """Appendix A's one table."""
+    (panel,) = figure.panels
+
     def cells(row: LostEpochs, share: float) -> list[str]:
         """Measured and predicted, around a share of the run."""
         end = row.trained[-1]
@@ -233,7 +248,7 @@ def _lost_epochs_table(panel: Panel, results: Results) -> Table:
         header += [f"lost after {share * end:.1f} epochs", "predicted"]
     first = panel.curves[0]
     broken = divergences(results[first.config])
-    return Table(
+    return [Table(
         panel.name, header,
         [[row.label, str(row.batch_size),
           "; ".join(filter(None, [str(len(row.worth_SxT)), row.diverged])), f"{row.tau:.2f}",
@@ -241,11 +256,12 @@ def _lost_epochs_table(panel: Panel, results: Results) -> Table:
         "Epochs. Predicted: tau (1 - exp(-t/tau)) with tau = B/(N(1-m)). Measured: how much later "
         f"than with {first.label} the same training loss was reached; runs differ in "
         "momentum and batch alone." + f" With {first.label} {broken}." * bool(broken),
-    )
+    )]
 
 
-def _recipe_updates(panel: Panel, curve: Curve) -> int:
-    phases = make_phases(load_config(config_text("paper", panel, curve, 0)))
+def recipe_updates(panel: Panel, curve: Curve) -> int:
+    """Of a curve at the paper's scale, as the planner counts them."""
+    _, phases = planned(config_text("paper", panel, curve, 0))
     return sum(phase.updates for phase in phases)
 
 
@@ -266,17 +282,20 @@ def _number(value: float, quantity: str, signed: bool = False) -> str:
     return f"{100 * value:+.2f} points" if signed else f"{100 * value:.1f} %"
 
 
-def _paper(row: Row, quantity: str) -> str:
-    """The paper's final values; "~" before what was read off a plot."""
-    return ", ".join(
-        "~" * row.read_off + _number(value, quantity) for value in row.paper_values
-    ) or "not given"
+def _paper(panel: Panel, curve: Curve) -> str:
+    """What is known of the paper's final values; "~" before what was read off a plot."""
+    if curve.finals and panel.quantity == "test_accuracy":
+        stated = ", ".join(_number(value, panel.quantity) for value in curve.finals)
+        return stated if curve.median is None else (
+            f"{stated} (median of five more, from memory: {_number(curve.median, panel.quantity)})")
+    plotted = [_number(value, panel.quantity) for value in _plotted_finals(panel, curve.plotted)]
+    return ", ".join("~" + value for value in plotted) or panel.ends
 
 
 def _final(row: Row, quantity: str) -> str:
     """The mean of the runs that finished, and when the others diverged."""
-    mean = _mean(row.values, quantity) if row.values else ""
-    return "; ".join(filter(None, [mean, row.diverged]))
+    ours = mean(row.values, quantity) if row.values else ""
+    return "; ".join(filter(None, [ours, row.diverged]))
 
 
 def _time(seconds: float | None) -> str:
@@ -285,7 +304,8 @@ def _time(seconds: float | None) -> str:
     return f"{seconds:.1f} s" if seconds < 600 else f"{seconds / 60:.1f} min"
 
 
-def _mean(values: Sequence[float], quantity: str) -> str:
+def mean(values: Sequence[float], quantity: str) -> str:
+    """The mean with the standard deviation, in the quantity's unit."""
     scale, digits, unit = (1, 3, "") if quantity == "train_loss" else (100, 2, " %")
     deviation = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{scale * statistics.mean(values):.{digits}f}{deviation}{unit}"
@@ -293,5 +313,5 @@ def _mean(values: Sequence[float], quantity: str) -> str:
 
 def _interval(compared: Comparison, quantity: str) -> str:
     scale, digits, unit = (1, 3, "") if quantity == "train_loss" else (100, 2, " points")
-    return (f"{scale * compared.difference:+.{digits}f} ({scale * compared.low:+.{digits}f} to "
-            f"{scale * compared.high:+.{digits}f}){unit}")
+    mean, low, high = (f"{scale * value:+.{digits}f}" for value in compared[:3])
+    return f"{mean} ({low} to {high}){unit}"

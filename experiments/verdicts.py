@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 from scipy import stats
 
+from bigbatch.mistake import Mistake
+
 # Two one-sided tests at 5 % each (Schuirmann, 1987): the 90 % interval lies within the margin.
 CONFIDENCE = 0.90
 PREDICTION = 0.95
@@ -34,16 +36,13 @@ def compare(
     "lower" and "higher": it does not, and holds no 0. "undecided": neither; more seeds would tell.
 
     Raises:
-        ValueError: if the two are not of the same seeds.
+        Mistake: if the two are not of the same seeds.
     """
     if len(values) != len(reference):
-        raise ValueError(f"{len(values)} runs cannot be paired with {len(reference)}.")
+        raise Mistake(f"{len(values)} runs cannot be paired with {len(reference)}.")
     if len(values) < 2:
         return None
-    differences = [a - b for a, b in zip(values, reference, strict=True)]
-    mean = statistics.mean(differences)
-    half = _quantile(CONFIDENCE, len(values)) * stats.sem(differences)
-    low, high = float(mean - half), float(mean + half)
+    low, high = map(float, stats.ttest_rel(values, reference).confidence_interval(CONFIDENCE))
     if -margin <= low and high <= margin:
         verdict = "same"
     elif high < 0:
@@ -52,7 +51,8 @@ def compare(
         verdict = "higher"
     else:
         verdict = "undecided"
-    return Comparison(mean, low, high, verdict)
+    return Comparison(
+        statistics.mean(values) - statistics.mean(reference), low, high, verdict)
 
 
 def inside(values: Sequence[float], papers: Sequence[float]) -> bool | None:
@@ -63,11 +63,6 @@ def inside(values: Sequence[float], papers: Sequence[float]) -> bool | None:
     """
     if len(values) < 2 or not papers:
         return None
-    half = (_quantile(PREDICTION, len(values)) * statistics.stdev(values)
-            * (1 + 1 / len(values)) ** 0.5)
-    return all(abs(paper - statistics.mean(values)) <= half for paper in papers)
-
-
-def _quantile(confidence: float, n: int) -> float:
-    """Student's t for a two-sided interval of `n` values."""
-    return float(stats.t.ppf((1 + confidence) / 2, n - 1))
+    n = len(values)
+    half = stats.t.ppf((1 + PREDICTION) / 2, n - 1) * statistics.stdev(values) * (1 + 1 / n) ** 0.5
+    return all(bool(abs(paper - statistics.mean(values)) <= half) for paper in papers)

@@ -1,4 +1,4 @@
-"""The loop of a run on stand-ins: random schedules of logs, evaluations, saves, stops and divergence.
+"""The loop of a run on stand-ins: random schedules of lines, evaluations, saves, stops, divergence.
 
 Nothing is computed: a state is the number of updates in it. What is held is the order of effects.
 """

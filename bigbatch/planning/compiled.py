@@ -7,7 +7,7 @@ import math
 import re
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -60,10 +60,7 @@ def measure(lowered: jax.stages.Lowered, kind: Tpu, mesh: Mesh, folder: Path | N
             fits=True,
             compile_seconds=seconds,
             argument_bytes=memory.argument_size_in_bytes,
-            extra_bytes=(
-                memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-                + memory.output_size_in_bytes - memory.alias_size_in_bytes
-            ),
+            extra_bytes=_extra_bytes(memory),
             flops=float(compiled.cost_analysis()["flops"]),
             seconds=estimated_seconds(text, kind.clock_hertz),
             collectives=collectives(text),
@@ -73,6 +70,17 @@ def measure(lowered: jax.stages.Lowered, kind: Tpu, mesh: Mesh, folder: Path | N
             folder.mkdir(parents=True, exist_ok=True)
             replace_text(file, json.dumps(measured._asdict()))
     return measured
+
+
+def memory_bytes(program: jax.stages.Compiled) -> int:
+    """The bytes a device needs while a compiled program runs."""
+    memory = program.memory_analysis()
+    return memory.argument_size_in_bytes + _extra_bytes(memory)
+
+
+def _extra_bytes(memory: Any) -> int:
+    return (memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+            + memory.output_size_in_bytes - memory.alias_size_in_bytes)
 
 
 def version(mesh: Mesh) -> str:

@@ -9,8 +9,12 @@ from ml_collections import ConfigDict
 
 from bigbatch.data import augment, sources
 from bigbatch.job.devices import cut, make_mesh, place, replicated
+from bigbatch.programs.compilation import programs_of
+from bigbatch.programs.dispatch import as_rates, room_for_sums, take_update
+from bigbatch.programs.lowering import lower_update
 from bigbatch.schedule import layout, order
 from bigbatch.update import network, update
+from experiments.figures import load_config
 
 NOISE = "data.streaming=false,data.name=experiments.speed.bare.noise"  # settings of a config
 
@@ -23,6 +27,29 @@ def noise(data: ConfigDict) -> tuple[np.ndarray, ...]:
         arrays += [generator.integers(0, 256, shape, np.uint8),
                    generator.integers(0, data.num_classes, examples)]
     return tuple(arrays)
+
+
+def on_gpu() -> bool:
+    """Whether updates run on a GPU: then in bfloat16 and at full size."""
+    return jax.default_backend() == "gpu"
+
+
+def wide_resnet(short: bool, *settings: str) -> ConfigDict:
+    """configs/cifar10.py with noise for images: WRN-16-4, or a WRN-10-1 in the short form."""
+    dtype = "bfloat16" if on_gpu() else "float32"
+    small = ["model.depth=10", "model.width=1", "data.image_size=8", "data.augment.crop=8"]
+    return load_config(",".join(
+        [f"configs/cifar10.py:decay,{NOISE},dtype={dtype}", *(small * short), *settings]))
+
+
+def narrow() -> list[str]:
+    """The setting of `wide_resnet` that a CPU takes in reasonable time."""
+    return [] if on_gpu() else ["model.width=1"]
+
+
+def describe(config: ConfigDict) -> str:
+    """What a row of the table says of its network."""
+    return f"WRN-{config.model.depth}-{config.model.width}"
 
 
 def given(
@@ -75,39 +102,22 @@ class BareUpdate:
                               config.dtype),
                           "labels": dataset.train_labels[record]}
             self.batches.append(place(batch, cut(mesh)))
-        number = jax.tree.leaves(self.state.params)[0].dtype.type
-        self.hyper = place(
-            (number(0.01), number(config.recipe.momentum)), replicated(mesh))
+        dtype = jax.tree.leaves(self.state.params)[0].dtype
+        self.rates = as_rates(mesh, dtype, 0.01, config.recipe.momentum)
+        self.sums = room_for_sums(self.state, mesh) if len(self.batches) > 1 else None
         self.loss: float | None = None
-        self.lowered, self.sums = self._lower(functions, mesh)
+        self.lowered = [
+            lower_update(functions, program.kind, mesh, self.state, self.resident, self.batches[0])
+            for program in programs_of(seating)]
         self.programs = [program.compile() for program in self.lowered]
-
-    def _lower(self, functions: update.Update, mesh: jax.sharding.Mesh) -> tuple[list, Any]:
-        if len(self.batches) == 1:
-            return [functions.update.lower(
-                self.state, self.resident, self.batches[0], *self.hyper)], None
-        sums = jax.tree.map(
-            lambda leaf: place(np.zeros(leaf.shape, leaf.dtype), cut(mesh)),
-            update.abstract_sums(self.state, mesh))
-        return [
-            functions.accumulate.lower(
-                self.state, sums, self.resident, self.batches[0], np.bool_(True)),
-            functions.apply.lower(self.state, sums, *self.hyper),
-        ], sums
 
     def take(self, updates: int = 1) -> None:
         """So many updates, and waits for the last."""
         measured = None
         for _ in range(updates):
-            if len(self.batches) == 1:
-                self.state, measured = self.programs[0](
-                    self.state, self.resident, self.batches[0], *self.hyper)
-                continue
-            accumulate, apply = self.programs
-            for place_in_update, batch in enumerate(self.batches):
-                self.sums, _ = accumulate(
-                    self.state, self.sums, self.resident, batch, np.bool_(place_in_update == 0))
-            self.state, measured = apply(self.state, self.sums, *self.hyper)
+            self.state, self.sums, measured, _ = take_update(
+                self.programs, self.state, self.sums, self.resident, iter(self.batches),
+                self.rates)
         jax.block_until_ready(self.state)
         self.loss = float(measured.loss)
 

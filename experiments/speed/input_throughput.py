@@ -22,12 +22,10 @@ import io
 import json
 import math
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -35,10 +33,14 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from bigbatch.data import decode, sources, streaming
+from bigbatch.mistake import Mistake
+from experiments import provenance
+from experiments.speed.measure import Figure, markdown, paired, ratios
 
 SIZE = 224
 CLASSES = 1000
 BASIS = "TensorFlow, bicubic"
+DECODERS = ("numpy", "opencv-python-headless", "pillow", "tensorflow-cpu", "tensorflow")
 
 
 def open_photographs(folder: str, count: int) -> sources.Records:
@@ -127,40 +129,6 @@ def tensorflow(images: list[bytes], boxes: list, method: str) -> Callable[[], No
     return run
 
 
-def measure(rows: dict[str, Callable[[], None] | None], count: int, repeats: int) -> dict:
-    """Images a second of processor time, of each row in each repeat."""
-    present = {name: run for name, run in rows.items() if run is not None}
-    for run in present.values():
-        run()  # warm
-    speeds: dict[str, list[float]] = {name: [] for name in present}
-    for repeat in range(repeats):
-        # Alternate the direction, so that no row is always after the same one.
-        for name in list(present)[:: 1 if repeat % 2 else -1]:
-            began = time.process_time()
-            present[name]()
-            speeds[name].append(count / (time.process_time() - began))
-    return speeds
-
-
-def versions() -> dict[str, str]:
-    """Of what decodes."""
-    found = {"python": platform.python_version()}
-    for package in ("numpy", "opencv-python-headless", "pillow", "tensorflow-cpu", "tensorflow"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def processor() -> str:
-    """What the machine calls its processor."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data_dir", required=True, help="TFDS data_dir that holds imagenet2012")
@@ -180,7 +148,7 @@ def main() -> None:
 
     try:
         records = open_photographs(options.data_dir, options.images)
-    except ValueError as error:
+    except Mistake as error:
         parser.exit(2, f"{error}\n")
     images = [record["image"] for record in records]
     boxes = draw_boxes(images)
@@ -192,42 +160,30 @@ def main() -> None:
         "bigbatch, stream": stream(images),
         "Pillow, bicubic": pillow(images, boxes),
     }
-    speeds = measure(rows, len(images), options.repeats)
-
-    result = {
-        "date": time.strftime("%Y-%m-%d"), "processor": processor(), "versions": versions(),
+    seconds = paired({name: run for name, run in rows.items() if run}, options.repeats,
+                     time.process_time)
+    figures = []
+    for name in rows:
+        if name not in seconds:
+            figures.append(Figure(name, "images a second", "", "images/s", [], "not installed"))
+            continue
+        speeds = [round(len(images) / taken, 1) for taken in seconds[name]]
+        figures.append(Figure(name, "images a second", "", "images/s", speeds))
+        if BASIS in seconds:
+            figures.append(Figure(name, f"speed over that of {BASIS}", "", "x",
+                                  ratios(seconds[BASIS], seconds[name])))
+    record = provenance.describe(provenance.command_line(
+        "experiments.speed.input_throughput"), packages=DECODERS) | {
         "images": len(images), "mean_bytes": round(statistics.mean(map(len, images))),
         "mean_pixels": round(statistics.mean(math.prod(decode.dimensions(i)) for i in images)),
-        "size": SIZE, "repeats": options.repeats, "load": round(os.getloadavg()[0], 1),
-        "images_per_second": {name: rounded(row, 1) for name, row in speeds.items()},
+        "size": SIZE, "load": round(os.getloadavg()[0], 1),
+        "figures": [figure._asdict() for figure in figures],
     }
-    print(f"{len(images)} photographs of {result['mean_bytes'] / 1e3:.0f} kB to {SIZE} x {SIZE} on "
-          f"one core of {result['processor']}, {options.repeats} repeats; {result['versions']}")
-    print(f"{'':22}{'images/s a core':>24}{'against ' + BASIS:>32}")
-    for name in rows:
-        if name not in speeds:
-            print(f"{name:22}{'not installed':>24}")
-            continue
-        row = spread(speeds[name], ".0f")
-        if BASIS in speeds:
-            ratios = [a / b for a, b in zip(speeds[name], speeds[BASIS], strict=True)]
-            result.setdefault(f"against {BASIS}", {})[name] = rounded(ratios, 3)
-            print(f"{name:22}{row:>24}{spread(ratios, '.2f'):>32}")
-        else:
-            print(f"{name:22}{row:>24}")
+    print(f"{len(images)} photographs of {record['mean_bytes'] / 1e3:.0f} kB to {SIZE} x {SIZE} on "
+          f"one core; {record['versions']}")
+    print(markdown(figures, record["hardware"]))
     if options.record:
-        Path(options.record).write_text(json.dumps(result, indent=1) + "\n")
-
-
-def rounded(values: list[float], digits: int) -> list[float]:
-    """With as many digits as mean anything."""
-    return [round(value, digits) for value in values]
-
-
-def spread(values: list[float], form: str) -> str:
-    """The median and the range."""
-    low, middle, high = min(values), statistics.median(values), max(values)
-    return f"{middle:{form}} ({low:{form}} to {high:{form}})"
+        Path(options.record).write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

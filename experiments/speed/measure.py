@@ -2,8 +2,10 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
+
+from experiments.markdown_table import markdown_table
 
 
 class Figure(NamedTuple):
@@ -18,19 +20,23 @@ class Figure(NamedTuple):
     seconds: Mapping[str, list[float]] = {}  # what the values were made from
 
 
-def paired(rows: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+def paired(
+    rows: Mapping[str, Callable[[], None]], repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of each row in each repeat, in turns; every other repeat backwards.
 
     So whatever else the machine does falls on all rows alike, and none is always after the same.
+    With `time.process_time` for a clock, seconds are the process's own, all threads together.
     """
     for run in rows.values():
         run()  # warm
     seconds: dict[str, list[float]] = {name: [] for name in rows}
     for repeat in range(repeats):
         for name in list(rows)[:: 1 if repeat % 2 else -1]:
-            began = time.perf_counter()
+            began = clock()
             rows[name]()
-            seconds[name].append(time.perf_counter() - began)
+            seconds[name].append(clock() - began)
     return seconds
 
 
@@ -49,3 +55,15 @@ def spread(figure: Figure) -> str:
     unit = "" if figure.unit == "x" else f" {figure.unit}"
     return f"{parts[0]}{unit} ({parts[1]} to {parts[2]})" if len(figure.values) > 1 else (
         f"{parts[0]}{unit}")
+
+
+def markdown(figures: Sequence[Figure], machine: str) -> str:
+    """The table."""
+    rows = []
+    for figure in figures:
+        said = figure.note or spread(figure)
+        if figure.note and figure.values:
+            said = f"{spread(figure)}; {figure.note}"
+        rows.append([f"{figure.name}<br>{figure.setting}", figure.target or "reported", said,
+                     str(len(figure.values)), machine])
+    return markdown_table(["figure", "to reach", "median (range)", "n", "machine"], rows)

@@ -1,6 +1,7 @@
 """An update beside that of others: Flax's ImageNet example, Flax's BatchNorm, PyTorch."""
 
 import os
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -10,19 +11,14 @@ from ml_collections import ConfigDict
 
 from bigbatch.job import chips
 from bigbatch.job.devices import compiler_options, make_mesh
+from bigbatch.models import wide_resnet as wide_resnet_module
 from bigbatch.models.normalization import GhostBatchNorm
-from bigbatch.models.wide_resnet import WideResNet
 from bigbatch.programs import compilation
-from bigbatch.update.network import Network
+from bigbatch.update import network
 from experiments.figures import load_config
 from experiments.speed import flax_resnet
-from experiments.speed.bare import NOISE, BareUpdate
+from experiments.speed.bare import NOISE, BareUpdate, describe, on_gpu, wide_resnet
 from experiments.speed.measure import Figure, paired, ratios
-
-
-def on_gpu() -> bool:
-    """Whether updates run on a GPU: then in bfloat16 and at full size."""
-    return jax.default_backend() == "gpu"
 
 
 def flax_example(repeats: int, short: bool) -> list[Figure]:
@@ -71,70 +67,34 @@ def flax_example(repeats: int, short: bool) -> list[Figure]:
         seconds=seconds)]
 
 
-class FlaxNorm(nnx.BatchNorm):
-    """Flax's BatchNorm, called as our models call a layer of normalisation."""
+class FlaxNorm(GhostBatchNorm):
+    """Flax's BatchNorm, over the whole batch, on the variables of a GhostBatchNorm."""
 
     def __call__(self, inputs: jax.Array, train: bool) -> jax.Array:
-        return super().__call__(inputs, use_running_average=not train)
+        features = inputs.shape[-1]
+        flaxs = nnx.BatchNorm(
+            features, use_running_average=not train, momentum=0.9, epsilon=self.epsilon,
+            dtype=self.dtype, rngs=nnx.Rngs(0))
+        flaxs.scale, flaxs.bias, flaxs.mean, flaxs.var = self.scale, self.bias, self.mean, self.var
+        outputs = flaxs(inputs)
+        if train:  # the update folds one row a ghost batch; here they are all alike
+            for running in (self.mean, self.var):
+                running.set_value(jnp.broadcast_to(
+                    running[...], (len(inputs) // self.ghost_size, features)))
+        return outputs
 
 
-def with_flax_norm(config: ConfigDict) -> Network:
-    """WRN with Flax's BatchNorm, over the whole batch, in the place of every GhostBatchNorm.
-
-    `network.build` refuses it, rightly: this is to be timed, not to be trained.
-    """
-    ghosts = config.recipe.batch_size // config.ghost_size
-
-    def construct(seed: jax.Array) -> nnx.Module:
-        rngs = nnx.Rngs(jax.random.key(seed))
-        module = WideResNet(
-            config.data.num_classes, jnp.dtype(config.dtype), rngs, **config.model.to_dict())
-        layers = [layer for _, layer in nnx.iter_modules(module)]
-        for layer in layers:
-            for name, part in list(vars(layer).items()):
-                if isinstance(part, GhostBatchNorm):
-                    setattr(layer, name, FlaxNorm(
-                        part.bias.shape[0], momentum=0.9, epsilon=part.epsilon,
-                        dtype=jnp.dtype(config.dtype), rngs=rngs))
-        return module
-
-    graph, params, stats, _ = nnx.split(
-        nnx.eval_shape(lambda: construct(0)), nnx.Param, nnx.BatchStat, ...)
-
-    def filled(state: nnx.State, values: dict) -> nnx.State:
-        copied = jax.tree.map(lambda leaf: leaf, state)
-        nnx.replace_by_pure_dict(copied, values)
-        return copied
-
-    def init(seed: jax.Array) -> tuple[dict, dict]:
-        _, drawn, began, _ = nnx.split(construct(seed), nnx.Param, nnx.BatchStat, ...)
-        return nnx.to_pure_dict(drawn), nnx.to_pure_dict(began)
-
-    def apply(
-        params_dict: dict, stats_dict: dict, images: jax.Array, train: bool, keys: jax.Array
-    ) -> tuple[jax.Array, list, dict]:
-        module = nnx.merge(graph, filled(params, params_dict), filled(stats, stats_dict), copy=True)
-        logits = module(images, train, keys)
-        # The update folds one row a ghost batch; here they are all alike.
-        rows = jax.tree.map(
-            lambda row: jnp.broadcast_to(row, (ghosts, *row.shape)),
-            nnx.to_pure_dict(nnx.state(module, nnx.BatchStat)))
-        return logits, [], rows
-
-    shapes = nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
-    return Network(
-        init, *shapes, apply, jax.tree.map(lambda _: 0.9, shapes[1]),
-        jax.tree.map(lambda _: False, shapes[0]))
+def with_flax_norm(config: ConfigDict) -> network.Network:
+    """The Wide ResNet with Flax's BatchNorm in the place of every GhostBatchNorm: to be timed."""
+    with mock.patch.object(wide_resnet_module, "GhostBatchNorm", FlaxNorm):
+        return network.build(config)
 
 
-def wide_resnet_config(batch: int, ghost: int, short: bool, *settings: str) -> ConfigDict:
-    """configs/cifar10.py with noise for images: WRN-16-4, or WRN-10-1 in the short form."""
-    dtype = "bfloat16" if on_gpu() else "float32"
-    model = "model.depth=10,model.width=1,data.image_size=8,data.augment.crop=8" if short else ""
-    return load_config(",".join(filter(None, [
-        f"configs/cifar10.py:decay,{NOISE},dtype={dtype},ghost_size={ghost},"
-        f"recipe.batch_size={batch},max_per_device_batch={batch},"
-        f"data.train_examples={max(batch, 512)},data.test_examples=1", model, *settings])))
+def wide_resnet_of(batch: int, ghost: int, short: bool, *settings: str) -> ConfigDict:
+    """`wide_resnet` for an update of `batch` examples in one pass."""
+    return wide_resnet(
+        short, f"ghost_size={ghost}", f"recipe.batch_size={batch}", f"max_per_device_batch={batch}",
+        f"data.train_examples={max(batch, 512)}", "data.test_examples=1", *settings)
 
 
 def flax_norm(repeats: int, short: bool) -> list[Figure]:
@@ -146,7 +106,7 @@ def flax_norm(repeats: int, short: bool) -> list[Figure]:
     batch = 1024 if on_gpu() else 16 if short else 64
     found = []
     for ghosts in (1, 4):
-        config = wide_resnet_config(batch, batch // ghosts, short)
+        config = wide_resnet_of(batch, batch // ghosts, short)
         ours = BareUpdate(config)
         theirs = BareUpdate(config, with_flax_norm(config))
         # From the same parameters, but for their order they are the same tree.
@@ -160,7 +120,7 @@ def flax_norm(repeats: int, short: bool) -> list[Figure]:
         seconds = paired({"ghost": ours.take, "flax": theirs.take}, repeats)
         found.append(Figure(
             "ghost batch norm beside Flax's BatchNorm",
-            f"WRN-16-4 update, batch {batch}, {ghosts} ghost batch{'es' * (ghosts > 1)}",
+            f"{describe(config)} update, batch {batch}, {ghosts} ghost batch{'es' * (ghosts > 1)}",
             ">= 0.97", "x", ratios(seconds["flax"], seconds["ghost"]), seconds=seconds))
     return found
 
@@ -181,7 +141,7 @@ def pytorch(repeats: int, short: bool) -> list[Figure]:
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = []
     for batch in batches:
-        config = wide_resnet_config(batch, batch, short)
+        config = wide_resnet_of(batch, batch, short)
         ours = BareUpdate(config, augmented=False)
         theirs = torch_wide_resnet.Update(
             config.model.depth, config.model.width, config.data.num_classes,
@@ -194,7 +154,7 @@ def pytorch(repeats: int, short: bool) -> list[Figure]:
         seconds = paired({"bigbatch": ours.take, "torch": theirs.take}, repeats)
         torch = torch_wide_resnet.torch
         how = "autocast, compiled" if on_gpu() else f"{threads} threads"
-        setting = f"WRN-{config.model.depth}-{config.model.width}, batch {batch}, {dtype}"
+        setting = f"{describe(config)}, batch {batch}, {dtype}"
         found.append(Figure(
             name, f"{setting}; torch {torch.__version__}, channels last, {how}", ">= 1.0", "x",
             ratios(seconds["torch"], seconds["bigbatch"]), seconds=seconds))

@@ -1,6 +1,5 @@
 """How long a run takes from its command to its first update, with compiled programs and without."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from bigbatch.storage.logs import read_events
 from experiments.figures import REPOSITORY
 from experiments.speed.bare import NOISE
 from experiments.speed.measure import Figure, ratios
@@ -101,7 +101,5 @@ def starts(repeats: int, short: bool) -> list[Figure]:
 
 
 def _phase_event(workdir: Path) -> dict | None:
-    path = workdir / "timing.jsonl"
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    events = [json.loads(line) for line in lines if '"phase"' in line]
-    return next((event for event in events if event["event"] == "phase"), None)
+    return next((event for event in read_events(workdir / "timing.jsonl")
+                 if event["event"] == "phase"), None)

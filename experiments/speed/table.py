@@ -10,53 +10,31 @@ minutes that all of it runs; its figures say nothing.
 """
 
 import argparse
-import importlib
 import json
 import os
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
-# Runs start in processes of their own beside this one, which keeps what it used of a GPU's memory.
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)  # compilations are among what is measured
-
-from experiments import provenance  # JAX reads the environment
-from experiments.speed.measure import Figure, spread
+from experiments import provenance
+from experiments.speed import peers, seeds_together, starts, updates, whole_runs
+from experiments.speed.measure import Figure, markdown
 
 # Each is a function of (repeats, short) that gives figures.
 BENCHMARKS = {
-    "goodput": "whole_runs.goodput",
-    "demo": "whole_runs.demo_python",
-    "phases": "whole_runs.phase_changes",
-    "time_to_accuracy": "whole_runs.time_to_accuracy",
-    "starts": "starts.starts",
-    "flax_example": "peers.flax_example",
-    "flax_norm": "peers.flax_norm",
-    "pytorch": "peers.pytorch",
-    "accumulation": "updates.accumulation",
-    "resident_input": "updates.resident_input",
-    "dispatch": "updates.several_a_dispatch",
+    "goodput": whole_runs.goodput,
+    "demo": whole_runs.demo_python,
+    "phases": whole_runs.phase_changes,
+    "time_to_accuracy": whole_runs.time_to_accuracy,
+    "starts": starts.starts,
+    "flax_example": peers.flax_example,
+    "flax_norm": peers.flax_norm,
+    "pytorch": peers.pytorch,
+    "accumulation": updates.accumulation,
+    "resident_input": updates.resident_input,
+    "dispatch": updates.several_a_dispatch,
+    "seeds": seeds_together.seeds_together,
 }
-
-
-def measure(name: str, repeats: int, short: bool) -> list[Figure]:
-    """The figures of one benchmark."""
-    module, _, function = BENCHMARKS[name].partition(".")
-    return getattr(importlib.import_module(f"experiments.speed.{module}"), function)(repeats, short)
-
-
-def markdown(figures: Sequence[Figure], machine: str) -> str:
-    """The table."""
-    lines = ["| figure | to reach | median (range) | n | machine |", "|---|---|---|---|---|"]
-    for figure in figures:
-        said = figure.note or spread(figure)
-        if figure.note and figure.values:
-            said = f"{spread(figure)}; {figure.note}"
-        lines.append(f"| {figure.name}<br>{figure.setting} | {figure.target or 'reported'} | "
-                     f"{said} | {len(figure.values)} | {machine} |")
-    return "\n".join(lines)
 
 
 def main() -> None:
@@ -75,13 +53,12 @@ def main() -> None:
     if not options.output.parent.is_dir():
         parser.error(f"--output: there is no folder {options.output.parent}")
 
-    record = provenance.describe(provenance.command_line("experiments.speed.table"), [])
-    del record["configs"]
+    record = provenance.describe(provenance.command_line("experiments.speed.table"))
     record |= {"short": options.short, "load_before": round(os.getloadavg()[0], 2), "figures": []}
     figures: list[Figure] = []
     for name in names:
         began = time.perf_counter()
-        found = measure(name, options.repeats, options.short)
+        found = BENCHMARKS[name](options.repeats, options.short)
         took = round(time.perf_counter() - began, 1)
         figures += found
         record["figures"] += [

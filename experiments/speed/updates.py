@@ -9,11 +9,12 @@ import jax
 from ml_collections import ConfigDict
 
 from bigbatch.job.devices import compiler_options, make_mesh
+from bigbatch.planning.compiled import memory_bytes
 from bigbatch.update import update
 from experiments.figures import load_config
-from experiments.speed.bare import BareUpdate
+from experiments.speed.bare import BareUpdate, describe, narrow, on_gpu
 from experiments.speed.measure import Figure, paired, ratios
-from experiments.speed.peers import on_gpu, wide_resnet_config
+from experiments.speed.peers import wide_resnet_of
 
 PASSES = 16
 LOOPED = 10
@@ -22,10 +23,9 @@ LOOPED = 10
 def accumulation(repeats: int, short: bool) -> list[Figure]:
     """An update of 16 microbatches beside the one microbatch they repeat, and what it takes."""
     each = 512 if on_gpu() else 8 if short else 32
-    narrow = () if on_gpu() else ("model.width=1",)
 
     def config(passes: int) -> ConfigDict:
-        return wide_resnet_config(each * passes, each, short, *narrow, f"microbatches={passes}")
+        return wide_resnet_of(each * passes, each, short, *narrow(), f"microbatches={passes}")
 
     began, rows, compiling = time.perf_counter(), {}, {}
     for passes in (1, 2, PASSES):
@@ -34,8 +34,8 @@ def accumulation(repeats: int, short: bool) -> list[Figure]:
         began = time.perf_counter()
     seconds = paired(
         {"one": rows[1].takes(PASSES), "sixteen": rows[PASSES].take}, repeats)
-    setting = f"WRN-16-{'4' if on_gpu() else '1'}, {PASSES} microbatches of {each}"
-    memory = {passes: max(map(_memory, row.programs)) for passes, row in rows.items()}
+    setting = f"{describe(config(1))}, {PASSES} microbatches of {each}"
+    memory = {passes: max(map(memory_bytes, row.programs)) for passes, row in rows.items()}
     return [
         Figure("accumulation, per example", f"{setting} beside 16 updates of one", ">= 0.95", "x",
                ratios(seconds["one"], seconds["sixteen"]), seconds=seconds),
@@ -49,14 +49,13 @@ def accumulation(repeats: int, short: bool) -> list[Figure]:
 def resident_input(repeats: int, short: bool) -> list[Figure]:
     """The update with its input (uint8 on the device, gathered, augmented) beside fixed floats."""
     batch = 1024 if on_gpu() else 16 if short else 64
-    narrow = () if on_gpu() else ("model.width=1",)
-    config = wide_resnet_config(batch, batch, short, *narrow)
+    config = wide_resnet_of(batch, batch, short, *narrow())
     fed, fixed = BareUpdate(config), BareUpdate(config, augmented=False)
     updates = 4
     seconds = paired({"input": fed.takes(updates), "fixed": fixed.takes(updates)}, repeats)
     return [Figure(
         "resident input with augmentation beside fixed tensors",
-        f"WRN-16-{'4' if on_gpu() else '1'} update, batch {batch}", ">= 0.97", "x",
+        f"{describe(config)} update, batch {batch}", ">= 0.97", "x",
         ratios(seconds["fixed"], seconds["input"]), seconds=seconds)]
 
 
@@ -75,7 +74,7 @@ def several_a_dispatch(repeats: int, short: bool) -> list[Figure]:
     def loop(state: update.State, *rest: jax.Array) -> tuple[update.State, update.Metrics]:
         return jax.lax.scan(lambda state, _: take_one(state, *rest), state, length=LOOPED)
 
-    arguments = looped.resident, looped.batches[0], *looped.hyper
+    arguments = looped.resident, looped.batches[0], *looped.rates
     program = jax.jit(loop, donate_argnums=0, compiler_options=compiler_options(mesh)).lower(
         looped.state, *arguments).compile()
 
@@ -96,10 +95,3 @@ def several_a_dispatch(repeats: int, short: bool) -> list[Figure]:
         f"several updates a dispatch: one by one beside {LOOPED} in a program's loop",
         f"configs/digits.py, updates of {config.recipe.batch_size}", "", "x",
         ratios(seconds["one by one"], seconds["in a loop"]), seconds=seconds)]
-
-
-def _memory(program: object) -> int:
-    """Bytes a device needs while a program runs."""
-    known = program.memory_analysis()
-    return (known.argument_size_in_bytes + known.output_size_in_bytes - known.alias_size_in_bytes
-            + known.temp_size_in_bytes)

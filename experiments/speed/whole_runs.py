@@ -18,21 +18,17 @@ from bigbatch import train
 from bigbatch.storage.logs import read_events
 from bigbatch.update import update
 from experiments.figures import REPOSITORY, load_config
-from experiments.speed.bare import NOISE, BareUpdate
+from experiments.speed.bare import BareUpdate, describe, narrow, on_gpu, wide_resnet
 from experiments.speed.measure import Figure, ratios
-from experiments.speed.peers import on_gpu
 
 BLOCKED_SECONDS = 0.15  # that a save may block, or one update where that is longer
 
 
-def cifar(short: bool, *settings: str) -> str:
-    """configs/cifar10.py with noise for images; on CPU a WRN-16-1, in the short form WRN-10-1."""
-    small = ["model.depth=10", "model.width=1", "data.image_size=8", "data.augment.crop=8",
-             "data.train_examples=2048", "ghost_size=16", "recipe.batch_size=16"]
-    return ",".join([
-        f"configs/cifar10.py:decay,{NOISE}", "data.test_examples=500", "recipe.falls=()",
-        "eval_every_epochs=1000",
-        *(small if short else ["dtype=bfloat16"] if on_gpu() else ["model.width=1"]), *settings])
+def cifar(short: bool, *settings: str) -> ConfigDict:
+    """`wide_resnet` for a whole run, on CPU a narrow one; the short form with few examples."""
+    few = ["data.train_examples=2048", "ghost_size=16", "recipe.batch_size=16"]
+    return wide_resnet(short, "data.test_examples=500", "recipe.falls=()", "eval_every_epochs=1000",
+                       *narrow(), *(few * short), *settings)
 
 
 def train_in(config: ConfigDict, folder: str) -> list[dict[str, Any]]:
@@ -45,7 +41,7 @@ def train_in(config: ConfigDict, folder: str) -> list[dict[str, Any]]:
 def goodput(repeats: int, short: bool) -> list[Figure]:
     """A run's examples a second over those of its bare update, and what its saves block."""
     stretch, turns = (300 if on_gpu() else 4 if short else 10), 4
-    config = load_config(cifar(short))
+    config = cifar(short)
     # Logs as far apart as the config has them for CIFAR-10, saves 200 times as often.
     found, saves = _beside_bare(config, stretch, turns, repeats, saves=2)
     setting = f"{_describe(config)}, {stretch * turns} updates, 2 checkpoints"
@@ -86,7 +82,7 @@ def phase_changes(repeats: int, short: bool) -> list[Figure]:
         for repeat in range(min(repeats, 2)):
             # Long enough to be compiled and to train on for a while; then hardly anything.
             for updates in ((1500 if on_gpu() else 150 if short else 100), 2)[: 1 if repeat else 2]:
-                config = load_config(cifar(short, *setting))
+                config = cifar(short, *setting)
                 one = batch / config.data.train_examples  # an update, in epochs
                 epoch = updates * one
                 # The largest is compiled at the start; the second meanwhile.
@@ -191,13 +187,13 @@ def _taking_turns(bare: BareUpdate, stretch: int, ends: list[float]) -> Callable
     """
     own, numbers = train.take_update, itertools.count()
 
-    def take_update(calls: list, state: update.State, *rest: Any) -> tuple:
+    def take_update(calls: list, state: update.State, *rest: Any, **hooks: Any) -> tuple:
         if next(numbers) % stretch == 0:
             jax.block_until_ready(state)
             ends.append(time.perf_counter())
             bare.take(stretch)
             ends.append(time.perf_counter())
-        return own(calls, state, *rest)
+        return own(calls, state, *rest, **hooks)
 
     return take_update
 
@@ -228,5 +224,4 @@ def _while_compiling(
 
 
 def _describe(config: ConfigDict) -> str:
-    return (f"WRN-{config.model.depth}-{config.model.width}, batch {config.recipe.batch_size}, "
-            f"{config.dtype}")
+    return f"{describe(config)}, batch {config.recipe.batch_size}, {config.dtype}"

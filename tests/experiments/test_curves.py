@@ -1,6 +1,5 @@
 """Figures and tables are drawn from workdirs alone."""
 
-import json
 import re
 
 import numpy as np
@@ -9,76 +8,69 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from bigbatch import schedule
-from experiments import curves
+from bigbatch.storage.logs import read_events
+from experiments import curves, drawing, figures, logs
 from experiments.command_line import one_line_errors
+from tests.support import made_up_runs
+from tests.support.made_up_runs import write_events
+from tests.support.tables import rows_of
 
 
-def write_run(folder, final, batch=50, examples=100, epochs=2):
+def write_run(folder, final, updates=4, **config):
     """A finished run as a workdir holds it: two updates an epoch, loss 1/update."""
-    folder.mkdir()
-    events = [
-        {"updates": u, "examples_seen": u * batch, "epoch": u * batch / examples,
-         "batch_size": batch, "train_loss": 1 / u, "test_accuracy": final if u == 4 else 0.5}
-        for u in range(1, 1 + epochs * examples // batch)
-    ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
-    timing = [{"event": "speed", "seconds": s} for s in (1.5, 2)] + [{"event": "save"}]
-    (folder / "timing.jsonl").write_text("".join(json.dumps(e) + "\n" for e in timing))
-    phases = [{"start_example": 0, "end_example": epochs * examples, "updates": len(events)}]
-    (folder / "config.json").write_text(
-        json.dumps({"config": {"data": {"train_examples": examples}}, "phases": phases}))
-    return folder
+    accuracies = [0.5] * (updates - 1) + [final]
+    losses = [1 / update for update in range(1, 1 + updates)]
+    return made_up_runs.write_run(folder, accuracies, losses, 50, 100, **config)
 
 
 def break_down(folder, updates, loss=1e12):
     """Makes a finished run one that diverged after so many updates, of a last loss that is huge."""
-    events = curves.read_events(folder / "metrics.jsonl")[:updates]
+    events = read_events(folder / "metrics.jsonl")[:updates]
     if events:
         events[-1]["train_loss"] = loss
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
-    with (folder / "timing.jsonl").open("a") as file:
-        for event in ({"event": "start", "devices": 1, "device_kind": "cpu"},
-                      {"event": "diverged", "updates": updates, "epoch": updates / 2}):
-            file.write(json.dumps(event) + "\n")
+    write_events(folder / "metrics.jsonl", events)
+    write_events(folder / "timing.jsonl", [
+        *read_events(folder / "timing.jsonl"),
+        {"event": "start", "devices": 1, "device_kind": "cpu"},
+        {"event": "diverged", "updates": updates, "epoch": updates / 2}])
     return folder
 
 
 def test_the_table_has_mean_and_deviation_of_the_last_evaluations(tmp_path):
     folders = [write_run(tmp_path / str(seed), 0.9 + 0.02 * seed) for seed in (0, 1, 2)]
-    runs = [curves.read_run(folder) for folder in folders]
-    row = curves.table({"decay": runs}).splitlines()[-1]
-    assert row == "| decay | 3 | 92.00 ± 2.00 % | 4 | 3.5 |"
+    runs = [logs.read_run(folder) for folder in folders]
+    row = rows_of(curves.table({"decay": runs}))[-1]
+    assert row == ["decay", "3", "92.00 ± 2.00 %", "4", "3.5"]
 
 
 def test_a_run_that_diverged_is_in_no_mean_and_told(tmp_path):
     """Also one that diverged at once, which has no metrics.jsonl."""
-    runs = [curves.read_run(write_run(tmp_path / "whole", 0.9))]
-    runs += [curves.read_run(break_down(write_run(tmp_path / str(updates), 0.9), updates))
+    runs = [logs.read_run(write_run(tmp_path / "whole", 0.9))]
+    runs += [logs.read_run(break_down(write_run(tmp_path / str(updates), 0.9), updates))
              for updates in (3, 0)]
     told = "2 of 3 diverged at epoch 1.5, 0"
-    assert curves.table({"a": runs}).splitlines()[-1] == f"| a | 3 | 90.00 %; {told} | 4 | 3.5 |"
-    assert curves.table({"a": runs[1:]}).splitlines()[-1].startswith("| a | 2 | 2 of 2 diverged ")
-    figure = Figure()
-    axis = figure.subplots()
-    points = [curves.epoch_means(run.events, "train_loss") for run in runs]
-    mean = curves.plot_runs(axis, runs, points, "epoch", "black", "a")
-    assert mean.tolist() == points[0][1].tolist()
+    assert rows_of(curves.table({"a": runs}))[-1] == ["a", "3", f"90.00 %; {told}", "4", "3.5"]
+    assert rows_of(curves.table({"a": runs[1:]}))[-1][2].startswith("2 of 2 diverged ")
+    axis = Figure().subplots()
+    panel = figures.of_schedules(["a"], "").panels[0]
+    mean = drawing.plot_runs(axis, panel, runs, "black", "a")
+    assert mean.tolist() == [1 / update for update in range(1, 5)]
     line, *others = axis.get_lines()
     assert line.get_label() == f"a (4 updates; {told})"
     assert line.get_ydata().tolist() == mean.tolist()
     assert axis.get_ylim()[1] < 2  # the huge loss does not make the others flat
     crosses = [other.get_xdata() for other in others if other.get_marker() == "x"]
     assert [float(x[0]) for x in crosses] == [1.5, 0]
-    assert [1.0, 2.0] in [list(other.get_xdata()) for other in others]  # as far as it came
-    curves.draw({"a": runs, "b": runs[1:]}, tmp_path / "curves.png")
+    # As far as it came.
+    assert [0.5, 1.0, 1.5] in [list(other.get_xdata()) for other in others]
 
 
 def test_a_run_that_was_started_since_it_diverged_is_not_over(tmp_path):
     folder = break_down(write_run(tmp_path / "run", 0.9), 3)
-    with (folder / "timing.jsonl").open("a") as file:
-        file.write(json.dumps({"event": "start"}) + "\n")
+    timing = folder / "timing.jsonl"
+    write_events(timing, [*read_events(timing), {"event": "start"}])
     with pytest.raises(ValueError, match="stands at example 150 of 200"):
-        curves.read_run(folder)
+        logs.read_run(folder)
 
 
 @pytest.mark.parametrize("starts, wholes, seconds", [
@@ -87,7 +79,7 @@ def test_a_run_that_was_started_since_it_diverged_is_not_over(tmp_path):
 ])
 def test_training_seconds_are_of_all_starts_or_not_said(tmp_path, starts, wholes, seconds):
     """A start that was killed says nothing of its time."""
-    run = curves.read_run(write_run(tmp_path / "run", 0.9))
+    run = logs.read_run(write_run(tmp_path / "run", 0.9))
     timing = [{"event": "start"}] * starts + [
         {"event": "time_share", "wall_seconds": wall, "time_share":
             {"update": 0.1, "evaluation": evaluation, "compile": compiling}}
@@ -104,7 +96,7 @@ def test_errors_are_one_line_and_2_for_a_mistake_in_what_was_asked(tmp_path, cap
     def fail():
         raise RuntimeError("broken")
 
-    status, said = ends(lambda: curves.read_run(tmp_path))
+    status, said = ends(lambda: logs.read_run(tmp_path))
     assert status == 2 and re.fullmatch("program: .*no run was made here.\n", said)
     assert ends(lambda: schedule.find_phase([], "last", "--flag"))[0] == 2
     assert ends(fail) == (1, "program: broken\n")
@@ -113,27 +105,56 @@ def test_errors_are_one_line_and_2_for_a_mistake_in_what_was_asked(tmp_path, cap
         int("a bug")
 
 
-def test_losses_are_means_over_the_epoch_an_update_began_in(tmp_path):
-    run = curves.read_run(write_run(tmp_path / "run", 0.9))
-    epochs, losses = curves.epoch_means(run.events, "train_loss")
-    assert epochs.tolist() == [1, 2]
-    np.testing.assert_allclose(losses, [(1 + 1 / 2) / 2, (1 / 3 + 1 / 4) / 2])
-    np.testing.assert_allclose(curves.at_updates(run, epochs), [2, 4])
+def test_losses_are_means_over_stretches_of_a_run(tmp_path):
+    """400 updates in 40 stretches: ten each, of losses 1/update."""
+    run = logs.read_run(write_run(tmp_path / "run", 0.9, 400))
+    updates, losses = drawing.points(run, "train_loss", "update")
+    np.testing.assert_allclose(losses, [
+        sum(1 / u for u in range(10 * k + 1, 10 * k + 11)) / 10 for k in range(40)])
+    np.testing.assert_allclose(updates, 5.5 + 10 * np.arange(40))
+    np.testing.assert_allclose(drawing.points(run, "train_loss", "epoch")[0], updates / 2)
 
 
-def test_a_picture_is_drawn(tmp_path):
-    runs = [curves.read_run(write_run(tmp_path / str(seed), 0.9)) for seed in (0, 1)]
-    curves.draw({"a": runs, "b": runs[:1]}, tmp_path / "curves.png")
-    pixels = np.asarray(Image.open(tmp_path / "curves.png").convert("RGB"))
+@pytest.mark.parametrize("schedules", [2, 20])
+def test_a_picture_is_drawn_of_as_many_schedules_as_are_given(tmp_path, monkeypatch, schedules):
+    """By the command; each of its own colour."""
+    folders = [write_run(tmp_path / str(seed), 0.9, seed=seed) for seed in (0, 1)]
+    names = [f"schedule{number}" for number in range(schedules)]
+    monkeypatch.setattr("sys.argv", [
+        "curves", f"--output={tmp_path / 'out'}", "--title=all of them",
+        *(f"{name}={','.join(map(str, folders))}" for name in names)])
+    curves.main()
+    pixels = np.asarray(Image.open(tmp_path / "out" / "curves.png").convert("RGB"))
     assert min(pixels.shape[:2]) > 500
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 100
+    assert [row[0] for row in rows_of((tmp_path / "out" / "table.md").read_text())[1:]] == names
+    assert len({tuple(np.atleast_1d(colour)) for colour in drawing.colours(schedules)}) == schedules
+
+
+@pytest.mark.parametrize("other, said", [
+    ({"optimizer": {"weight_decay": 0.1}}, "config.optimizer.weight_decay is 0.0 in one and 0.1"),
+    ({"log_every_epochs": 1.0}, "config.log_every_epochs is '(absent)' in one and 1.0"),
+    ({"seed": 3, "microbatches": 2}, ""),  # the same curve, by what bigbatch promises
+])
+def test_runs_of_one_name_are_seeds_of_one_config(tmp_path, monkeypatch, capsys, other, said):
+    first = {"seed": 0, "optimizer": {"weight_decay": 0.0}}
+    folders = [write_run(tmp_path / name, 0.9, **config)
+               for name, config in (("0", first), ("1", first | other))]
+    monkeypatch.setattr("sys.argv", [
+        "curves", f"--output={tmp_path / 'out'}", f"decay={folders[0]},{folders[1]}"])
+    if not said:
+        return curves.main()
+    with pytest.raises(SystemExit) as ended:
+        curves.main()
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and told.count("\n") == 1
+    assert f"the runs of decay differ in more than their seed: {said}" in told
 
 
 def test_a_run_that_is_not_finished_or_not_there_is_named(tmp_path):
     with pytest.raises(ValueError, match="no run was made here"):
-        curves.read_run(tmp_path)
+        logs.read_run(tmp_path)
     folder = write_run(tmp_path / "run", 0.9)
-    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (folder / "metrics.jsonl").write_text("".join(lines[:-1]))
+    write_events(folder / "metrics.jsonl", read_events(folder / "metrics.jsonl")[:-1])
     with pytest.raises(ValueError, match="stands at example 150 of 200"):
-        curves.read_run(folder)
+        logs.read_run(folder)

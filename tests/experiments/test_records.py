@@ -1,68 +1,51 @@
-"""README's results are those of the records it names, drawn again from their logs."""
+"""Records are there where they are named, and draw again from their logs."""
 
 import json
 import re
 
 import pytest
 
-from experiments import curves, demo, figures, provenance, records, reproduce, tables
+from experiments import curves, demo, figures, provenance, reproduce
 from experiments.speed import measure
-from experiments.speed import table as speed_table
 from tests.support.started import REPOSITORY
+from tests.support.tables import rows_of
 
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-SMALL = REPOSITORY / "experiments" / "records" / "2026-11-25_small"
-DEMO = REPOSITORY / "experiments" / "records" / "2026-11-26_demo"
-SPEED = REPOSITORY / "experiments" / "records" / "2026-11-26_speed.json"
-
-
-def rows_below(header):
-    """The cells of README's table that begins with `header`."""
-    table = README[README.index(header):].split("\n\n")[0]
-    return [[cell.strip() for cell in line.strip("|").split("|")]
-            for line in table.splitlines()[2:]]
+RECORDS = REPOSITORY / "experiments" / "records"
+SMALL, DEMO = RECORDS / "2026-11-25_small", RECORDS / "2026-11-26_demo"
+SPEED = RECORDS / "2026-11-26_speed.json"
 
 
 def test_every_record_that_is_named_is_there():
-    named = set(re.findall(r"experiments/records/[\w./-]*\w", README))
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"experiments/records/[\w./-]*\w", readme))
     assert len(named) > 3
     missing = [name for name in named if not (REPOSITORY / name).exists()]
     assert not missing
 
 
-def test_the_results_table_is_the_records():
-    with records.opened(SMALL) as folder:
-        results = reproduce.read(figures.select("all"), "small", 3, folder, SMALL)
-    made = tables.summary(figures.select("all"), "small", results)
-    shown = rows_below("| figure | schedule |")
-    assert len(shown) > 10
-    assert [row for row in shown if row not in made.cells] == []
-    tabulated = (SMALL / "tables.md").read_text(encoding="utf-8")
-    for figure in figures.FIGURES.values():
-        for table in tables.make(figure, "small", results):
-            assert tables.markdown(table) in tabulated
+def test_the_small_scales_tables_are_drawn_again_from_its_logs(tmp_path):
+    reproduce.draw(figures.select("all", "small"), "small", 3, SMALL, tmp_path)
+    kept, drawn = ((folder / "tables.md").read_text(encoding="utf-8")
+                   for folder in (SMALL, tmp_path))
+    assert kept == drawn and len(rows_of(drawn)) > 60
+    # Of appendix B's rates alone no number of the paper's is known.
+    assert drawn.count("not given") == len(figures.RATES)
 
 
-def test_the_demonstrations_table_is_the_records():
-    with records.opened(DEMO) as folder:
-        table = curves.table({
-            preset: [curves.read_run(folder / "runs" / f"{preset}-{seed}") for seed in range(3)]
-            for preset in demo.PRESETS
-        })
-    shown = rows_below("| schedule | seeds |")
-    assert len(shown) == 3
-    assert [row for row in shown if f"| {' | '.join(row)} |" not in table] == []
+def test_the_demonstrations_table_is_drawn_again_from_its_logs(tmp_path):
+    curves.draw(figures.DEMO, demo.read(DEMO, 3), tmp_path)
+    kept, drawn = ((folder / "table.md").read_text(encoding="utf-8")
+                   for folder in (DEMO, tmp_path))
+    assert kept == drawn and len(rows_of(drawn)) == 4
 
 
-def test_the_table_of_speeds_is_the_records():
+def test_the_record_of_speeds_makes_a_table():
     record = json.loads(SPEED.read_text(encoding="utf-8"))
-    made = speed_table.markdown(
-        [measure.Figure(**{name: figure[name] for name in measure.Figure._fields})
-         for figure in record["figures"]], record["hardware"]).splitlines()
     assert re.match(r"[0-9a-f]{40}$", record["revision"]), "measured with uncommitted code"
-    shown = README[README.index(made[0]):].split("\n\n")[0].splitlines()
-    assert len(shown) > 10
-    assert [line for line in shown if line not in made] == []
+    found = [measure.Figure(**{name: figure[name] for name in measure.Figure._fields})
+             for figure in record["figures"]]
+    rows = rows_of(measure.markdown(found, record["hardware"]))[1:]
+    assert [int(row[3]) for row in rows] == [len(figure["values"]) for figure in record["figures"]]
 
 
 @pytest.mark.parametrize("record", [SMALL, DEMO], ids=lambda path: path.name)

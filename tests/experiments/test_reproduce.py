@@ -1,15 +1,30 @@
 """The paper's figures from one command, by real runs of the quickest scale."""
 
-import json
 import re
+import shlex
 import shutil
 import signal
+import sys
+import threading
 
 import numpy as np
 import pytest
 
-from experiments import curves, drawing, figures, provenance, records, reproduce, runs, tables
+from bigbatch.storage.logs import read_events
+from experiments import (
+    drawing,
+    figures,
+    logs,
+    machine,
+    provenance,
+    records,
+    reproduce,
+    runs,
+    tables,
+)
+from tests.support import made_up_runs
 from tests.support.started import end, start_python, wait_until
+from tests.support.tables import rows_of
 
 # Figure 6 is the quickest: two curves.
 COMMAND = ("-m", "experiments.reproduce", "--scale=digits", "--seeds=1")
@@ -44,11 +59,11 @@ def made(tmp_path_factory):
 def test_cut_runs_go_on_and_everything_is_drawn(made):
     starts = [
         event for timing in made.glob("runs/*/timing.jsonl")
-        for event in curves.read_events(timing) if event["event"] == "start"
+        for event in read_events(timing) if event["event"] == "start"
     ]
     assert len(starts) > 2 and any(event["examples_seen"] for event in starts)
     assert len(provenance.read(made)) == 2
-    for name in ("figure_6.png", "figure_6.svg", "tables.md", "report.html"):
+    for name in ("figure_6.png", "figure_6.svg", "tables.md", "report.md", "report.html"):
         assert (made / name).stat().st_size > 500, name
     report = (made / "report.html").read_text()
     # Self-contained: nothing is fetched, and what was run is said.
@@ -73,12 +88,12 @@ def test_a_record_says_what_its_workdir_says(made, tmp_path):
     record = tmp_path / "record"
     shutil.copytree(made / "record", record)
     (record / "tables.md").unlink()
-    reproduce.draw(figures.select("6"), "digits", 1, record, tmp_path / "drawn")
+    reproduce.draw(figures.select("6", "digits"), "digits", 1, record, tmp_path / "drawn")
     assert (tmp_path / "drawn" / "tables.md").read_text() == (made / "tables.md").read_text()
     with records.opened(record) as folder:
         for run in made.glob("runs/*"):
-            kept = curves.read_run(folder / "runs" / run.name)
-            lived = curves.read_run(run)
+            kept = logs.read_run(folder / "runs" / run.name)
+            lived = logs.read_run(run)
             assert kept._replace(timing=None) == lived._replace(timing=None)
             assert kept.seconds == pytest.approx(lived.seconds, abs=0.01)
             assert kept.training_seconds == lived.training_seconds
@@ -88,10 +103,31 @@ def test_a_record_says_what_its_workdir_says(made, tmp_path):
         record / records.ARCHIVE).read_bytes()
 
 
+def test_the_commands_of_what_is_missing_are_printed(made, tmp_path, monkeypatch, capsys):
+    """One a line, for a shell: those of the second seed; nothing is trained, drawn or noted."""
+    before = {path: path.stat().st_mtime_ns for path in made.rglob("*")}
+    data_dir, output = tmp_path / "a folder", tmp_path / "none"
+    monkeypatch.setattr("sys.argv", [
+        *COMMAND[1:], "--figure=6", f"--workdir={made}", "--seeds=2", f"--data_dir={data_dir}",
+        f"--output={output}", "--print_commands"])
+    reproduce.main()
+    printed = capsys.readouterr()
+    assert "2 of 4 runs are over already" in printed.err
+    assert [shlex.split(line) for line in printed.out.splitlines()] == [
+        [sys.executable, "-m", "bigbatch.main",
+         f"--config=configs/small.py:{preset},data=digits,seed=1", f"--config.data.dir={data_dir}",
+         f"--workdir={made}/runs/{preset}_data=digits_seed=1"]
+        for preset in ("figure6_decay", "figure6_increase")]
+    assert {path: path.stat().st_mtime_ns for path in made.rglob("*")} == before
+    assert not output.exists()
+
+
 @pytest.mark.parametrize("arguments, said", [
     (("--figure=6", "--draw_only", "--seeds=2"), "seed=1 has no metrics.jsonl"),
     (("--figure=6", "--scale=small"), "holds a run of another config"),
+    (("--figure=6", "--draw_only", "--workdir=none"), "none holds neither runs nor runs.tar.gz"),
     (("--figure=9",), "--figure names '9'"),
+    (("--figure=6", "--scale=medium"), "at the scale medium there are 1, 2, 2a, 2b, 3, 3a, 5"),
     (("--figure=6", "--seeds=0"), "--seeds is 0"),
     (("--figure=6", "--at_once=-1"), "--at_once is -1"),
     (("--figure=6", "--record=runs", "--output=runs"), "neither --workdir nor --output"),
@@ -102,25 +138,10 @@ def test_what_cannot_be_drawn_is_one_line(made, tmp_path, monkeypatch, capsys, a
     for run in made.glob("runs/*"):
         renamed = run.name.replace("_data=digits", "") if "small" in str(arguments) else run.name
         shutil.copytree(run, workdir / "runs" / renamed, ignore=lambda *_: ["checkpoints"])
-    told = refused(monkeypatch, capsys, *arguments, f"--workdir={workdir}")
+    told = refused(monkeypatch, capsys, f"--workdir={workdir}", *arguments)
     assert said in told and told.startswith("experiments.reproduce: "), told
     assert told.count("\n") == 1
     assert not (workdir / "report.html").exists()
-
-
-def test_a_missing_record_is_named(tmp_path, monkeypatch, capsys):
-    arguments = ("--figure=6", "--draw_only", f"--workdir={tmp_path / 'none'}")
-    said = refused(monkeypatch, capsys, *arguments)
-    assert "none holds neither runs nor runs.tar.gz" in said
-
-
-def test_a_run_that_fails_is_told_with_its_command(tmp_path):
-    run = runs.Run("configs/small.py:decay", tmp_path / "run")
-    with pytest.raises(RuntimeError, match="there is no such folder") as failed:
-        runs.train_all([run], [f"--config.data.dir={tmp_path / 'no data'}"])
-    assert ("python -m bigbatch.main --config=configs/small.py:decay "
-            f"'--config.data.dir={tmp_path / 'no data'}' --workdir={run.workdir} ended with status"
-            ) in str(failed.value)
 
 
 def test_a_run_that_diverges_is_a_result(made, tmp_path, monkeypatch, capsys):
@@ -143,7 +164,7 @@ def test_a_run_that_diverges_is_a_result(made, tmp_path, monkeypatch, capsys):
     told = capsys.readouterr().out
     assert told.count("DIVERGED") == 2 and "FAILED" not in told
     texts = [figures.config_text("digits", panel, curve, 0) for curve in panel.curves]
-    whole, *broken = (curves.read_run(reproduce.folder_of(workdir, text)) for text in texts)
+    whole, *broken = (logs.read_run(reproduce.folder_of(workdir, text)) for text in texts)
     assert not whole.diverged and len(broken[0].events) > 20 and not broken[1].events
     assert 1 < broken[0].diverged["epoch"] < 3 and broken[1].diverged["epoch"] < 0.03
     # What is drawn and tabulated.
@@ -154,8 +175,8 @@ def test_a_run_that_diverges_is_a_result(made, tmp_path, monkeypatch, capsys):
     for curve, run in zip((later, at_once), broken, strict=True):
         told = f"1 of 1 diverged at epoch {run.diverged['epoch']:.3g}"
         assert f"{curve.label} (2,880 updates; {told})" in legend
-        (cells,) = [line.split(" | ") for line in (workdir / "tables.md").read_text().splitlines()
-                    if line.startswith(f"| {curve.label} |")]
+        (cells,) = [row for row in rows_of((workdir / "tables.md").read_text())
+                    if row[0] == curve.label]
         assert told in cells and "none: a run diverged" in cells
     report = (workdir / "report.html").read_text()
     for curve, directory in ((first, ""), (later, f"--config.data.dir={tmp_path} ")):
@@ -170,21 +191,9 @@ def test_a_run_that_diverges_is_a_result(made, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "drawn" / "tables.md").read_text() == (workdir / "tables.md").read_text()
 
 
-def write_run(folder, accuracies, losses, updates=10):
-    """What a finished run of `updates` updates leaves, evaluated at each."""
-    folder.mkdir(parents=True)
-    events = [
-        {"updates": u, "examples_seen": 10 * u, "epoch": u / 5, "batch_size": 10,
-         "train_loss": losses[u - 1], "test_accuracy": accuracies[u - 1], "learning_rate": 0.1}
-        for u in range(1, updates + 1)
-    ]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
-    (folder / "timing.jsonl").write_text(json.dumps({"event": "speed", "seconds": 2.5}) + "\n")
-    (folder / "config.json").write_text(json.dumps({
-        "config": {"data": {"train_examples": 50, "dir": ""}},
-        "phases": [{"start_example": 0, "end_example": 10 * updates, "updates": updates,
-                    "learning_rate": 0.1}]}))
-    return curves.read_run(folder)
+def write_run(folder, accuracies, losses):
+    """The logs of a finished run, evaluated at each of its updates."""
+    return logs.read_run(made_up_runs.write_run(folder, accuracies, losses))
 
 
 def broken(run, updates):
@@ -205,10 +214,11 @@ def test_a_tables_numbers(tmp_path):
             for seed in (0, 1)
         ]
     first, second, *_ = tables.rows(panel, "paper", results)
-    assert first.values == pytest.approx([0.7, 0.71]) and first.paper_values == [0.943]
-    assert first.comparison is None and first.inside is False and not first.read_off
+    assert first.values == pytest.approx([0.7, 0.71]) and first.stated == [0.943]
+    assert first.comparison is None and first.inside is False
+    assert first.paper == "94.3 % (median of five more, from memory: 94.3 %)"
     assert second.comparison.difference == pytest.approx(-0.1)
-    assert second.comparison.verdict == "lower" and second.claim == "same"
+    assert second.comparison.verdict == "lower" and second.curve.claim == "same"
     (table,) = tables.make(figures.FIGURES["5"], "paper", results)
     row = dict(zip(table.header, table.cells[1], strict=True))
     assert row["final test accuracy"] == "60.50 ± 0.71 %" and row["n"] == "2"
@@ -262,7 +272,8 @@ def test_the_thirty_minutes_are_told_where_they_are_known(tmp_path):
                 third: [timed(20), run]}
     (table,) = tables.make(figure, "small", results)
     column = table.header.index("training took")
-    assert [cells[column] for cells in table.cells] == ["30.0 min", "20.5 s", ""]
+    assert [cells[column:column + 2] for cells in table.cells] == [
+        ["30.0 min", "under 45 min"], ["20.5 s", "under 30 min"], ["", "22 min"]]
     assert "8 x TPU v3" in table.note and "without compiling and evaluating" in table.note
 
 
@@ -291,7 +302,7 @@ def written(tmp_path_factory):
 def test_a_figure_shows_its_curves_and_the_papers_points(written, name, scale):
     figure = figures.FIGURES[name]
     picture = drawing.make(figure, scale, written)
-    if figure.kind == "schedules":
+    if not figure.trained:
         assert len(picture.axes) == 3 and all(len(axis.patches) == 3 for axis in picture.axes)
         return
     for column, panel in enumerate(figure.panels):
@@ -299,8 +310,8 @@ def test_a_figure_shows_its_curves_and_the_papers_points(written, name, scale):
         lines = {line.get_label().split(" (")[0]: line for line in axis.get_lines()
                  if not line.get_label().endswith("(paper)")}
         for number, curve in enumerate(panel.curves):
-            line = lines[curve.label] if figure.kind != "initial_rate" else axis.get_lines()[-1]
-            if figure.kind == "initial_rate":  # one point a curve: the mean of the last values
+            line = lines[curve.label] if name != "B" else axis.get_lines()[-1]
+            if name == "B":  # one point a curve: the mean of the last values
                 assert line.get_ydata()[number] == pytest.approx(1.0)
                 continue
             across = [10 * u / (50 if panel.axis == "epoch" else 10) for u in range(1, 11)]
@@ -316,6 +327,19 @@ def test_a_figure_shows_its_curves_and_the_papers_points(written, name, scale):
         points = {(p.start, p.end, p.mean, p.mean) for p in figures.read_digitised()
                   if p.panel == panel.name}
         assert points <= segments
+        # What the paper states of its curves' ends; over our curves at its scale.
+        stated = {float(value) for where in (picture.axes if scale == "small" else [axis])
+                  for line in where.get_lines() if line.get_marker() == "D"
+                  for value in line.get_ydata()}
+        finals = {final for curve in panel.curves for final in curve.finals}
+        assert stated == (finals if points or scale == "paper" else set())
+
+
+def test_the_papers_last_curve_of_figure_5_is_shown_where_it_ended(written):
+    """2 352 updates, 93.3 %, in the axes of our own curves at the paper's scale."""
+    (axis,) = drawing.make(figures.FIGURES["5"], "paper", written).axes
+    assert (2352, 0.933) in [(x, y) for line in axis.get_lines() if line.get_marker() == "D"
+                             for x, y in zip(*line.get_data(), strict=True)]
 
 
 @pytest.mark.parametrize("name", [name for name in figures.FIGURES if name != "1"])
@@ -329,16 +353,16 @@ def test_a_figure_is_drawn_beside_runs_that_diverged(written, name):
     picture = drawing.make(figure, "small", results)
     axis = picture.axes[0]
     crosses = sum(line.get_marker() == "x" for line in axis.get_lines())
-    assert crosses == (2 if figure.kind == "initial_rate" else 3)  # there one a rate
+    assert crosses == (2 if name == "B" else 3)  # there one a rate
     legend = " ".join(text.get_text() for text in axis.get_legend().get_texts())
     assert "1 of 2 diverged at epoch 0.6" in legend
     assert "2 of 2 diverged at epoch 0.6, 0" in legend
-    if figure.kind == "initial_rate":
+    if name == "B":
         assert np.isnan(axis.get_lines()[-1].get_ydata()).tolist() == [False] * 5 + [True]
     else:
         lines = {line.get_label().split(" (")[0]: line for line in axis.get_lines()}
-        whole = drawing.points(written[first][1], panel.quantity)
-        assert lines[panel.curves[0].label].get_ydata() == pytest.approx(whole.value)
+        _, whole = drawing.points(written[first][1], panel.quantity)
+        assert lines[panel.curves[0].label].get_ydata() == pytest.approx(whole)
         assert not len(lines[panel.curves[-1].label].get_ydata())
     text = "".join(tables.markdown(table) for table in tables.make(figure, "small", results))
     assert "1 of 2 diverged at epoch 0.6" in text and "2 of 2 diverged at epoch 0.6, 0" in text
@@ -346,21 +370,32 @@ def test_a_figure_is_drawn_beside_runs_that_diverged(written, name):
 
 
 def test_a_failed_run_does_not_keep_others_from_ending(tmp_path):
-    """The first of three fails at once; beside it and after it the others train to their end."""
+    """The first of three fails at once and is told; the others train to their end."""
     tiny = "tests/support/small_config.py:resident"
     wanted = [runs.Run("configs/small.py:decay", tmp_path / "fails")]
     wanted += [runs.Run(f"{tiny},seed={seed}", tmp_path / f"run{seed}") for seed in (0, 1)]
-    said = []
-    with pytest.raises(RuntimeError, match="1 of 3 runs failed"):
-        runs.train_all(wanted, [f"--config.data.dir={tmp_path / 'none'}"], 2, said.append)
+    said, data_dir = [], tmp_path / "no data"
+    with pytest.raises(RuntimeError, match="1 of 3 runs failed") as failed:
+        runs.train(wanted, [f"--config.data.dir={data_dir}"], 2, said.append)
+    assert "there is no such folder" in str(failed.value)
+    assert ("python -m bigbatch.main --config=configs/small.py:decay "
+            f"'--config.data.dir={data_dir}' --workdir={wanted[0].workdir} ended with status"
+            ) in str(failed.value)
     assert [runs.is_over(run) for run in wanted] == [False, True, True]
     assert sum("FAILED" in line for line in said) == 1
 
 
-def test_after_a_stop_nothing_more_is_started():
-    children = runs.Children()
-    children.stop()
-    assert children.run(["false"], {}) == (0, "")
+def test_after_a_stop_nothing_more_is_started(tmp_path):
+    """Of two runs one by one, the first is told to save and the second never begins."""
+    machine.jax_devices()  # asked before: what comes to this process then, comes while runs train
+    wanted = [
+        runs.Run(f"tests/support/small_config.py:resident,seed={seed}", tmp_path / f"run{seed}")
+        for seed in (0, 1)]
+    timer = threading.Timer(1.0, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        runs.train(wanted, [], 1)
+    assert not wanted[1].workdir.exists()
 
 
 def test_figure_1_needs_no_runs(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ from bigbatch import evaluate, train
 from bigbatch.data import sources
 from bigbatch.storage import bucket, checkpoint, lease
 from bigbatch.storage.logs import read_events
-from experiments import curves
+from experiments import logs
 from tests.data.test_sources import as_png, data_config, pictures, prepare
 from tests.support import small_config, started
 from tests.support.bucket_server import serving
@@ -127,11 +127,11 @@ def test_programs_read_a_run_in_a_bucket(in_bucket, whole, server):
     url, _ = in_bucket
     before = list(server.writes)
     assert evaluate.evaluate_run(url) == pytest.approx(evaluate.evaluate_run(whole), rel=1e-6)
-    assert curves.read_run(url).events == read_events(whole / "metrics.jsonl")
+    assert logs.read_run(url).events == read_events(whole / "metrics.jsonl")
     with pytest.raises(ValueError, match="gs://bucket/none has no checkpoint"):
         checkpoint.load("gs://bucket/none")
     with pytest.raises(ValueError, match="gs://bucket/none has no metrics.jsonl"):
-        curves.read_run("gs://bucket/none")
+        logs.read_run("gs://bucket/none")
     assert server.writes == before, "reading has written"
 
 

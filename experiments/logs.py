@@ -1,0 +1,126 @@
+"""What a workdir's logs say of its run: what figures and tables are made from."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bigbatch.mistake import Mistake
+from bigbatch.storage import bucket, continuing
+from bigbatch.storage.logs import read_events
+
+# Keys in which the runs of one mean may differ: the seed, and what never changes what is learned
+# nor when it is measured.
+FREE = {"seed", *continuing.FREE} - {"log_every_epochs", "eval_every_epochs"}
+
+
+class Logs(NamedTuple):
+    """What one workdir says of its run, which came to its end or diverged."""
+
+    events: list[dict[str, Any]]  # of metrics.jsonl; a run that diverged at once has none
+    timing: list[dict[str, Any]]  # of timing.jsonl
+    config: dict[str, Any]
+    phases: list[dict[str, Any]]
+
+    @property
+    def diverged(self) -> dict[str, Any] | None:
+        """See `divergence`."""
+        return divergence(self.timing)
+
+    @property
+    def examples(self) -> int:
+        """N."""
+        return self.config["data"]["train_examples"]
+
+    @property
+    def updates(self) -> int:
+        """Of the schedule: as many as a run makes that does not diverge."""
+        return sum(phase["updates"] for phase in self.phases)
+
+    @property
+    def seconds(self) -> float | None:
+        """Of wall-clock time, all starts together, without what a kill lost."""
+        return sum(event["seconds"] for event in self.timing if "seconds" in event) or None
+
+    @property
+    def training_seconds(self) -> float | None:
+        """Of wall-clock time, without evaluation and waiting for compilers; all starts together.
+
+        None where one did not say. A start that was killed does not, nor one that diverged.
+        """
+        starts, wholes = ([event for event in self.timing if event["event"] == kind]
+                          for kind in ("start", "time_share"))
+        if not wholes or len(wholes) != len(starts):
+            return None
+        return sum(
+            whole["wall_seconds"]
+            * (1 - sum(whole["time_share"][what] for what in ("evaluation", "compile")))
+            for whole in wholes
+        )
+
+    @property
+    def devices(self) -> set[str]:
+        """What it was trained on, as "8 x TPU v3"."""
+        return {f"{event['devices']} x {event['device_kind']}" for event in self.timing
+                if event["event"] == "start"}
+
+
+def divergence(timing: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """The last event of a run's timing.jsonl if training broke down, with epoch and updates.
+
+    Started again, such a run would break down at the same update. None where it was started since.
+    """
+    told = [event for event in timing if event["event"] in ("start", "diverged")]
+    return told[-1] if told and told[-1]["event"] == "diverged" else None
+
+
+def read_run(workdir: str | Path) -> Logs:
+    """The logs of a run that is over, in a folder or in a bucket (gs://).
+
+    Raises:
+        Mistake: if the workdir holds none, or a run that has neither come to its end nor
+            diverged.
+    """
+    with bucket.opened(workdir) as (folder, mirror):
+        if mirror:
+            mirror.bring_down_logs()
+        events, timing = (read_events(folder / f"{name}.jsonl") for name in ("metrics", "timing"))
+        if not events and not divergence(timing):
+            raise Mistake(
+                f"{workdir} has no metrics.jsonl with events in it: no run was made here.")
+        described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    run = Logs(events, timing, described["config"], described["phases"])
+    end = run.phases[-1]["end_example"]
+    if not run.diverged and events[-1]["examples_seen"] != end:
+        raise Mistake(
+            f"{workdir} holds a run that stands at example {events[-1]['examples_seen']} of "
+            f"{end}: give its command again until it has finished."
+        )
+    return run
+
+
+def check_seeds(name: str, runs: Sequence[Logs]) -> None:
+    """Refuses runs under one name that are no seeds of one config.
+
+    Raises:
+        Mistake: naming the first key in which they differ, with both values.
+    """
+    first, *others = (continuing.flatten(run.config) for run in runs)
+    for other in others:
+        for key in sorted((first.keys() | other.keys()) - FREE):
+            values = [config.get(key, "(absent)") for config in (first, other)]
+            if values[0] != values[1]:
+                raise Mistake(
+                    f"the runs of {name} differ in more than their seed: config.{key} is "
+                    f"{values[0]!r} in one and {values[1]!r} in another. Give each its own NAME.")
+
+
+def finished(runs: Sequence[Logs]) -> list[Logs]:
+    """Those that did not diverge."""
+    return [run for run in runs if not run.diverged]
+
+
+def divergences(runs: Sequence[Logs]) -> str:
+    """How many of them diverged and when, as "1 of 3 diverged at epoch 0.62"; "" for none."""
+    epochs = [f"{run.diverged['epoch']:.3g}" for run in runs if run.diverged]
+    return f"{len(epochs)} of {len(runs)} diverged at epoch {', '.join(epochs)}" * bool(epochs)
