@@ -58,7 +58,7 @@ def measure(config_text: str, seeds: int, repeats: int, updates: int) -> list[Fi
 
     state = stack([row.state for row in rows])
     resident = rows[0].resident | {"seed": np.arange(seeds, dtype=np.uint32)}
-    given = resident, stack([row.batches[0] for row in rows]), *rows[0].hyper
+    given = resident, stack([row.batches[0] for row in rows]), *rows[0].rates
     program = jax.jit(
         jax.vmap(one, in_axes=(0, shared, 0, None, None)), donate_argnums=0,
         compiler_options=compiler_options(mesh)).lower(state, *given).compile()

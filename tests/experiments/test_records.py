@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from experiments import curves, demo, figures, provenance, reproduce
+from experiments import curves, demo, figures, logs, provenance, records, reproduce
 from experiments.speed import measure
 from tests.support.started import REPOSITORY
 from tests.support.tables import rows_of
@@ -16,8 +16,9 @@ SPEED = RECORDS / "2026-11-26_speed.json"
 
 
 def test_every_record_that_is_named_is_there():
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"experiments/records/[\w./-]*\w", readme))
+    pages = [REPOSITORY / "README.md", *(REPOSITORY / "docs").glob("*.md")]
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
+    named = set(re.findall(r"experiments/records/[\w./-]*\w", text))
     assert len(named) > 3
     missing = [name for name in named if not (REPOSITORY / name).exists()]
     assert not missing
@@ -56,3 +57,32 @@ def test_a_record_says_how_it_was_made(record):
         assert training["command"].startswith("python -m experiments.")
         assert re.match(r"[0-9a-f]{40}$", training["revision"]), "made from uncommitted code"
         assert training["hardware"] and training["versions"]["jax"] and training["configs"]
+
+
+def test_the_h200s_results_are_the_records():
+    folder = RECORDS / "2026-11-26_h200"
+    speed = json.loads(folder.with_name("2026-11-26_h200_speed.json").read_text(encoding="utf-8"))
+    pages = [(REPOSITORY / "README.md").read_text(encoding="utf-8"), *((REPOSITORY / "docs" / page).read_text(encoding="utf-8")
+                       for page in ("reproduce.md", "speed.md"))]
+    events = {}
+    with records.opened(folder) as unpacked:
+        for preset, label in (("decay", "decaying learning rate"),
+                              ("increase", "increasing batch size")):
+            run = logs.read_run(unpacked / "runs" / f"{preset}_dtype=bfloat16_seed=0")
+            events[preset] = run.events
+            seconds = sum(event["wall_seconds"] for event in run.timing
+                          if event["event"] == "time_share")
+            row = (f"| {run.updates:,} | {100 * run.events[-1]['test_accuracy']:.2f} % | 1 | "
+                   f"{seconds:.0f} |")
+            for page in pages[:2]:
+                assert [line for line in page.splitlines()
+                        if line.startswith(f"| 3a | {label} |") and line.endswith(row)]
+    shared = [a for a, b in zip(events["decay"], events["increase"], strict=False) if a == b]
+    assert len(shared) == 600 and shared[-1]["updates"] == 23_438
+    for row in speed["by_batch"]:
+        if row["run"] in events:
+            assert (f"| {row['milliseconds_an_update']:.2f} | {row['images_a_second']:,} | "
+                    f"{100 * row['model_flop_utilisation']:.1f} % |") in pages[2]
+    for made in (speed, *provenance.read(folder)):
+        assert made["command"].startswith("python -m bigbatch.main ")
+        assert re.match(r"[0-9a-f]{40}$", made["revision"])
