@@ -62,8 +62,8 @@ def test_a_record_says_how_it_was_made(record):
 def test_the_h200s_results_are_the_records():
     folder = RECORDS / "2026-11-26_h200"
     speed = json.loads(folder.with_name("2026-11-26_h200_speed.json").read_text(encoding="utf-8"))
-    pages = [(REPOSITORY / "README.md").read_text(encoding="utf-8"), *((REPOSITORY / "docs" / page).read_text(encoding="utf-8")
-                       for page in ("reproduce.md", "speed.md"))]
+    pages = [(REPOSITORY / page).read_text(encoding="utf-8")
+             for page in ("README.md", "docs/reproduce.md", "docs/speed.md")]
     events = {}
     with records.opened(folder) as unpacked:
         for preset, label in (("decay", "decaying learning rate"),
