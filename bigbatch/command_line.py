@@ -2,21 +2,18 @@
 
 import functools
 import gc
-import importlib.util
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import ModuleType
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
+from bigbatch import config_files
 from bigbatch.config import set_from_text
 from bigbatch.job import statuses
 from bigbatch.job.processes import leave
 from bigbatch.mistake import Mistake
 
-EXAMPLE = "--config=configs/digits.py:increase"
 flags.disclaim_key_flags()  # a program's --help shows --config among its own flags
 
 
@@ -26,7 +23,7 @@ def define_config() -> None:
     # and what it makes of a mistake is a traceback.
     if "config" not in flags.FLAGS:
         flags.DEFINE_string(
-            "config", None, "file.py:preset,key=value,... as configs/digits.py:increase,seed=3; "
+            "config", None, "file.py:preset,key=value,... as digits.py:increase,seed=3; "
             "--config.key=value sets one more key."
         )
     flags.declare_key_flag("config")
@@ -82,45 +79,11 @@ def config() -> ConfigDict:
             there.
     """
     if not flags.FLAGS.config:
-        raise Mistake(f"--config is missing; write for example {EXAMPLE}.")
+        raise Mistake(f"--config is missing; {config_files.that_came_along()}")
     return _load_once(flags.FLAGS.config)
 
 
-def load_config(text: str, root: Path | None = None) -> ConfigDict:
-    """The config that a text as that of --config names: file.py:preset,key=value,...
-
-    Args:
-        text: as "configs/digits.py:increase,seed=3".
-        root: the folder that a relative path begins in; None for the working directory.
-
-    Raises:
-        Mistake: if there is no such file, or its argument asks for what is not there.
-    """
-    path, _, argument = text.partition(":")
-    return load_file(root / path if root else path).get_config(argument)
-
-
-_load_once = functools.cache(load_config)
-
-
-def load_file(path: str | Path) -> ModuleType:
-    """A config file, as a module with `get_config(argument)`.
-
-    Raises:
-        Mistake: if there is no such file, or no such function in it.
-    """
-    spec = importlib.util.spec_from_file_location("config", path)  # None if no Python file's name
-    if spec is None or not Path(path).is_file():
-        raise Mistake(
-            f"--config names {str(path)!r}, and there is no such Python file; write for example "
-            f"{EXAMPLE}."
-        )
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise Mistake(f"--config names {str(path)!r}, which has no function "
-                         "get_config(argument).")
-    return module
+_load_once = functools.cache(config_files.load_config)
 
 
 def refuse(text: str) -> None:

@@ -22,6 +22,11 @@ WEIGHT_DECAY_ON = ("all", "no_norms", "no_norms_or_biases")
 CROP_STYLES = ("goyal", "inception", "none")
 RESAMPLE = ("bicubic", "bilinear")
 ON_BAD_IMAGE = ("stop", "skip")
+# What version 0.1 had in configs/small.py: {its dotted path: the one of now}.
+MOVED = {
+    "configs.small.half_resolution": "bigbatch.data.smaller.half_resolution",
+    "configs.small.some_digits": "bigbatch.data.smaller.some_digits",
+}
 MAY_BE_NONE = ("scale_up.momentum", "limits.max_batch_size", "limits.granularity")
 
 
@@ -159,7 +164,7 @@ def saved_config(run: Mapping[str, Any]) -> ConfigDict:
     """The config that a run was saved with, with every key that this version has.
 
     A key that the version which saved it had not yet has its default: what runs did without it. So
-    a new key ends no old run.
+    a new key ends no old run. What was moved in the package is named by its place of now.
 
     Args:
         run: `config`, and the `version` that saved it, which 0.1 did not note.
@@ -170,6 +175,7 @@ def saved_config(run: Mapping[str, Any]) -> ConfigDict:
         wide_resnet = filled.network == "bigbatch.models.wide_resnet.WideResNet"
         if "version" not in run and wide_resnet and "same_padding" not in filled.model:
             filled.model.same_padding = True  # version 0.1 had no other
+        filled.data.name = MOVED.get(filled.data.name, filled.data.name)
     return filled
 
 

@@ -25,8 +25,9 @@ README.md; `data.dir=FOLDER` says where.
 from ml_collections import ConfigDict
 
 from bigbatch.config import from_argument
-from configs import cifar10
+from bigbatch.config_files import CONFIGS, load_file
 
+cifar10 = load_file(CONFIGS / "cifar10.py")
 PRESETS = cifar10.PRESETS
 EPOCHS = 30.0
 

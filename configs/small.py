@@ -26,12 +26,12 @@ The data: TFDS's `cifar10` as ArrayRecord files, see README.md; `data.dir=FOLDER
 
 from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from bigbatch.config import base_config, from_argument
-from bigbatch.data import sources
-from configs.cifar10 import OPTIMIZERS
+from bigbatch.config_files import CONFIGS, load_file
+
+OPTIMIZERS = load_file(CONFIGS / "cifar10.py").OPTIMIZERS
 
 FIGURE_5 = {"strategy": "increase", "limits.max_batch_size": 640}
 # A fifth of ImageNet's epochs and about as many updates in each: N/B is 156 there, 160 here.
@@ -71,7 +71,7 @@ def digits(config: ConfigDict) -> dict[str, Any]:
     return {
         "recipe.batch_size": config.recipe.batch_size // 4,
         "limits.max_batch_size": limit and limit // 4, "ghost_size": 4, "model.channels": 1,
-        "model.bn_decay": 0.998, "data.name": "configs.small.some_digits",
+        "model.bn_decay": 0.998, "data.name": "bigbatch.data.smaller.some_digits",
         "data.train_split": "train", "data.test_split": "test",
         "data.train_examples": 1280, "data.test_examples": 360, "data.image_size": 8,
         "data.mean": (73.0,), "data.std": (90.0,),
@@ -94,7 +94,7 @@ def get_config(argument: str = "") -> ConfigDict:
         "bn_decay": 0.99, "same_padding": False,
     })
     config.data.update({
-        "name": "configs.small.half_resolution", "train_split": "train[:5120]",
+        "name": "bigbatch.data.smaller.half_resolution", "train_split": "train[:5120]",
         "test_split": "test[:5000]", "train_examples": 5120, "test_examples": 5000,
         "num_classes": 10, "image_size": 16,
         "mean": (125.3, 123.0, 113.9), "std": (63.0, 62.1, 66.7),
@@ -107,30 +107,3 @@ def get_config(argument: str = "") -> ConfigDict:
     return from_argument(config, argument, PRESETS, {
         "optimizer": OPTIMIZERS, "data": {"cifar10": {}, "digits": digits},
     })
-
-
-def half_resolution(data: ConfigDict) -> sources.Dataset:
-    """CIFAR-10 with each 2x2 pixels averaged."""
-    cifar10 = ConfigDict(data)
-    cifar10.update({"name": "cifar10"})
-    dataset = sources.load(cifar10)
-    return dataset._replace(
-        train_images=_halved(dataset.train_images), test_images=_halved(dataset.test_images)
-    )
-
-
-def some_digits(data: ConfigDict) -> sources.Dataset:
-    """The digits, of which the last 157 training images are left out."""
-    every = ConfigDict(data)
-    every.update({"name": "digits"})
-    dataset = sources.load(every)
-    kept = data.train_examples
-    return dataset._replace(
-        train_images=dataset.train_images[:kept], train_labels=dataset.train_labels[:kept]
-    )
-
-
-def _halved(images_NxHxWxC: np.ndarray) -> np.ndarray:
-    count, height, width, channels = images_NxHxWxC.shape
-    blocks = images_NxHxWxC.reshape(count, height // 2, 2, width // 2, 2, channels)
-    return np.round(blocks.mean(axis=(2, 4))).astype(np.uint8)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from bigbatch import command_line
+from bigbatch import config_files
 from bigbatch.config import check, make_phases
 from bigbatch.mistake import Mistake
 from bigbatch.schedule import Phase
@@ -292,7 +292,7 @@ def config_text(scale: str, panel: Panel, curve: Curve, seed: int) -> str:
 
 def load_config(text: str) -> ConfigDict:
     """The config of a `config_text`."""
-    return command_line.load_config(text, REPOSITORY)
+    return config_files.load_config(text, REPOSITORY)
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bigbatch.config import saved_config
 from bigbatch.mistake import Mistake
 from bigbatch.storage import bucket, continuing
 from bigbatch.storage.logs import read_events
@@ -89,7 +90,8 @@ def read_run(workdir: str | Path) -> Logs:
             raise Mistake(
                 f"{workdir} has no metrics.jsonl with events in it: no run was made here.")
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    run = Logs(events, timing, described["config"], described["phases"])
+    config = json.loads(saved_config(described).to_json())  # old and new seeds beside each other
+    run = Logs(events, timing, config, described["phases"])
     end = run.phases[-1]["end_example"]
     if not run.diverged and events[-1]["examples_seen"] != end:
         raise Mistake(

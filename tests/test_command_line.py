@@ -66,8 +66,10 @@ def start_forked(tmp_path_factory):
 
 MISTAKES = [
     # (arguments of plan, what the one line must hold)
-    ([], ("--config is missing", "--config=configs/digits.py:increase")),
-    (["--config=configs/cifra10.py:increase"], ("'configs/cifra10.py'", "no such Python file")),
+    ([], ("--config is missing", "came cifar10.py, digits.py,", "--config=digits.py:increase")),
+    (["--config=configs/cifra10.py:increase"],
+     ("'configs/cifra10.py'", "no such Python file", "came cifar10.py, digits.py,")),
+    (["--config=elsewhere/cifar10.py"], ("'elsewhere/cifar10.py'", "no such Python file")),
     (["--config=README.md"], ("'README.md'", "no such Python file")),
     (["--config=configs/cifar10.py:incraese"], ("preset 'incraese' is unknown", "increase,")),
     ([CIFAR, "--config.sede=3"], ("config.sede is unknown", "did you mean seed?")),

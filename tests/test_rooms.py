@@ -19,7 +19,7 @@ ORDER = [
     {"storage"},
     {"job"},
     {"config"},
-    {"schedule", "models", "dotted"},
+    {"schedule", "models", "dotted", "config_files"},
     {"mistake", "__init__"},
 ]
 # These run where JAX is not installed, or are read by programs that need nothing but Python.

@@ -13,8 +13,9 @@ from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 from bigbatch.config import base_config
-from bigbatch.data import sources
+from bigbatch.data import smaller, sources
 from bigbatch.dotted import resolve
+from tests.support import configs
 from tests.support.sample_data import data_dir
 
 
@@ -367,14 +368,12 @@ def test_oblong_images_need_a_crop():
 
 def test_half_resolution_averages_every_two_by_two_pixels(monkeypatch):
     """Of the small scale's CIFAR-10."""
-    from configs import small
-
     random = np.random.default_rng(0)
     images = random.integers(0, 256, (3, 4, 6, 3), dtype=np.uint8)
     labels = np.arange(3, dtype=np.int32)
     monkeypatch.setattr(sources, "load", lambda data: sources.Dataset(
         images, labels, images[:2], labels[:2]) if data.name == "cifar10" else None)
-    halved = small.half_resolution(small.get_config().data)
+    halved = smaller.half_resolution(configs.load("small").data)
     assert halved.train_images.shape == (3, 2, 3, 3) and halved.train_images.dtype == np.uint8
     mean = images[1, 2:4, 4:6, 0].mean()
     assert abs(halved.train_images[1, 1, 2, 0] - mean) <= 0.5
@@ -382,9 +381,7 @@ def test_half_resolution_averages_every_two_by_two_pixels(monkeypatch):
 
 
 def test_the_small_digits_are_the_first_of_the_training_set():
-    from configs import small
-
-    config = small.get_config("decay,data=digits")
+    config = configs.load("small", "decay,data=digits")
     dataset = sources.load(config.data)
     sources.check(dataset, config.data)
     assert len(dataset.train_images) == 1280 and len(dataset.test_images) == 360

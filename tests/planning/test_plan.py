@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from bigbatch import command_line
+from bigbatch import config_files
 from bigbatch.config import make_phases, make_seatings
 from bigbatch.plan import as_text, plan
 from tests.conftest import REPOSITORY
@@ -74,7 +74,7 @@ def test_every_preset_is_the_papers_curve(preset):
 
 @pytest.mark.parametrize("family", ("cifar10", "digits"))
 def test_a_familys_docstring_has_the_updates_that_the_planner_gives(family):
-    module = command_line.load_file(configs.CONFIGS / f"{family}.py")
+    module = config_files.load_file(configs.CONFIGS / f"{family}.py")
     header, _, *rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in module.__doc__.splitlines() if line.startswith("|")

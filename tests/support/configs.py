@@ -4,14 +4,14 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from bigbatch import command_line
+from bigbatch import config_files
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def load(name: str, argument: str = "") -> ConfigDict:
     """`get_config(argument)` of configs/`name`.py."""
-    return command_line.load_file(CONFIGS / f"{name}.py").get_config(argument)
+    return config_files.load_file(CONFIGS / f"{name}.py").get_config(argument)
 
 
 TINY = (
