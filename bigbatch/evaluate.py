@@ -53,12 +53,18 @@ def evaluate_run(workdir: str | Path, data_dir: str = "") -> dict[str, Any]:
 
 def main(arguments: Sequence[str]) -> None:
     """Prints the evaluation of --workdir as one JSON object."""
-    if not WORKDIR.value:
+    given = flags.FLAGS
+    if not given.workdir:
         raise Mistake("--workdir is missing: the folder of the run to evaluate.")
-    print(json.dumps(evaluate_run(WORKDIR.value, DATA_DIR.value)))
+    print(json.dumps(evaluate_run(given.workdir, given.data_dir)))
+
+
+def define_flags() -> None:
+    """Only of the program itself: `main` has a --workdir too, and either may import the other."""
+    flags.DEFINE_string("workdir", None, "Folder of the run to evaluate.")
+    flags.DEFINE_string("data_dir", "", "TFDS data_dir, where it is no more the run's.")
 
 
 if __name__ == "__main__":
-    WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run to evaluate.")
-    DATA_DIR = flags.DEFINE_string("data_dir", "", "TFDS data_dir, where it is no more the run's.")
+    define_flags()
     command_line.run(main)

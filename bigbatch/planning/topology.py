@@ -18,7 +18,8 @@ from bigbatch.job import devices
 from bigbatch.job.chips import TPUS, Tpu
 from bigbatch.mistake import Mistake
 
-# Where `make .tpu/installed` puts it: in the environment itself JAX would look for a TPU each time.
+# Where `make .tpu/installed` puts it in a checkout: in the environment itself JAX would look for a
+# TPU each time. Where it is not there JAX finds the libtpu of the environment, if that has one.
 LIBTPU = Path(__file__).parents[2] / ".tpu" / "libtpu" / "libtpu.so"
 SPELLINGS = {"v5e": "v5litepod"}
 EXAMPLES = "v2-256, v3-32, v4-64, v5litepod-16, v6e-64, or the shape of its chips, as v2:8x16"
@@ -110,8 +111,8 @@ def make_mesh(found: Slice) -> Mesh:
         text = str(error).partition("\n")[0]
         if "TPU support not installed" in text or "libtpu" in text or "open" in text:
             raise Mistake(
-                "--topology needs the TPU compiler: make .tpu/installed, or pip install libtpu "
-                f"(x86 Linux; no TPU is needed). JAX says: {text}"
+                "--topology needs the TPU compiler: make .tpu/installed in a checkout, pip install "
+                f"libtpu elsewhere (x86 Linux; no TPU is needed). JAX says: {text}"
             ) from None
         raise Mistake(f"--topology names {found.name!r}; the compiler says: {text}") from None
     return devices.make_mesh(topology.devices)

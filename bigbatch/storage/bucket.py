@@ -50,7 +50,7 @@ def connect(url: str) -> tuple[Any, str]:
         import gcsfs
     except ImportError:
         raise Mistake(
-            f"{url} needs the package gcsfs: pip install -r requirements-tpu.txt."
+            f"{url} needs the package gcsfs: pip install gcsfs, or bigbatch with its extra gcs."
         ) from None
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it raises is said here, once
     silence = aiohttp.ClientTimeout(total=None, sock_connect=20, sock_read=SILENT_SECONDS)
