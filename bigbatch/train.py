@@ -374,14 +374,7 @@ def loop(run: Run, at: Position, state: update.State) -> tuple[update.State, Pos
         saves.wait()
         raise
     except preemption.Stop:  # agreed by all processes; `state` belongs to `at`
-        saves.wait()
-        if flight:
-            log.finished(flight.land(log))
-        if at.examples_seen != saves.newest:
-            log.saved(at, saves.start(state, at))
-        saves.wait()
-        log.time_shares(at)
-        log.line(f"told to stop: saved at example {at.examples_seen}, update {at.updates}")
+        _save_last(run, at, state, flight)
         raise Preempted(f"told to stop at example {at.examples_seen}") from None
     with clock.spent_on("checkpoint"):
         saves.wait()
@@ -422,6 +415,19 @@ def _enter(run: Run, phase: Phase, seating: Seating, at: Position) -> Ready:
             f"waiting for the compiler: phase {phase.name} is not ready", at.examples_seen))
     run.log.clock.flops = ready.flops
     return ready
+
+
+def _save_last(run: Run, at: Position, state: update.State, flight: InFlight | None) -> None:
+    """Writes down and saves what a run told to stop has come to, unless that is saved already."""
+    log, saves = run.log, run.saves
+    saves.wait()
+    if flight:
+        log.finished(flight.land(log))
+    if at.examples_seen != saves.newest:
+        log.saved(at, saves.start(state, at))
+    saves.wait()
+    log.time_shares(at)
+    log.line(f"told to stop: saved at example {at.examples_seen}, update {at.updates}")
 
 
 def _evaluate(run: Run, state: update.State) -> dict[str, float]:
