@@ -1,6 +1,9 @@
 """Evaluates a run's last checkpoint: loss and accuracy over the whole test set.
 
     python -m bigbatch.evaluate --workdir=DIR    (or gs://bucket/path)
+
+or, where the package is installed, `bigbatch-evaluate` in the place of `python -m
+bigbatch.evaluate`.
 """
 
 import contextlib

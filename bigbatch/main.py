@@ -1,6 +1,8 @@
 """Trains a config in a workdir; the same command again continues.
 
-    python -m bigbatch.main --config=configs/digits.py:increase --workdir=DIR
+    python -m bigbatch.main --config=digits.py:increase --workdir=DIR
+
+or, where the package is installed, `bigbatch` in the place of `python -m bigbatch.main`.
 
 Exit status: 0 at the end of the run, 2 for a mistake in what was asked, 3 after
 --stop_after_phase, 42 where the same command wants to be started again: after SIGTERM, or when

@@ -1,10 +1,11 @@
 """What a config will do, before it is run: its phases, how its updates are dealt, the totals.
 
-    python -m bigbatch.plan --config=configs/cifar10.py:increase --devices=8
+    python -m bigbatch.plan --config=cifar10.py:increase --devices=8
 
+or, where the package is installed, `bigbatch-plan` in the place of `python -m bigbatch.plan`.
 Needs neither an accelerator nor the data. `--format=json` prints the same for programs.
 
-    python -m bigbatch.plan --config=configs/imagenet_resnet50.py --topology=v2-256,noise/10=v2-512
+    python -m bigbatch.plan --config=imagenet_resnet50.py --topology=v2-256,noise/10=v2-512
 
 compiles every program for these slices of Cloud TPU with the TPU's own compiler, on a machine that
 has none (`make .tpu/installed`): from the start on 256 cores, from the phase noise/10 on 512. Exit

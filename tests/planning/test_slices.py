@@ -197,7 +197,7 @@ def test_a_plan_that_does_not_fit_ends_with_status_1(libtpu, tmp_path):
     config = tmp_path / "many_classes.py"
     config.write_text(
         "from ml_collections import ConfigDict\n"
-        "from tests import configs\n\n\n"
+        "from tests.support import configs\n\n\n"
         "def get_config(argument):\n"
         "    config = configs.load('digits', 'decay,recipe.falls=()')\n"
         "    config.network = 'tests.support.foreign_models.Regression'\n"
