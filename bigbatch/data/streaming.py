@@ -5,7 +5,8 @@ stream of a run is known ahead as a closed form, over every change of batch size
 evaluation. Grain reads and decodes blocks of it, in threads or in worker processes, and hands them
 over in order; they are cut into microbatches here. (Grain's own batches could not change their
 size, and batches made in workers would come in another order.) How it is cut into blocks or dealt
-to workers changes no image. One stream serves training and evaluation, so that workers start once.
+to workers changes no image. One stream serves training and evaluation, so that workers start once
+and the bound below holds across an evaluation.
 
 The host holds two microbatches of images at most: those decoded ahead, and the one being filled.
 """

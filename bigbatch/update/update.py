@@ -239,7 +239,8 @@ def _apply_sums(
 ) -> tuple[State, Metrics]:
     """The one reduction, then the optimizer and the running statistics."""
     if jax.lax.axis_size(AXIS) > 1:
-        # As one vector: of a network's hundreds of arrays XLA would make several reductions.
+        # As one vector, since XLA on CPU does not combine the reductions of hundreds of arrays into
+        # one.
         vector, unravel = ravel_pytree(sums)
         sums = unravel(jax.lax.psum(vector, AXIS))
     gradient = jax.tree.map(lambda leaf: leaf / sums.examples, sums.gradient)
