@@ -34,6 +34,7 @@ from pathlib import Path
 import accelerators
 import archive
 import commands
+import statuses
 
 CHIPS_A_HOST = 4  # on the machine types for slices of several hosts, ct4p to ct6e -4t
 PLATFORM = "linux/amd64"  # of the hosts, whatever the laptop is
@@ -54,8 +55,9 @@ def job(arguments: Sequence[str], options: argparse.Namespace) -> list[str]:
 def on_gke(options: argparse.Namespace) -> accelerators.Slice:
     """The slice asked for. Raises ValueError if GKE has none of that kind."""
     kind = accelerators.parse(options.tpu_type)
-    if not kind.gke_accelerator:
-        raise ValueError(f"{kind.name}: these recipes know v4, v5p, v5litepod and v6e on GKE; "
+    if not kind.tpu.gke_label:
+        known = ", ".join(name for name, tpu in accelerators.TPUS.items() if tpu.gke_label)
+        raise ValueError(f"{kind.name}: on GKE these scripts know {known}; "
                          "for v2 and v3 use launch/tpu_vm.py.")
     return kind
 
@@ -93,7 +95,7 @@ def create(options: argparse.Namespace, arguments: Sequence[str]) -> None:
         xpk(options, "workload", "create") + [
             f"--workload={options.name}", f"--tpu-type={kind.name}", "--num-slices=1",
             f"--docker-image={options.image}", f"--command={command}",
-            f"--max-restarts={options.max_restarts}", "--restart-on-exit-codes=42",
+            f"--max-restarts={options.max_restarts}", f"--restart-on-exit-codes={statuses.AGAIN}",
             "--termination-grace-period-seconds=120",
         ] + ["--spot"] * options.spot,
         options, capture=False,
@@ -121,14 +123,15 @@ def jobset(options: argparse.Namespace, arguments: Sequence[str]) -> str:
     if kind.chips % chips_a_host:
         raise ValueError(f"{kind.name}: {kind.chips} chips are no whole number of hosts of "
                          f"{chips_a_host}.")
+    final = [statuses.FAILED, statuses.MISTAKE, statuses.STOPPED_AFTER_PHASE]
     strings = {
         "name": options.name, "image": options.image, "topology": topology,
-        "gke_accelerator": kind.gke_accelerator,
+        "gke_accelerator": kind.tpu.gke_label,
     }
     template = string.Template((Path(__file__).parent / "jobset.yaml").read_text())
     return template.substitute(
         {key: json.dumps(value) for key, value in strings.items()},  # JSON's strings are YAML's
-        command=json.dumps(job(arguments, options)), max_restarts=options.max_restarts,
+        command=json.dumps(job(arguments, options)), max_restarts=options.max_restarts, final=final,
         hosts=kind.chips // chips_a_host, chips_a_host=chips_a_host,
         spot_selector='cloud.google.com/gke-spot: "true"' if options.spot else "# on demand",
     )

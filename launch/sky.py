@@ -25,6 +25,7 @@ from pathlib import Path
 import accelerators
 import archive
 import commands
+import statuses
 
 
 def run_script(arguments: Sequence[str], options: argparse.Namespace) -> str:
@@ -42,7 +43,7 @@ def task(options: argparse.Namespace, arguments: Sequence[str]) -> str:
     packed = archive.path(options.name)
     values = {
         "name": options.name, "infra": options.infra, "accelerator": f"tpu-{kind.name}",
-        "runtime_version": options.runtime_version or kind.runtime_version,
+        "runtime_version": options.runtime_version or kind.tpu.runtime_version,
         "remote_archive": f"~/{packed.name}", "archive": str(packed),
         "setup": archive.install_script(packed.name), "run": run_script(arguments, options),
     }
@@ -50,7 +51,7 @@ def task(options: argparse.Namespace, arguments: Sequence[str]) -> str:
     # JSON's strings are YAML's.
     return template.substitute(
         {key: json.dumps(value) for key, value in values.items()},
-        spot=json.dumps(options.spot),
+        spot=json.dumps(options.spot), again=statuses.AGAIN,
     )
 
 
