@@ -6,20 +6,19 @@
         --spot --image=IMAGE --env=XDG_CACHE_HOME=/dev/shm -- \\
         --config=configs/imagenet_resnet50.py:thirty_minutes \\
         --config.data.dir=gs://BUCKET/tfds --workdir=gs://BUCKET/run
-    python launch/gke.py list --cluster=CLUSTER --zone=ZONE
     python launch/gke.py logs NAME            # of the first host; Ctrl-C ends only the following
-    python launch/gke.py delete NAME --cluster=CLUSTER --zone=ZONE    # the job, never the cluster
 
 Without xpk, on a cluster with the JobSet controller that kubectl talks to:
 
     python launch/gke.py jobset NAME --tpu-type=v6e-64 --spot --image=IMAGE -- ...   # prints it
     python launch/gke.py apply NAME --tpu-type=v6e-64 --spot --image=IMAGE -- ...
-    python launch/gke.py logs NAME
-    python launch/gke.py unapply NAME
+
+Jobs are listed and deleted with xpk and kubectl themselves (README.md, beside this file, has the
+commands).
 
 IMAGE is a name in a registry, for example REGION-docker.pkg.dev/PROJECT/REPOSITORY/bigbatch:1. All
-hosts run the one command, found again by JAX from what GKE tells each; a pod that ends with 42 is
-started again with the others, up to --max-restarts times. GKE has no v2: launch/tpu_vm.py has.
+hosts run the one command, and JAX finds the others by what GKE tells each. A pod that ends with 42
+is started again with the others, up to --max-restarts times. GKE has no v2: launch/tpu_vm.py has.
 With --dry-run the commands are printed, one a line, and none is run.
 """
 
@@ -163,17 +162,14 @@ def main(argv: list[str]) -> int:
     for action, one in commands.add_actions(parser, {
         "cluster": "make a cluster with one slice, through xpk",
         "image": "build and push the image",
-        "create": "run the job, through xpk", "list": "the cluster's jobs, through xpk",
-        "delete": "delete the job, through xpk", "logs": "follow the first host's output",
+        "create": "run the job, through xpk", "logs": "follow the first host's output",
         "jobset": "print the JobSet", "apply": "run the job as that JobSet",
-        "unapply": "delete that JobSet",
     }).items():
-        if action != "list":
-            one.add_argument("name", help="of the cluster, image or job")
-        if action in ("cluster", "create", "list", "delete"):
+        one.add_argument("name", help="of the cluster, image or job")
+        if action in ("cluster", "create"):
             one.add_argument("--zone", required=True)
             one.add_argument("--project", default="", help="default: gcloud's")
-        if action in ("create", "list", "delete"):
+        if action == "create":
             one.add_argument("--cluster", required=True)
         if action in ("cluster", "create", "jobset", "apply"):
             one.add_argument("--tpu-type", required=True, help="v5litepod-256, v6e-16, v4-64, ...")
@@ -199,21 +195,12 @@ def _act(options: argparse.Namespace, arguments: Sequence[str]) -> None:
         build_image(options)
     elif action == "create":
         create(options, arguments)
-    elif action == "list":
-        commands.run(xpk(options, "workload", "list"), options, attempts=3, capture=False)
-    elif action == "delete":
-        # With its name always: xpk takes a missing one for all of the cluster's.
-        commands.run(xpk(options, "workload", "delete") + [f"--workload={options.name}"],
-                     options, attempts=3, capture=False)
     elif action == "logs":
         logs(options)
     elif action == "jobset":
         print(jobset(options, arguments), end="")
     elif action == "apply":
         apply(options, arguments)
-    elif action == "unapply":
-        commands.run(["kubectl", "delete", "jobset", options.name], options, attempts=3,
-                     capture=False)
 
 
 if __name__ == "__main__":

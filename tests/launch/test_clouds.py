@@ -39,15 +39,9 @@ sys.exit(42)
     ("gke", ("cluster", "c", "--zone=z", *SLICE), ["xpk cluster create"]),
     ("gke", ("image", "registry/bigbatch:1"), ["docker build", "docker push"]),
     ("gke", ("create", "n", *CLUSTER, *SLICE, "--image=i", *JOB), ["xpk workload create"]),
-    ("gke", ("list", *CLUSTER), ["xpk workload list"]),
-    ("gke", ("delete", "n", *CLUSTER), ["xpk workload delete --cluster=c --zone=z --workload=n"]),
     ("gke", ("logs", "n"), ["kubectl logs"]),
     ("gke", ("apply", "n", *SLICE, "--image=i", *JOB), ["kubectl create"]),
-    ("gke", ("unapply", "n"), ["kubectl delete jobset n"]),
     ("sky", ("launch", "n", "--accelerator-type=v2-256", "--spot", *JOB), ["sky jobs launch"]),
-    ("sky", ("queue",), ["sky jobs queue"]),
-    ("sky", ("logs", "n"), ["sky jobs logs"]),
-    ("sky", ("cancel", "n"), ["sky jobs cancel"]),
     ("thirty_minutes", ("n", "--zone=z", "--workdir=gs://b/run", "--data=gs://b/tfds"), None),
 ])
 def test_a_dry_run_prints_what_a_run_does_and_does_nothing(laptop, script, arguments, called):
