@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 
 from bigbatch import command_line, schedule
 from bigbatch.config import check, make_layouts, make_phases, make_recipe
-from bigbatch.job import processes, statuses
+from bigbatch.job import chips, processes, statuses
 from bigbatch.mistake import Mistake
 from bigbatch.planning import topology
 from bigbatch.update import network
@@ -217,7 +217,7 @@ def _compiled_paragraphs(compiled: Mapping[str, Any]) -> list[str]:
     rows = [
         [
             name, row["slice"], row["devices"], f"{row['compile_seconds']:.0f}",
-            *(f"{row[key] / topology.GIB:.2f}" for key in ("memory_bytes", "memory_limit_bytes")),
+            *(f"{row[key] / chips.GIB:.2f}" for key in ("memory_bytes", "memory_limit_bytes")),
             f"{row['flops'] / 1e12:.3g}",
             *(sum(pair[at] for pair in row["collectives"].values()) / scale
               for at, scale in ((0, 1), (1, 1e6))),
