@@ -14,7 +14,8 @@ from ml_collections import ConfigDict, config_dict
 
 from bigbatch import schedule
 from bigbatch.mistake import Mistake
-from bigbatch.schedule import due, layout
+from bigbatch.schedule import due
+from bigbatch.schedule.layout import Layout, make_layout
 
 DTYPES = ("float32", "bfloat16", "float64")
 OPTIMIZERS = ("momentum", "nesterov", "sgd", "adam")
@@ -26,6 +27,23 @@ ON_BAD_IMAGE = ("stop", "skip")
 MOVED = {
     "configs.small.half_resolution": "bigbatch.data.smaller.half_resolution",
     "configs.small.some_digits": "bigbatch.data.smaller.some_digits",
+}
+TINY = math.ulp(0.0)  # the least number over 0
+# What a key's value must do, and what that means: at least the one number and below the other.
+RANGES = {
+    **{key: (f"be {least} or more", least, math.inf) for key, least in (
+        ("ghost_size", 1), ("max_per_device_batch", 1), ("microbatches", 0),
+        ("eval_batch_size", 1), ("keep_checkpoints", 1), ("data.num_classes", 2),
+        ("data.train_examples", 1), ("data.test_examples", 1), ("data.image_size", 1),
+        ("data.augment.pad", 0), ("data.augment.crop", 0), ("data.workers", 0),
+        ("data.read_threads", 1))},
+    **{key: ("be a finite number over 0", TINY, math.inf) for key in (
+        "log_every_epochs", "eval_every_epochs", "checkpoint_every_epochs", "optimizer.epsilon")},
+    "seed": ("be 0 or more and below 2**32", 0, 2**32),
+    "data.eval_share": ("lie in (0, 1]", TINY, math.nextafter(1.0, 2.0)),
+    "optimizer.weight_decay": ("be a finite number, 0 or more", 0, math.inf),
+    "label_smoothing": ("lie in [0, 1)", 0, 1),
+    "optimizer.beta2": ("lie in [0, 1)", 0, 1),
 }
 MAY_BE_NONE = ("scale_up.momentum", "limits.max_batch_size", "limits.granularity")
 
@@ -228,16 +246,16 @@ def make_phases(config: ConfigDict) -> tuple[schedule.Phase, ...]:
     )
 
 
-def make_seatings(
+def make_layouts(
     config: ConfigDict, phases: Sequence[schedule.Phase], devices: int
-) -> list[layout.Seating]:
-    """How each phase's ghost batches are dealt to `devices`.
+) -> list[Layout]:
+    """How each phase's ghost batches are assigned to `devices`.
 
     Raises:
         Mistake: if a ghost batch does not fit into a pass.
     """
     return [
-        layout.make_seating(phase.batch_size, config.ghost_size, devices,
+        make_layout(phase.batch_size, config.ghost_size, devices,
                            config.max_per_device_batch, config.microbatches)
         for phase in phases
     ]
@@ -274,43 +292,10 @@ def check(config: ConfigDict) -> None:
             raise Mistake(
                 f"config.{key} is {group[name]!r}; allowed are {', '.join(allowed)}."
             )
-    for key, least in (
-        ("seed", 0), ("ghost_size", 1), ("max_per_device_batch", 1), ("microbatches", 0),
-        ("eval_batch_size", 1), ("keep_checkpoints", 1), ("data.num_classes", 2),
-        ("data.train_examples", 1), ("data.test_examples", 1), ("data.image_size", 1),
-        ("data.augment.pad", 0), ("data.augment.crop", 0), ("data.workers", 0),
-        ("data.read_threads", 1),
-    ):
+    for key, (allowed, least, below) in RANGES.items():
         group, name = _find(config, key)
-        if not group[name] >= least:
-            raise Mistake(f"config.{key} is {group[name]}; it must be {least} or more.")
-    for key in (
-        "log_every_epochs", "eval_every_epochs", "checkpoint_every_epochs", "optimizer.epsilon"
-    ):
-        group, name = _find(config, key)
-        if not 0 < group[name] < math.inf:
-            raise Mistake(
-                f"config.{key} is {group[name]}; it must be a finite number over 0."
-            )
-    if not 0 < config.data.eval_share <= 1:
-        raise Mistake(
-            f"config.data.eval_share is {config.data.eval_share}; it must lie in (0, 1]."
-        )
-    if not 0 <= config.optimizer.weight_decay < math.inf:
-        raise Mistake(
-            f"config.optimizer.weight_decay is {config.optimizer.weight_decay}; it must be a "
-            "finite number, 0 or more."
-        )
-    if config.seed >= 2**32:
-        raise Mistake(f"config.seed is {config.seed}; it must be below 2**32.")
-    if not 0 <= config.label_smoothing < 1:
-        raise Mistake(
-            f"config.label_smoothing is {config.label_smoothing}; it must lie in [0, 1)."
-        )
-    if not 0 <= config.optimizer.beta2 < 1:
-        raise Mistake(
-            f"config.optimizer.beta2 is {config.optimizer.beta2}; it must lie in [0, 1)."
-        )
+        if not least <= group[name] < below:
+            raise Mistake(f"config.{key} is {group[name]}; it must {allowed}.")
     if config.optimizer.name == "adam" and config.scale_up.momentum is not None:
         raise Mistake(
             f"config.scale_up.momentum is {config.scale_up.momentum:g}, but Adam averages the "

@@ -1,4 +1,4 @@
-"""What a config will do, before it is run: its phases, how its updates are dealt, the totals.
+"""What a config will do, before it is run: its phases, the layout of its updates, the totals.
 
     python -m bigbatch.plan --config=cifar10.py:increase --devices=8
 
@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import tabulate
 from absl import flags
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from bigbatch import command_line, schedule
-from bigbatch.config import check, make_phases, make_recipe, make_seatings
-from bigbatch.job import processes, statuses
+from bigbatch.config import check, make_layouts, make_phases, make_recipe
+from bigbatch.job import chips, processes, statuses
 from bigbatch.mistake import Mistake
 from bigbatch.planning import topology
 from bigbatch.update import network
@@ -50,14 +51,14 @@ def plan(config: ConfigDict, devices: int | Sequence[int]) -> dict[str, Any]:
 
     Args:
         config: see `config.base_config`.
-        devices: how many share each update, in all phases or one number a phase; changes how it is
-            dealt and nothing that is learned.
+        devices: how many share each update, in all phases or one number a phase; changes its
+            layout and nothing that is learned.
 
     Returns:
         `phases` (the fields of `schedule.Phase`; `shift` in examples; `start_epoch`, `end_epoch`;
-        and how an update is dealt: `devices`, `ghost_batches`, `microbatches`, `seats` a device has
-        in one pass, `idle_share`, and `fills_devices`, the largest power of 2 of devices that
-        leaves no seat idle), `total_updates`, `total_examples`, `total_epochs`, `parameters`,
+        and the layout of an update: `devices`, `ghost_batches`, `microbatches`, `slots` a device
+        has in one pass, `idle_share`, and `fills_devices`, the largest power of 2 of devices that
+        leaves no padding slot), `total_updates`, `total_examples`, `total_epochs`, `parameters`,
         `notes`, `constant_batch` (`batch_size` before any scale-up and the `updates` it would take
         if it never changed, as under "decay"), and of the config `strategy`, `train_examples` and
         `ghost_size`.
@@ -75,15 +76,15 @@ def plan(config: ConfigDict, devices: int | Sequence[int]) -> dict[str, Any]:
             "shift": phase.shift,
             "start_epoch": phase.start_example / n,
             "end_epoch": phase.end_example / n,
-            "devices": seating.devices,
-            "ghost_batches": seating.ghosts,
-            "microbatches": seating.microbatches,
-            "seats": seating.seats,
-            "idle_share": seating.idle_share,
+            "devices": layout.devices,
+            "ghost_batches": layout.ghosts,
+            "microbatches": layout.microbatches,
+            "slots": layout.slots,
+            "idle_share": layout.idle_share,
             "fills_devices": _fills_devices(config, phase),
         }
         for phase, count in zip(phases, counts, strict=True)
-        for seating in make_seatings(config, [phase], count)
+        for layout in make_layouts(config, [phase], count)
     ]
     batch = config.recipe.batch_size
     return {
@@ -130,9 +131,9 @@ def plan_for_slices(config: ConfigDict, topology_text: str, cache: str) -> dict[
 
 
 def _fills_devices(config: ConfigDict, phase: schedule.Phase) -> int:
-    """The largest power of 2 of devices on which `phase` leaves no seat idle; 0 if none."""
+    """The largest power of 2 of devices on which `phase` has no padding slot; 0 if none."""
     devices = 1 << ((phase.batch_size // config.ghost_size).bit_length() - 1)
-    while devices and make_seatings(config, [phase], devices)[0].idle_share:
+    while devices and make_layouts(config, [phase], devices)[0].idle_share:
         devices //= 2
     return devices
 
@@ -158,11 +159,11 @@ def as_text(planned: Mapping[str, Any]) -> str:
         ]
         for phase in phases
     ]
-    dealing_rows = [
+    layout_rows = [
         [
             phase["index"], _grouped(phase["start_example"]), _grouped(phase["end_example"]),
             _grouped(phase["shift"]), _grouped(phase["ghost_batches"]), phase["devices"],
-            phase["microbatches"], phase["seats"],
+            phase["microbatches"], phase["slots"],
             f"{phase['idle_share']:.1%}" if phase["idle_share"] else "",
         ]
         for phase in phases
@@ -173,12 +174,12 @@ def as_text(planned: Mapping[str, Any]) -> str:
              "approx.", "epochs lost"],
             schedule_rows,
         ),
-        f"An update is dealt to devices in ghost batches of {planned['ghost_size']}; a seat takes "
-        "one ghost batch in one pass.",
+        f"Each device takes some of an update's ghost batches of {planned['ghost_size']}; a slot "
+        "is room for one in one pass.",
         _table(
             ["", "from example", "to example", "past nominal", "ghost batches", "devices", "passes",
-             "seats a device", "idle seats"],
-            dealing_rows,
+             "slots a device", "padding slots"],
+            layout_rows,
         ),
         *_idle_paragraph(phases),
         f"{_grouped(updates)} updates, {_grouped(planned['total_examples'])} examples, "
@@ -198,7 +199,7 @@ def as_text(planned: Mapping[str, Any]) -> str:
 
 
 def _idle_paragraph(phases: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Which slices would leave no seat idle, if some are."""
+    """Which slices would have no padding slot, if some do."""
     idle = [phase for phase in phases if phase["idle_share"]]
     if not idle:
         return []
@@ -217,7 +218,7 @@ def _compiled_paragraphs(compiled: Mapping[str, Any]) -> list[str]:
     rows = [
         [
             name, row["slice"], row["devices"], f"{row['compile_seconds']:.0f}",
-            *(f"{row[key] / topology.GIB:.2f}" for key in ("memory_bytes", "memory_limit_bytes")),
+            *(f"{row[key] / chips.GIB:.2f}" for key in ("memory_bytes", "memory_limit_bytes")),
             f"{row['flops'] / 1e12:.3g}",
             *(sum(pair[at] for pair in row["collectives"].values()) / scale
               for at, scale in ((0, 1), (1, 1e6))),
@@ -257,10 +258,10 @@ def _grouped(number: int) -> str:
 def _table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """Columns as wide as their widest entry, to the right; a title breaks at its last space."""
     halves = [title.rpartition(" ") for title in titles]
-    lines = [[half[0] for half in halves], [half[2] for half in halves],
-             *([str(value) for value in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.rjust, line, widths)).rstrip() for line in lines)
+    text = tabulate.tabulate(
+        [[half[0] for half in halves], [half[2] for half in halves], *rows], tablefmt="plain",
+        disable_numparse=True, stralign="right")
+    return "\n".join(map(str.rstrip, text.split("\n")))
 
 
 def main(arguments: Sequence[str]) -> None:

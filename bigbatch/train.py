@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from bigbatch import schedule
-from bigbatch.config import check, make_due, make_phases, make_seatings
+from bigbatch.config import check, make_due, make_layouts, make_phases
 from bigbatch.data import feed
 from bigbatch.job import chips, preemption, processes
 from bigbatch.job.devices import make_mesh, place, replicated
@@ -21,7 +21,7 @@ from bigbatch.mistake import Mistake
 from bigbatch.programs.dispatch import as_rates, take_update
 from bigbatch.programs.programs import Programs, Ready
 from bigbatch.schedule import Phase
-from bigbatch.schedule.layout import Seating
+from bigbatch.schedule.layout import Layout
 from bigbatch.storage import bucket, checkpoint, continuing, logs, workdir
 from bigbatch.storage.continuing import Position
 from bigbatch.storage.saves import Saves
@@ -89,7 +89,7 @@ class Goal(NamedTuple):
     last_phase: Phase  # to be run in this start
     span: profiling.Span | None  # the updates to trace
     mesh: Mesh
-    seatings: list[Seating]  # of the phases
+    layouts: list[Layout]  # of the phases
     net: network.Network
 
 
@@ -98,7 +98,7 @@ class Run(NamedTuple):
 
     all_phases: tuple[Phase, ...]
     phases: tuple[Phase, ...]  # still to run; the first may be under way
-    seatings: tuple[Seating, ...]  # of these
+    layouts: tuple[Layout, ...]  # of these
     programs: Programs
     take_update: Callable  # see `dispatch.take_update`
     evaluate: Callable[[update.State], dict[str, float]]
@@ -127,7 +127,7 @@ def set_goal(config: ConfigDict, stop_after_phase: str, profile: str) -> Goal:
         jax.config.update("jax_enable_x64", True)
     span = profiling.parse(profile, phases[-1].start_update + phases[-1].updates)
     mesh = make_mesh()
-    return Goal(config, phases, last_phase, span, mesh, make_seatings(config, phases, mesh.size),
+    return Goal(config, phases, last_phase, span, mesh, make_layouts(config, phases, mesh.size),
                 network.build(config))
 
 
@@ -158,12 +158,12 @@ def begin(
     at = continuing.position_of(found.run)
     now = schedule.phase_at(goal.phases, at.examples_seen)
     phases = goal.phases[now.index : goal.last_phase.index + 1] if now else ()
-    seatings = tuple(goal.seatings[phase.index] for phase in phases)
+    layouts = tuple(goal.layouts[phase.index] for phase in phases)
     is_due = make_due(config, goal.phases[-1].end_example)
 
     # The data and the state, on the devices.
     fed = feed.open_feed(
-        config, mesh, phases, seatings, at.examples_seen, _evaluations(at, phases, is_due))
+        config, mesh, phases, layouts, at.examples_seen, _evaluations(at, phases, is_due))
     at_end.callback(fed.close)
     state = update.abstract_state(config, goal.net, mesh)
     if found.path:
@@ -189,9 +189,9 @@ def begin(
 
     dtype = jax.tree.leaves(state.params)[0].dtype
     programs = Programs(
-        config, goal.net, mesh, seatings, fed.resident, fed.test, counted=peak is not None)
+        config, goal.net, mesh, layouts, fed.resident, fed.test, counted=peak is not None)
     run = Run(
-        goal.phases, phases, seatings, programs,
+        goal.phases, phases, layouts, programs,
         partial(take_update, before_pass=watch.poll, before_reduction=watch.before_reduction),
         lambda state: evaluation.whole_test_set(
             programs.evaluate(), state.params, state.batch_stats, fed, watch.before_reduction),
@@ -331,8 +331,8 @@ def loop(run: Run, at: Position, state: update.State) -> tuple[update.State, Pos
         if at.pending_evaluation:  # the last start was stopped inside it
             log.finished(at.pending_evaluation | _evaluate(run, state))
             at = at._replace(pending_evaluation=None)
-        for phase, seating in zip(run.phases, run.seatings, strict=True):
-            ready = _enter(run, phase, seating, at)
+        for phase, layout in zip(run.phases, run.layouts, strict=True):
+            ready = _enter(run, phase, layout, at)
             for number, (start, end) in enumerate(schedule.spans([phase], at.examples_seen)):
                 rate = schedule.learning_rate_at(phase, start)
                 run.tracer.before(at.updates + 1, state)
@@ -340,7 +340,7 @@ def loop(run: Run, at: Position, state: update.State) -> tuple[update.State, Pos
                 with step, clock.spent_on("update"):
                     state, sums, measured, waited = run.take_update(
                         ready.calls, state, sums, run.fed.resident,
-                        run.fed.update(phase, seating, start),
+                        run.fed.update(phase, layout, start),
                         run.rates(rate, phase.momentum),
                         running=flight and flight.measured.loss)
                 clock.dispatched(waited)
@@ -407,11 +407,11 @@ def _event(run: Run, phase: Phase, rate: float, after: Position) -> dict[str, An
     }
 
 
-def _enter(run: Run, phase: Phase, seating: Seating, at: Position) -> Ready:
+def _enter(run: Run, phase: Phase, layout: Layout, at: Position) -> Ready:
     """The programs of a phase that begins, or goes on; waits for the compiler where it has to."""
     run.log.line(progress.describe(phase, run.all_phases))
     with run.log.clock.spent_on("compile"):
-        ready = run.programs.wait_for(seating, run.watch, lambda: run.log.notice(
+        ready = run.programs.wait_for(layout, run.watch, lambda: run.log.notice(
             f"waiting for the compiler: phase {phase.name} is not ready", at.examples_seen))
     run.log.clock.flops = ready.flops
     return ready

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from bigbatch.job import chips
 from bigbatch.plan import REMEMBERED, plan_for_slices
 from bigbatch.planning import topology
 from configs import imagenet_inception_resnet_v2, imagenet_resnet50
@@ -46,9 +47,9 @@ def table(plans: Sequence[dict[str, Any]]) -> str:
         lines.append([
             planned["config"].partition(":")[2], planned["topology"],
             span([phase["microbatches"] for phase in planned["phases"]], "d"),
-            span([row["memory_bytes"] / topology.GIB for row in rows], ".1f")
+            span([row["memory_bytes"] / chips.GIB for row in rows], ".1f")
             if compiled["fits"] else "does not fit",
-            span([row["memory_limit_bytes"] / topology.GIB for row in rows], ".1f"),
+            span([row["memory_limit_bytes"] / chips.GIB for row in rows], ".1f"),
             span([count for count, _ in sums], "d"), span([size / 1e6 for _, size in sums], ".0f"),
             span([row["seconds"] for row in rows], ".3g"),
             f"{compiled['seconds_at_least'] / 3600:.2g}", f"{compiled['chip_hours_at_least']:.0f}",

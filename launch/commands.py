@@ -1,4 +1,4 @@
-"""The commands of a recipe: run with retries and one-line errors, or only printed (`--dry-run`)."""
+"""The commands of a script: run with retries and one-line errors, or only printed (`--dry-run`)."""
 
 import argparse
 import re
@@ -9,9 +9,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+import statuses
+from repository import ROOT
+
 # What a worker says when it has done what it was asked; the tools' own words are not counted.
 ANSWER = "bigbatch: "
 LONGEST_PAUSE_SECONDS = 60.0
@@ -32,10 +33,10 @@ class Failed(Exception):
         self.status, self.stderr = status, stderr
 
 
-def make_parser(recipe: str, text: str) -> argparse.ArgumentParser:
-    """The command line of launch/RECIPE.py, whose --help is the docstring `text`."""
+def make_parser(script: str, text: str) -> argparse.ArgumentParser:
+    """The command line of launch/SCRIPT.py, whose --help is the docstring `text`."""
     return argparse.ArgumentParser(
-        prog=f"launch/{recipe}.py", description=text,
+        prog=f"launch/{script}.py", description=text,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
@@ -43,7 +44,7 @@ def make_parser(recipe: str, text: str) -> argparse.ArgumentParser:
 def add_actions(
     parser: argparse.ArgumentParser, actions: Mapping[str, str]
 ) -> dict[str, argparse.ArgumentParser]:
-    """A parser for each action (name: what it does), with the flags that all recipes have."""
+    """A parser for each action (name: what it does), with the flags that all scripts have."""
     subparsers = parser.add_subparsers(dest="action", required=True)
     parsers = {action: subparsers.add_parser(action, help=text, description=text)
                for action, text in actions.items()}
@@ -53,7 +54,7 @@ def add_actions(
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags that all recipes have."""
+    """The flags that all scripts have."""
     parser.add_argument("--dry-run", action="store_true",
                         help="print the commands, one a line, and run none of them")
     parser.add_argument("--retry-seconds", type=float, default=5.0,
@@ -73,7 +74,7 @@ def run(
 
     Args:
         command: program and arguments; no shell reads them.
-        options: the recipe's flags, see `add_flags`. With --dry-run the command is printed only.
+        options: the script's flags, see `add_flags`. With --dry-run the command is printed only.
         assumed: returned by a dry run.
         attempts: how often it may be run; more than 1 only for what is safe to repeat.
         final: an error that says this is not repeated.
@@ -137,7 +138,7 @@ def _once(command: Sequence[str], stdin: str, capture: bool) -> tuple[int, str, 
 
 
 def split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The recipe's own arguments, and behind `--` those of bigbatch.main."""
+    """The script's own arguments, and behind `--` those of bigbatch.main."""
     argv = list(argv)
     if "--" not in argv:
         return argv, []
@@ -191,17 +192,17 @@ def double_dollars(arguments: Sequence[str]) -> list[str]:
 
 
 def main(function: Callable[[list[str]], int]) -> None:
-    """Runs a recipe on the command line and exits with what it returns, errors as one line.
+    """Runs a script on the command line and exits with what it returns, errors as one line.
 
     Exit status: 2 for a mistake in what was asked, 1 where a command failed, 130 after Ctrl-C.
     """
     try:
         sys.exit(function(sys.argv[1:]))
     except ValueError as error:
-        status, problem = 2, str(error)
+        status, problem = statuses.MISTAKE, str(error)
     except Failed as error:
-        status, problem = 1, str(error)
+        status, problem = statuses.FAILED, str(error)
     except KeyboardInterrupt:
-        status, problem = 130, "interrupted"
+        status, problem = statuses.INTERRUPTED, "interrupted"
     print(f"launch: {problem}", file=sys.stderr)
     sys.exit(status)

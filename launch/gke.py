@@ -6,20 +6,19 @@
         --spot --image=IMAGE --env=XDG_CACHE_HOME=/dev/shm -- \\
         --config=configs/imagenet_resnet50.py:thirty_minutes \\
         --config.data.dir=gs://BUCKET/tfds --workdir=gs://BUCKET/run
-    python launch/gke.py list --cluster=CLUSTER --zone=ZONE
     python launch/gke.py logs NAME            # of the first host; Ctrl-C ends only the following
-    python launch/gke.py delete NAME --cluster=CLUSTER --zone=ZONE    # the job, never the cluster
 
 Without xpk, on a cluster with the JobSet controller that kubectl talks to:
 
     python launch/gke.py jobset NAME --tpu-type=v6e-64 --spot --image=IMAGE -- ...   # prints it
     python launch/gke.py apply NAME --tpu-type=v6e-64 --spot --image=IMAGE -- ...
-    python launch/gke.py logs NAME
-    python launch/gke.py unapply NAME
+
+Jobs are listed and deleted with xpk and kubectl themselves (README.md, beside this file, has the
+commands).
 
 IMAGE is a name in a registry, for example REGION-docker.pkg.dev/PROJECT/REPOSITORY/bigbatch:1. All
-hosts run the one command, found again by JAX from what GKE tells each; a pod that ends with 42 is
-started again with the others, up to --max-restarts times. GKE has no v2: launch/tpu_vm.py has.
+hosts run the one command, and JAX finds the others by what GKE tells each. A pod that ends with 42
+is started again with the others, up to --max-restarts times. GKE has no v2: launch/tpu_vm.py has.
 With --dry-run the commands are printed, one a line, and none is run.
 """
 
@@ -34,6 +33,7 @@ from pathlib import Path
 import accelerators
 import archive
 import commands
+import statuses
 
 CHIPS_A_HOST = 4  # on the machine types for slices of several hosts, ct4p to ct6e -4t
 PLATFORM = "linux/amd64"  # of the hosts, whatever the laptop is
@@ -54,8 +54,9 @@ def job(arguments: Sequence[str], options: argparse.Namespace) -> list[str]:
 def on_gke(options: argparse.Namespace) -> accelerators.Slice:
     """The slice asked for. Raises ValueError if GKE has none of that kind."""
     kind = accelerators.parse(options.tpu_type)
-    if not kind.gke_accelerator:
-        raise ValueError(f"{kind.name}: these recipes know v4, v5p, v5litepod and v6e on GKE; "
+    if not kind.tpu.gke_label:
+        known = ", ".join(name for name, tpu in accelerators.TPUS.items() if tpu.gke_label)
+        raise ValueError(f"{kind.name}: on GKE these scripts know {known}; "
                          "for v2 and v3 use launch/tpu_vm.py.")
     return kind
 
@@ -93,7 +94,7 @@ def create(options: argparse.Namespace, arguments: Sequence[str]) -> None:
         xpk(options, "workload", "create") + [
             f"--workload={options.name}", f"--tpu-type={kind.name}", "--num-slices=1",
             f"--docker-image={options.image}", f"--command={command}",
-            f"--max-restarts={options.max_restarts}", "--restart-on-exit-codes=42",
+            f"--max-restarts={options.max_restarts}", f"--restart-on-exit-codes={statuses.AGAIN}",
             "--termination-grace-period-seconds=120",
         ] + ["--spot"] * options.spot,
         options, capture=False,
@@ -121,14 +122,15 @@ def jobset(options: argparse.Namespace, arguments: Sequence[str]) -> str:
     if kind.chips % chips_a_host:
         raise ValueError(f"{kind.name}: {kind.chips} chips are no whole number of hosts of "
                          f"{chips_a_host}.")
+    final = [statuses.FAILED, statuses.MISTAKE, statuses.STOPPED_AFTER_PHASE]
     strings = {
         "name": options.name, "image": options.image, "topology": topology,
-        "gke_accelerator": kind.gke_accelerator,
+        "gke_accelerator": kind.tpu.gke_label,
     }
     template = string.Template((Path(__file__).parent / "jobset.yaml").read_text())
     return template.substitute(
         {key: json.dumps(value) for key, value in strings.items()},  # JSON's strings are YAML's
-        command=json.dumps(job(arguments, options)), max_restarts=options.max_restarts,
+        command=json.dumps(job(arguments, options)), max_restarts=options.max_restarts, final=final,
         hosts=kind.chips // chips_a_host, chips_a_host=chips_a_host,
         spot_selector='cloud.google.com/gke-spot: "true"' if options.spot else "# on demand",
     )
@@ -160,17 +162,14 @@ def main(argv: list[str]) -> int:
     for action, one in commands.add_actions(parser, {
         "cluster": "make a cluster with one slice, through xpk",
         "image": "build and push the image",
-        "create": "run the job, through xpk", "list": "the cluster's jobs, through xpk",
-        "delete": "delete the job, through xpk", "logs": "follow the first host's output",
+        "create": "run the job, through xpk", "logs": "follow the first host's output",
         "jobset": "print the JobSet", "apply": "run the job as that JobSet",
-        "unapply": "delete that JobSet",
     }).items():
-        if action != "list":
-            one.add_argument("name", help="of the cluster, image or job")
-        if action in ("cluster", "create", "list", "delete"):
+        one.add_argument("name", help="of the cluster, image or job")
+        if action in ("cluster", "create"):
             one.add_argument("--zone", required=True)
             one.add_argument("--project", default="", help="default: gcloud's")
-        if action in ("create", "list", "delete"):
+        if action == "create":
             one.add_argument("--cluster", required=True)
         if action in ("cluster", "create", "jobset", "apply"):
             one.add_argument("--tpu-type", required=True, help="v5litepod-256, v6e-16, v4-64, ...")
@@ -196,21 +195,12 @@ def _act(options: argparse.Namespace, arguments: Sequence[str]) -> None:
         build_image(options)
     elif action == "create":
         create(options, arguments)
-    elif action == "list":
-        commands.run(xpk(options, "workload", "list"), options, attempts=3, capture=False)
-    elif action == "delete":
-        # With its name always: xpk takes a missing one for all of the cluster's.
-        commands.run(xpk(options, "workload", "delete") + [f"--workload={options.name}"],
-                     options, attempts=3, capture=False)
     elif action == "logs":
         logs(options)
     elif action == "jobset":
         print(jobset(options, arguments), end="")
     elif action == "apply":
         apply(options, arguments)
-    elif action == "unapply":
-        commands.run(["kubectl", "delete", "jobset", options.name], options, attempts=3,
-                     capture=False)
 
 
 if __name__ == "__main__":

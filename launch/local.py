@@ -23,6 +23,7 @@ from collections.abc import Sequence
 
 import commands
 import statuses
+from repository import ROOT
 
 
 def free_port() -> int:
@@ -104,7 +105,7 @@ def _run_once(job: Sequence[Sequence[str]]) -> tuple[int, bool]:
         for command in job:
             # A group of its own: Ctrl-C then comes from here only, and once.
             running.append(subprocess.Popen(
-                command, cwd=commands.ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT, text=True, errors="replace", process_group=0,
             ))
             if told:  # between two starts: the handler has not seen this one

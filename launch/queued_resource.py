@@ -62,7 +62,7 @@ def request(options: argparse.Namespace) -> None:
     kind = accelerators.parse(options.accelerator_type)
     flags = [
         f"--node-id={options.name}", f"--accelerator-type={kind.name}",
-        f"--runtime-version={options.runtime_version or kind.runtime_version}",
+        f"--runtime-version={options.runtime_version or kind.tpu.runtime_version}",
         # Past the limit Google gives the request up too, should nobody be there to delete it.
         f"--valid-until-duration={60 * options.wait_minutes}s",
     ] + ["--spot"] * options.spot

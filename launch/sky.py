@@ -4,14 +4,12 @@
         --env=XDG_CACHE_HOME=/dev/shm -- \\
         --config=configs/imagenet_resnet50.py:thirty_minutes \\
         --config.data.dir=gs://BUCKET/tfds --workdir=gs://BUCKET/run
-    python launch/sky.py queue
-    python launch/sky.py logs NAME
-    python launch/sky.py cancel NAME        # ends the job and deletes its slice
 
 `python launch/sky.py task NAME --accelerator-type=... -- ...` prints the task (launch/sky.yaml
 filled in) and runs nothing. SkyPilot makes the slice, brings the committed tree, starts the one
 command on every host, makes the slice again when it is taken away, starts again after 42, and
 deletes the slice at the end. With --dry-run the commands are printed, one a line, and none is run.
+Jobs are watched and cancelled with `sky jobs` itself (README.md, beside this file).
 """
 
 import argparse
@@ -25,6 +23,7 @@ from pathlib import Path
 import accelerators
 import archive
 import commands
+import statuses
 
 
 def run_script(arguments: Sequence[str], options: argparse.Namespace) -> str:
@@ -42,7 +41,7 @@ def task(options: argparse.Namespace, arguments: Sequence[str]) -> str:
     packed = archive.path(options.name)
     values = {
         "name": options.name, "infra": options.infra, "accelerator": f"tpu-{kind.name}",
-        "runtime_version": options.runtime_version or kind.runtime_version,
+        "runtime_version": options.runtime_version or kind.tpu.runtime_version,
         "remote_archive": f"~/{packed.name}", "archive": str(packed),
         "setup": archive.install_script(packed.name), "run": run_script(arguments, options),
     }
@@ -50,7 +49,7 @@ def task(options: argparse.Namespace, arguments: Sequence[str]) -> str:
     # JSON's strings are YAML's.
     return template.substitute(
         {key: json.dumps(value) for key, value in values.items()},
-        spot=json.dumps(options.spot),
+        spot=json.dumps(options.spot), again=statuses.AGAIN,
     )
 
 
@@ -70,32 +69,21 @@ def main(argv: list[str]) -> int:
     """The command line."""
     own, arguments = commands.split(argv)
     parser = commands.make_parser("sky", __doc__)
-    for action, one in commands.add_actions(parser, {
+    for one in commands.add_actions(parser, {
         "task": "print the task", "launch": "hand the job to SkyPilot",
-        "queue": "the jobs SkyPilot has", "logs": "follow the job's output",
-        "cancel": "end the job and delete its slice",
-    }).items():
-        if action != "queue":
-            one.add_argument("name", help="of the job")
-        if action in ("task", "launch"):
-            archive.add_flags(one)
-            commands.add_environment_flag(one)
-            one.add_argument("--accelerator-type", required=True, help="v2-256, v5litepod-16, ...")
-            one.add_argument("--runtime-version", default="", help="default: what fits the type")
-            one.add_argument("--infra", default="gcp", help="gcp, gcp/REGION or gcp/REGION/ZONE")
-            one.add_argument("--spot", action="store_true")
+    }).values():
+        one.add_argument("name", help="of the job")
+        archive.add_flags(one)
+        commands.add_environment_flag(one)
+        one.add_argument("--accelerator-type", required=True, help="v2-256, v5litepod-16, ...")
+        one.add_argument("--runtime-version", default="", help="default: what fits the type")
+        one.add_argument("--infra", default="gcp", help="gcp, gcp/REGION or gcp/REGION/ZONE")
+        one.add_argument("--spot", action="store_true")
     options = parser.parse_args(own)
     if options.action == "task":
         print(task(options, arguments), end="")
-    elif options.action == "launch":
+    else:
         launch(options, arguments)
-    elif options.action == "queue":
-        commands.run(["sky", "jobs", "queue"], options, attempts=3, capture=False)
-    elif options.action == "logs":
-        commands.run(["sky", "jobs", "logs", f"--name={options.name}"], options, capture=False)
-    elif options.action == "cancel":
-        commands.run(["sky", "jobs", "cancel", f"--name={options.name}", "--yes"], options,
-                     attempts=3, capture=False)
     return 0
 
 

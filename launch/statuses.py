@@ -1,13 +1,20 @@
-"""What the exit statuses of a job's processes say together (see bigbatch/main.py)."""
+"""What the exit statuses of a job's processes say together (see bigbatch/job/statuses.py)."""
 
 from collections.abc import Iterable
 
-FINISHED, FAILED, MISTAKE, STOPPED_AFTER_PHASE, AGAIN = 0, 1, 2, 3, 42
-# A process of which nothing is known any more, as after a restart of its machine, counts as killed.
-LOST = 128 + 9
-# How JAX ends a process whose job has fallen apart: a consequence, the cause is another process's.
-ABORTED = 128 + 6
-SUCCESS = (FINISHED, STOPPED_AFTER_PHASE)
+import repository  # noqa: F401  (makes the package importable)
+
+from bigbatch.job.statuses import (  # noqa: F401  (the scripts read them here)
+    ABORTED,
+    AGAIN,
+    FAILED,
+    FINISHED,
+    INTERRUPTED,
+    LOST,
+    MISTAKE,
+    STOPPED_AFTER_PHASE,
+    SUCCESS,
+)
 
 
 def of_job(statuses: Iterable[int]) -> int:

@@ -30,7 +30,8 @@ Nothing is deleted unasked: `delete` deletes what it names; `create` and `run` d
 their own that did not come up, `run` one of its own that was taken away, and with --delete-at-end
 the one that has done its work, also where it was there before (--reuse).
 
-Exit status of `run`: the job's (see bigbatch/main.py); 1 where a command failed, 2 for a mistake.
+Exit status of `run`: the job's (see bigbatch/job/statuses.py); 1 where a command failed, 2 for a
+mistake.
 """
 
 import argparse

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from bigbatch import evaluate, train
-from bigbatch.config import make_phases, make_seatings
+from bigbatch.config import make_layouts, make_phases
 from bigbatch.data import decode
 from bigbatch.programs import compilation
 from bigbatch.storage import checkpoint
@@ -118,10 +118,10 @@ def test_a_batch_of_65_536_runs_the_programs_of_a_smaller_one():
     """On one device every phase of Figure 7 and of the 30-minute run takes the same passes."""
     for (name, preset), (batches, *_) in RECIPES.items():
         config = configs.load(name, preset)
-        seatings = make_seatings(config, make_phases(config), 1)
-        assert len({compilation.programs_of(seating) for seating in seatings}) == 1, preset
+        layouts = make_layouts(config, make_phases(config), 1)
+        assert len({compilation.programs_of(layout) for layout in layouts}) == 1, preset
         passes = [batch // config.max_per_device_batch for batch in batches]
-        assert [seating.microbatches for seating in seatings] == passes
+        assert [layout.microbatches for layout in layouts] == passes
 
 
 SETTINGS = (

@@ -87,7 +87,7 @@ class World:
         self.poll()
         return state, None
 
-    def wait_for(self, seating, watch, say):
+    def wait_for(self, layout, watch, say):
         self.poll()
         return Ready(["program"], [0.0], 0.0, None)
 

@@ -29,7 +29,8 @@ REDUCED = {
 }
 
 # Many images are decoded at once, one a core; a pool inside each call would only contend. It
-# changes no pixel; the processor's instruction set may, by a level.
+# changes no pixel. But bicubic pixels differ by a level between OpenCV's versions and between
+# instruction sets, so a streamed run keeps its bits on one version and kind of processor.
 cv2.setNumThreads(0)
 
 

@@ -2,7 +2,7 @@
 
 One place turns a position of the run (the examples seen), its phase and the devices into arrays on
 the devices. A resident data set lies there whole, and a microbatch is the numbers of its records.
-Streamed images come with it: each process reads those of its own devices' seats and no others.
+Streamed images come with it: each process reads those of its own devices' slots and no others.
 
 A microbatch is on the devices, its copy on the host given up, when it is handed out. A caller that
 waits for the pass before the last one before it asks for the next therefore has two on the devices
@@ -19,7 +19,8 @@ from ml_collections import ConfigDict
 
 from bigbatch.data import sources, streaming
 from bigbatch.job.devices import cut, place, replicated
-from bigbatch.schedule import Phase, layout, order
+from bigbatch.schedule import Phase, order
+from bigbatch.schedule.layout import Layout, examples_by_slot, lay_out_examples
 
 Arrays = dict[str, jax.Array]
 
@@ -41,7 +42,7 @@ class Feed:
     stream: streaming.Stream | None
 
     def update(
-        self, phase: Phase, seating: layout.Seating, examples_seen: int
+        self, phase: Phase, layout: Layout, examples_seen: int
     ) -> Iterator[dict[str, jax.Array | np.ndarray]]:
         """The microbatches of the update of `phase` that begins at `examples_seen`.
 
@@ -49,7 +50,7 @@ class Feed:
         that is left halfway ends the run: the next start opens a feed at its first example.
 
         Yields:
-            `examples` as `layout.seat_examples` makes them, and where it is streamed `images` and
+            `examples` as `lay_out_examples` makes them, and where it is streamed `images` and
             `labels`, all cut over the devices. A single process leaves `examples` to the program
             that is called with them, which is the sooner way there.
 
@@ -59,7 +60,7 @@ class Feed:
         records_Bx3 = order.records(
             self.config.seed, examples_seen, phase.batch_size, self.config.data.train_examples
         )
-        for examples in layout.seat_examples(records_Bx3, seating, self.config.ghost_size):
+        for examples in lay_out_examples(records_Bx3, layout, self.config.ghost_size):
             fed = {"examples": examples}
             if jax.process_count() > 1:
                 fed = place(fed, cut(self.mesh))
@@ -69,7 +70,7 @@ class Feed:
         """The batches of the whole test set, in order.
 
         Yields:
-            `record` (int32; -1 for an empty seat, and for an image that was skipped), and where
+            `record` (int32; -1 for a padding slot, and for an image that was skipped), and where
             it is streamed `images` and `labels`, all cut over the devices.
 
         Raises:
@@ -117,7 +118,7 @@ class Feed:
 
 
 def open_feed(
-    config: ConfigDict, mesh: Mesh, phases: Sequence[Phase], seatings: Sequence[layout.Seating],
+    config: ConfigDict, mesh: Mesh, phases: Sequence[Phase], layouts: Sequence[Layout],
     examples_seen: int, evaluated_at: Sequence[int],
 ) -> Feed:
     """Loads the data set, or begins to stream it, from `examples_seen` on.
@@ -127,7 +128,7 @@ def open_feed(
             `streaming.make_reader` names, `data.workers` and `data.read_threads`.
         mesh: the devices to feed.
         phases: still to run, in order; the first one may be under way.
-        seatings: of these phases.
+        layouts: of these phases.
         examples_seen: where the run stands.
         evaluated_at: the examples seen when the test set is evaluated, rising; `examples_seen`
             itself where that comes before the next update. Only read for streaming.
@@ -138,7 +139,7 @@ def open_feed(
     """
     seed = {"seed": np.uint32(config.seed)}
     if config.data.streaming:
-        stream = _open_stream(config, mesh, phases, seatings, examples_seen, evaluated_at)
+        stream = _open_stream(config, mesh, phases, layouts, examples_seen, evaluated_at)
         return Feed(config, mesh, place(seed, replicated(mesh)), {}, stream)
     dataset = sources.load(config.data)
     sources.check(dataset, config.data)
@@ -151,16 +152,16 @@ def open_feed(
 
 
 def update_shapes(
-    config: ConfigDict, mesh: Mesh, seats_each: int
+    config: ConfigDict, mesh: Mesh, slots_each: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of what `Feed.update` yields, to compile for.
 
     Args:
         config: of the run.
         mesh: the devices that are fed.
-        seats_each: ghost batches a device takes in one pass.
+        slots_each: ghost batches a device takes in one pass.
     """
-    rows = mesh.size * seats_each * config.ghost_size
+    rows = mesh.size * slots_each * config.ghost_size
     return _shapes(config, mesh, rows) | {"examples": _shape((rows, 4), np.int32, mesh)}
 
 
@@ -215,9 +216,9 @@ def _own_devices(mesh: Mesh) -> list[int]:
 
 
 def _test_records(config: ConfigDict, devices: int) -> np.ndarray:
-    """The test set's records in order, int32 (batch, device, seat); -1 fills the last batch up.
+    """The test set's records in order, int32 (batch, device, slot); -1 fills the last batch up.
 
-    `eval_batch_size` seats on each device, or no more than its share of the test set.
+    `eval_batch_size` slots on each device, or no more than its share of the test set.
     """
     examples = config.data.test_examples
     each = min(config.eval_batch_size, -(-examples // devices))
@@ -227,7 +228,7 @@ def _test_records(config: ConfigDict, devices: int) -> np.ndarray:
 
 
 def _open_stream(
-    config: ConfigDict, mesh: Mesh, phases: Sequence[Phase], seatings: Sequence[layout.Seating],
+    config: ConfigDict, mesh: Mesh, phases: Sequence[Phase], layouts: Sequence[Layout],
     examples_seen: int, evaluated_at: Sequence[int],
 ) -> streaming.Stream:
     """All that this process reads in the run: updates, cut where the test set comes between."""
@@ -241,16 +242,16 @@ def _open_stream(
     )
     due = set(evaluated_at)
     stretches = [evaluation] if examples_seen in due else []
-    for phase, seating in zip(phases, seatings, strict=True):
-        places, after = layout.examples_seated(seating, config.ghost_size)
-        seats_MxDxS = np.where(after >= 0, places, -1)[:, own]
-        seats_MxS = seats_MxDxS.reshape(seating.microbatches, -1)
+    for phase, layout in zip(phases, layouts, strict=True):
+        places, after = examples_by_slot(layout, config.ghost_size)
+        slots_MxDxS = np.where(after >= 0, places, -1)[:, own]
+        slots_MxS = slots_MxDxS.reshape(layout.microbatches, -1)
         start = max(phase.start_example, examples_seen)
         between = [position for position in evaluated_at if start < position < phase.end_example]
         for end in [*between, phase.end_example]:
             updates = (end - start) // phase.batch_size
             stretches.append(
-                streaming.Stretch(train, start, updates, phase.batch_size, seats_MxS)
+                streaming.Stretch(train, start, updates, phase.batch_size, slots_MxS)
             )
             if end in due:
                 stretches.append(evaluation)

@@ -5,7 +5,8 @@ stream of a run is known ahead as a closed form, over every change of batch size
 evaluation. Grain reads and decodes blocks of it, in threads or in worker processes, and hands them
 over in order; they are cut into microbatches here. (Grain's own batches could not change their
 size, and batches made in workers would come in another order.) How it is cut into blocks or dealt
-to workers changes no image. One stream serves training and evaluation, so that workers start once.
+to workers changes no image. One stream serves training and evaluation, so that workers start once
+and the bound below holds across an evaluation.
 
 The host holds two microbatches of images at most: those decoded ahead, and the one being filled.
 """
@@ -131,13 +132,13 @@ class Stretch:
     start: int  # position of the first update's first example
     updates: int
     batch_size: int
-    # The example's place in the batch, for each seat of each microbatch; -1 for an empty seat.
-    seats_MxS: np.ndarray
+    # The example's place in the batch, for each slot of each microbatch; -1 for a padding slot.
+    slots_MxS: np.ndarray
 
     @functools.cached_property
     def needed(self) -> np.ndarray:
         """The places in the batch that this process reads, in the order of their use."""
-        return self.seats_MxS[self.seats_MxS >= 0]
+        return self.slots_MxS[self.slots_MxS >= 0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,18 +173,18 @@ class Blocks:
         at = int(np.searchsorted(self.ends, index, side="right"))
         stretch = self.stretches[at]
         before = int(self.ends[at - 1]) if at else 0
-        update, seat = divmod(index - before, len(stretch.needed))
+        update, slot = divmod(index - before, len(stretch.needed))
         return stretch.reader.read(
-            stretch.start + update * stretch.batch_size + int(stretch.needed[seat])
+            stretch.start + update * stretch.batch_size + int(stretch.needed[slot])
         )
 
 
 class Microbatch(NamedTuple):
-    """What this process feeds of a microbatch, in the order of its seats."""
+    """What this process feeds of a microbatch, in the order of its slots."""
 
     train: bool
     start: int  # position of its update's first example
-    images_SxHxWxC: np.ndarray  # uint8; black in an empty seat and for a skipped image
+    images_SxHxWxC: np.ndarray  # uint8; black in a padding slot and for a skipped image
     labels_S: np.ndarray  # int32; NO_LABEL there
 
 
@@ -209,13 +210,13 @@ class Stream:
         """
         self.skipped = 0
         self._microbatches = (
-            (stretch.reader, stretch.start + update * stretch.batch_size, seats_S)
+            (stretch.reader, stretch.start + update * stretch.batch_size, slots_S)
             for stretch in stretches
             for update in range(stretch.updates)
-            for seats_S in stretch.seats_MxS
+            for slots_S in stretch.slots_MxS
         )
         stretches = tuple(stretch for stretch in stretches if len(stretch.needed))
-        ahead = min((stretch.seats_MxS.shape[1] for stretch in stretches), default=1)
+        ahead = min((stretch.slots_MxS.shape[1] for stretch in stretches), default=1)
         self._blocks = _background(stretches, workers, threads, ahead)
         self._examples = _one_by_one(self._blocks)
         _open_streams.add(self)
@@ -224,11 +225,11 @@ class Stream:
         return self
 
     def __next__(self) -> Microbatch:
-        reader, start, seats_S = next(self._microbatches)
-        images = np.zeros((len(seats_S), reader.size, reader.size, 3), np.uint8)
-        labels = np.full(len(seats_S), NO_LABEL, np.int32)
-        for seat in np.flatnonzero(seats_S >= 0):
-            images[seat], labels[seat], reason = next(self._examples)
+        reader, start, slots_S = next(self._microbatches)
+        images = np.zeros((len(slots_S), reader.size, reader.size, 3), np.uint8)
+        labels = np.full(len(slots_S), NO_LABEL, np.int32)
+        for slot in np.flatnonzero(slots_S >= 0):
+            images[slot], labels[slot], reason = next(self._examples)
             if reason:
                 logging.warning("Skipped %s.", reason)
                 self.skipped += 1

@@ -24,7 +24,7 @@ class Tpu(NamedTuple):
     clock_hertz: float
     memory_bytes: int  # of a device; what the compiler says a program may use
     runtime_version: str  # of Cloud TPU machines: https://cloud.google.com/tpu/docs/runtimes
-    gke_label: str = ""  # GKE's name; "" where the recipes of launch/ know none
+    gke_label: str = ""  # GKE's name; "" where the scripts of launch/ know none
     chip_config: str = ""  # as libtpu spells it, where its default is not what JAX runs on
 
     @property

@@ -50,7 +50,8 @@ def join(coordinator: str, processes: int, process: int, dead_peer_seconds: int)
             coordinator has no port.
     """
     _leave_on_sigterm()
-    # JAX's own handling would swallow a SIGTERM that arrives before training listens.
+    # JAX's own handling would swallow a SIGTERM that arrives before training listens, and it agrees
+    # on a step, where a stop inside an evaluation has to be agreed on too.
     jax.config.update("jax_enable_preemption_service", False)
     given = (bool(coordinator), processes > 0, process >= 0)
     options = {"heartbeat_timeout_seconds": dead_peer_seconds}

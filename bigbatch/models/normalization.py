@@ -135,7 +135,7 @@ def fold_weights(ghosts_after_G: jax.Array, decay: float, dtype: jnp.dtype) -> j
     r <- d^k r + sum_i (1-d) d^(k-1-i) s_i with i the ghost batch's place in the global batch.
 
     Args:
-        ghosts_after_G: k-1-i for each ghost batch; negative for an empty seat, which adds nothing.
+        ghosts_after_G: k-1-i for each ghost batch; negative for a padding slot, which adds nothing.
         decay: d, per ghost batch.
         dtype: of the weights.
     """

@@ -37,10 +37,14 @@ class Measured(NamedTuple):
 def measure(lowered: jax.stages.Lowered, kind: Tpu, mesh: Mesh, folder: Path | None) -> Measured:
     """Compiles a program lowered for `mesh`, of devices of this kind; or remembers what it was.
 
+    What was measured is remembered, and not the program: JAX cannot load programs that were
+    compiled for absent devices back from its cache.
+
     Args:
         folder: where to remember; None for nowhere.
     """
-    about = "\n".join((jax.__version__, version(mesh), repr(kind), lowered.as_text()))
+    told = kind.version, kind.chip_config, kind.clock_hertz
+    about = "\n".join((jax.__version__, version(mesh), repr(told), lowered.as_text()))
     file = folder and folder / f"{hashlib.sha256(about.encode()).hexdigest()}.json"
     if file and file.exists():
         return Measured(**json.loads(file.read_text(encoding="utf-8")))
@@ -110,10 +114,11 @@ def shape_bytes(shape: str) -> int:
 
 
 def estimated_seconds(text: str, clock_hertz: float) -> float | None:
-    """The compiler's estimate of one run of a program from its text; None where it made none.
+    """The compiler's estimate of one call of a program, from its text; None where it made none.
 
     The cycles of the entry computation's instructions. What is not in it: collectives, passes of a
-    loop after the first, anything outside the device.
+    loop after the first, anything outside the device. XLA's other figure, `optimal_seconds`, is no
+    bound: on v6e it gives a matrix product three times its time.
     """
     entry = text[text.index("\nENTRY "):]
     cycles = [int(found) for found in re.findall(r'"estimated_cycles":"(\d+)"', entry)]

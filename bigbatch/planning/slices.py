@@ -8,7 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from bigbatch import schedule
-from bigbatch.config import make_due, make_seatings
+from bigbatch.config import make_due, make_layouts
 from bigbatch.data import feed
 from bigbatch.job.devices import replicated
 from bigbatch.mistake import Mistake
@@ -17,7 +17,7 @@ from bigbatch.planning.compiled import Measured
 from bigbatch.programs import lowering
 from bigbatch.programs.compilation import EVALUATE, Kind, Program, programs_of
 from bigbatch.schedule import Phase
-from bigbatch.schedule.layout import Seating, make_seating
+from bigbatch.schedule.layout import Layout, make_layout
 from bigbatch.update import network, update
 
 
@@ -63,18 +63,18 @@ def compile_for(
         Mistake: if the TPU compiler is not there, or knows no such slice.
     """
     with jax.enable_x64(config.dtype == "float64"):
-        seatings = [make_seatings(config, [phase], found.devices)[0]
+        layouts = [make_layouts(config, [phase], found.devices)[0]
                     for phase, found in zip(phases, slices, strict=True)]
         net = network.build(config)
         on = {
             found: _Compiler(
                 config, net, found, folder, show, accumulates=any(
-                    seating.microbatches > 1
-                    for seating, other in zip(seatings, slices, strict=True) if other == found))
+                    layout.microbatches > 1
+                    for layout, other in zip(layouts, slices, strict=True) if other == found))
             for found in dict.fromkeys(slices)
         }
-        rows = [on[found].describe(seating)
-                for seating, found in zip(seatings, slices, strict=True)]
+        rows = [on[found].describe(layout)
+                for layout, found in zip(layouts, slices, strict=True)]
         evaluations = [
             {"slice": found.name, "count": _count_evaluations(
                 config, phases, [other == found for other in slices]),
@@ -150,7 +150,7 @@ class _Compiler:
         if kind in (Kind.UPDATE, Kind.EVALUATE) and self.accumulates:
             beside += _bytes(update.abstract_sums(self.state, self.mesh)) // self.mesh.size
         if kind in (Kind.UPDATE, Kind.ACCUMULATE):  # the next microbatch is there before its turn
-            shapes = feed.update_shapes(self.config, self.mesh, program.seats)
+            shapes = feed.update_shapes(self.config, self.mesh, program.slots)
             beside += _bytes(shapes) // self.mesh.size
         return measured.argument_bytes + measured.extra_bytes + beside
 
@@ -158,14 +158,14 @@ class _Compiler:
         """Whether the program and what the run keeps beside it have room on a device."""
         return self.measure(program).fits and self.memory(program) <= self.slice.kind.memory_bytes
 
-    def describe(self, seating: Seating) -> dict[str, Any]:
+    def describe(self, layout: Layout) -> dict[str, Any]:
         """Of an update: see `_describe`; with `advice` where it does not fit."""
-        programs = programs_of(seating)
-        times = [seating.microbatches if program.kind is Kind.ACCUMULATE else 1
+        programs = programs_of(layout)
+        times = [layout.microbatches if program.kind is Kind.ACCUMULATE else 1
                  for program in programs]
         described = self._describe(programs, times)
         if not described["fits"]:
-            described["advice"] = self._advice(seating)
+            described["advice"] = self._advice(layout)
         return described
 
     def describe_evaluation(self) -> dict[str, Any]:
@@ -208,35 +208,35 @@ class _Compiler:
             "programs": list(map(str, programs)),
         }
 
-    def _advice(self, seating: Seating) -> str:
+    def _advice(self, layout: Layout) -> str:
         """The smallest changes under which an update would fit: more passes, or a larger slice."""
         ghost = self.config.ghost_size
         changes = []
-        if seats := self._most_seats(Kind.ACCUMULATE, seating):
-            passes = make_seating(
-                seating.ghosts * ghost, ghost, seating.devices, seats * ghost, 0).microbatches
+        if slots := self._most_slots(Kind.ACCUMULATE, layout):
+            passes = make_layout(
+                layout.ghosts * ghost, ghost, layout.devices, slots * ghost, 0).microbatches
             setting = (f"--config.microbatches={passes}" if self.config.microbatches
-                       else f"--config.max_per_device_batch={seats * ghost}")
+                       else f"--config.max_per_device_batch={slots * ghost}")
             changes.append(f"{setting} fits ({passes} passes an update)")
         # As each device of that slice takes it, at once.
-        if seats := self._most_seats(Kind.UPDATE, seating):
-            changes.append(f"a slice of {-(-seating.ghosts // seats)} devices or more fits")
+        if slots := self._most_slots(Kind.UPDATE, layout):
+            changes.append(f"a slice of {-(-layout.ghosts // slots)} devices or more fits")
         return ", or ".join(changes) or (
             f"not even one ghost batch of {ghost} has room on a device: a kind of TPU with more "
             "memory, or a smaller network, is needed"
         )
 
-    def _most_seats(self, kind: Kind, seating: Seating) -> int:
-        """The most seats in a pass, below those of `seating`, with which a program fits; or 0."""
-        needed = max(map(self.memory, programs_of(seating)))
-        # As if memory grew with the seats; then one by one.
-        seats = min(seating.seats - 1,
-                    seating.seats * self.slice.kind.memory_bytes // max(needed, 1))
-        while seats > 0 and not self.fits(Program(kind, seats)):
-            seats -= 1
-        while 0 < seats < seating.seats - 1 and self.fits(Program(kind, seats + 1)):
-            seats += 1
-        return seats
+    def _most_slots(self, kind: Kind, layout: Layout) -> int:
+        """The most slots in a pass, below those of `layout`, with which a program fits; or 0."""
+        needed = max(map(self.memory, programs_of(layout)))
+        # As if memory grew with the slots; then one by one.
+        slots = min(layout.slots - 1,
+                    layout.slots * self.slice.kind.memory_bytes // max(needed, 1))
+        while slots > 0 and not self.fits(Program(kind, slots)):
+            slots -= 1
+        while 0 < slots < layout.slots - 1 and self.fits(Program(kind, slots + 1)):
+            slots += 1
+        return slots
 
 
 def _count_evaluations(

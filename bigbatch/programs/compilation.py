@@ -22,7 +22,7 @@ import jax
 
 from bigbatch.job import jax_private
 from bigbatch.programs import program_cache
-from bigbatch.schedule.layout import Seating
+from bigbatch.schedule.layout import Layout
 
 
 class Kind(enum.Enum):
@@ -39,20 +39,20 @@ class Program(NamedTuple):
     """A program of a run."""
 
     kind: Kind
-    seats: int = 0  # ghost batches a device takes in it; of UPDATE and ACCUMULATE
+    slots: int = 0  # ghost batches a device takes in it; of UPDATE and ACCUMULATE
 
     def __str__(self) -> str:
-        return f"{self.kind.value} {self.seats}" if self.seats else self.kind.value
+        return f"{self.kind.value} {self.slots}" if self.slots else self.kind.value
 
 
 INIT, APPLY, EVALUATE = Program(Kind.INIT), Program(Kind.APPLY), Program(Kind.EVALUATE)
 
 
-def programs_of(seating: Seating) -> tuple[Program, ...]:
-    """The programs an update with this seating runs."""
-    if seating.microbatches == 1:
-        return (Program(Kind.UPDATE, seating.seats),)
-    return (Program(Kind.ACCUMULATE, seating.seats), APPLY)
+def programs_of(layout: Layout) -> tuple[Program, ...]:
+    """The programs an update with this layout runs."""
+    if layout.microbatches == 1:
+        return (Program(Kind.UPDATE, layout.slots),)
+    return (Program(Kind.ACCUMULATE, layout.slots), APPLY)
 
 
 class Compiled(NamedTuple):
@@ -121,19 +121,19 @@ def compile_ahead(
 
 
 def compile_order(
-    seatings: Sequence[Seating], begins: bool = False
+    layouts: Sequence[Layout], begins: bool = False
 ) -> tuple[list[Program], list[Program]]:
     """Which programs to compile before the first update, and which later, in order.
 
     Args:
-        seatings: of the phases still to run, in order; none where only an evaluation is.
+        layouts: of the phases still to run, in order; none where only an evaluation is.
         begins: whether the run has no state yet.
     """
-    in_order = list(dict.fromkeys(itertools.chain(*map(programs_of, seatings))))
+    in_order = list(dict.fromkeys(itertools.chain(*map(programs_of, layouts))))
     first = [EVALUATE]
-    if seatings:
-        largest = max(seatings, key=lambda seating: seating.seats)
-        first = list(dict.fromkeys([*programs_of(seatings[0]), *first, *programs_of(largest)]))
+    if layouts:
+        largest = max(layouts, key=lambda layout: layout.slots)
+        first = list(dict.fromkeys([*programs_of(layouts[0]), *first, *programs_of(largest)]))
     if begins:
         first.insert(0, INIT)
     return first, [program for program in in_order if program not in first]
@@ -156,16 +156,16 @@ def count_flops(lowered: jax.stages.Lowered) -> float | None:
     return jax_private.analyse_cost(platform, module)["flops"]
 
 
-def update_flops(programs: Sequence[Compiled], seating: Seating) -> float | None:
+def update_flops(programs: Sequence[Compiled], layout: Layout) -> float | None:
     """The floating-point operations of an update on all devices; None where they were not counted.
 
     Args:
-        programs: of `programs_of(seating)`.
-        seating: of the update. What is worked out for empty seats is no part of it.
+        programs: of `programs_of(layout)`.
+        layout: of the update. What is computed for padding slots is not counted.
     """
     flops = [program.flops for program in programs]
     if None in flops:
         return None
     passes, rest = flops[0], sum(flops[1:])
-    return seating.devices * (
-        seating.microbatches * passes * (1.0 - seating.idle_share) + rest)
+    return layout.devices * (
+        layout.microbatches * passes * (1.0 - layout.idle_share) + rest)

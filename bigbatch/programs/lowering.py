@@ -36,7 +36,7 @@ def lowering(
         if program.kind is Kind.EVALUATE:
             return evaluation.make_evaluate(config, net, mesh).lower(
                 state.params, state.batch_stats, test, feed.evaluation_shapes(config, mesh))
-        batch = feed.update_shapes(config, mesh, program.seats)
+        batch = feed.update_shapes(config, mesh, program.slots)
         return lower_update(functions, program.kind, mesh, state, resident, batch)
 
     return lower

@@ -15,7 +15,7 @@ from bigbatch.job.preemption import Watch
 from bigbatch.programs import compilation, dispatch
 from bigbatch.programs.compilation import EVALUATE, INIT, Program
 from bigbatch.programs.lowering import lowering
-from bigbatch.schedule.layout import Seating
+from bigbatch.schedule.layout import Layout
 from bigbatch.update import network, update
 
 
@@ -32,20 +32,20 @@ class Programs:
     """Lowers and compiles a run's programs, in the order in which they are needed."""
 
     def __init__(
-        self, config: ConfigDict, net: network.Network, mesh: Mesh, seatings: Sequence[Seating],
+        self, config: ConfigDict, net: network.Network, mesh: Mesh, layouts: Sequence[Layout],
         resident: Mapping, test: Mapping, counted: bool,
     ):
         """Args:
         config: of the run.
         net: its network.
         mesh: the devices.
-        seatings: of the phases still to run, in order.
+        layouts: of the phases still to run, in order.
         resident: see `feed.Feed`.
         test: see there.
         counted: whether to count operations.
         """
         self._config, self._net, self._mesh = config, net, mesh
-        self._seatings, self._resident, self._test = seatings, resident, test
+        self._layouts, self._resident, self._test = layouts, resident, test
         self._counted = counted
         self._futures: dict[Program, Future] = {}
 
@@ -64,14 +64,14 @@ class Programs:
         is_new = isinstance(jax.tree.leaves(state)[0], jax.ShapeDtypeStruct)
         shapes = jax.tree.map(shape_of, (state, self._resident, self._test))
         lower = lowering(self._config, self._net, self._mesh, *shapes)
-        first, later = compilation.compile_order(self._seatings, is_new)
+        first, later = compilation.compile_order(self._layouts, is_new)
         self._futures = compilation.compile_ahead(
             lower, first + later, self._counted, watch.poll)
         if is_new:
             watch.wait(self._futures[INIT].done)
             drawn = self._futures[INIT].result().call(np.uint32(self._config.seed))
             state = place(jax.tree.map(np.asarray, drawn), replicated(self._mesh))
-        several = any(seating.microbatches > 1 for seating in self._seatings)
+        several = any(layout.microbatches > 1 for layout in self._layouts)
         sums = dispatch.room_for_sums(state, self._mesh) if several else None
         watch.wait(lambda: all(self._futures[program].done() for program in first))
         for program in first:
@@ -79,17 +79,17 @@ class Programs:
         return state, sums
 
     def wait_for(
-        self, seating: Seating, watch: Watch, say: Callable[[], None] = lambda: None
+        self, layout: Layout, watch: Watch, say: Callable[[], None] = lambda: None
     ) -> Ready:
-        """The programs of updates with this seating, once they are compiled.
+        """The programs of updates with this layout, once they are compiled.
 
         Args:
-            seating: of the phase that begins.
+            layout: of the phase that begins.
             watch: polled meanwhile.
             say: called first if there is something to wait for.
         """
         began = time.perf_counter()
-        futures = [self._futures[program] for program in compilation.programs_of(seating)]
+        futures = [self._futures[program] for program in compilation.programs_of(layout)]
         if not all(future.done() for future in futures):
             say()
         watch.wait(lambda: all(future.done() for future in futures))
@@ -98,7 +98,7 @@ class Programs:
             [program.call for program in compiled],
             [round(program.seconds, 3) for program in compiled],
             round(time.perf_counter() - began, 3),
-            compilation.update_flops(compiled, seating),
+            compilation.update_flops(compiled, layout),
         )
 
     def evaluate(self) -> Callable:

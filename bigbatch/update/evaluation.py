@@ -22,7 +22,7 @@ def make_evaluate(config: ConfigDict, net: network.Network, mesh: Mesh) -> Calla
 
     The result is the sums of (cross entropy, correct, examples) over one batch of all devices.
     `test` has the test set's `images` and `labels` replicated, or is {} when they are fed; `batch`
-    has `record` (int32, -1 where a seat is empty), and `images` and `labels` where they are fed.
+    has `record` (int32, -1 where a slot is empty), and `images` and `labels` where they are fed.
     """
     dtype = jnp.promote_types(config.dtype, jnp.float32)
 
@@ -41,11 +41,11 @@ def make_evaluate(config: ConfigDict, net: network.Network, mesh: Mesh) -> Calla
         logits, *_ = net.apply(params, batch_stats, images, False, keys)
         logits = logits.astype(dtype)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        seated = record >= 0
+        real = record >= 0
         sums = jnp.stack([
-            jnp.sum(jnp.where(seated, losses, 0.0)),
-            jnp.sum(seated & (jnp.argmax(logits, axis=1) == labels)).astype(dtype),
-            jnp.sum(seated).astype(dtype),
+            jnp.sum(jnp.where(real, losses, 0.0)),
+            jnp.sum(real & (jnp.argmax(logits, axis=1) == labels)).astype(dtype),
+            jnp.sum(real).astype(dtype),
         ])
         return jax.lax.psum(sums, AXIS)
 

@@ -101,7 +101,7 @@ def make_update(
 
     Their arguments: `state` replicated; `resident`, replicated too: the run's `seed` (an input, so
     that the seeds of a sweep share programs), and the training set's `images` and `labels` unless
-    they are fed; `batch`, one microbatch: `examples` (rows as `seats.seat_examples` makes them),
+    they are fed; `batch`, one microbatch: `examples` (rows as `slots.lay_out_examples` makes them),
     and `images` and `labels` where they are fed, all cut over devices; `sums`, one of each device.
     `prepare`, where it is given, makes a microbatch's images of (config, resident, batch) in the
     place of `prepare_microbatch`.
@@ -168,18 +168,18 @@ def _microbatch_sums(
     """One device's sums over one microbatch."""
     images, labels, dropout_keys = prepare(config, resident, batch)
     ghosts_after_G = batch["examples"][:: config.ghost_size, 3]
-    seated = (batch["examples"][:, 3] >= 0) & (labels >= 0)
+    real = (batch["examples"][:, 3] >= 0) & (labels >= 0)
     dtype = jnp.promote_types(config.dtype, jnp.float32)
     targets = optax.smooth_labels(
         jax.nn.one_hot(labels, config.data.num_classes, dtype=dtype), config.label_smoothing
     )
 
     def own(logits_BxK: jax.Array) -> jax.Array:
-        # Before the loss too: where an empty seat's loss is not finite, 0 times its slope is nan.
-        return jnp.where(seated[:, None], logits_BxK.astype(dtype), 0.0)
+        # Before the loss too: where a padding slot's loss is not finite, 0 times its slope is nan.
+        return jnp.where(real[:, None], logits_BxK.astype(dtype), 0.0)
 
     def summed(losses_B: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(seated, losses_B, 0.0))
+        return jnp.sum(jnp.where(real, losses_B, 0.0))
 
     def objective(params: Tree) -> tuple[jax.Array, tuple]:
         logits, auxiliary, rows = network.apply(
@@ -199,8 +199,8 @@ def _microbatch_sums(
         gradient=gradient,
         statistics=jax.tree.map(fold, rows, network.decays),
         loss=summed(plain),
-        correct=jnp.sum(seated & (jnp.argmax(logits, axis=1) == labels)).astype(dtype),
-        examples=jnp.sum(seated).astype(dtype),
+        correct=jnp.sum(real & (jnp.argmax(logits, axis=1) == labels)).astype(dtype),
+        examples=jnp.sum(real).astype(dtype),
         ghosts=jnp.sum(ghosts_after_G >= 0).astype(dtype),
     )
 
@@ -239,7 +239,8 @@ def _apply_sums(
 ) -> tuple[State, Metrics]:
     """The one reduction, then the optimizer and the running statistics."""
     if jax.lax.axis_size(AXIS) > 1:
-        # As one vector: of a network's hundreds of arrays XLA would make several reductions.
+        # As one vector, since XLA on CPU does not combine the reductions of hundreds of arrays into
+        # one.
         vector, unravel = ravel_pytree(sums)
         sums = unravel(jax.lax.psum(vector, AXIS))
     gradient = jax.tree.map(lambda leaf: leaf / sums.examples, sums.gradient)

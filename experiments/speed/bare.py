@@ -12,7 +12,8 @@ from bigbatch.job.devices import cut, make_mesh, place, replicated
 from bigbatch.programs.compilation import programs_of
 from bigbatch.programs.dispatch import as_rates, room_for_sums, take_update
 from bigbatch.programs.lowering import lower_update
-from bigbatch.schedule import layout, order
+from bigbatch.schedule import order
+from bigbatch.schedule.layout import lay_out_examples, make_layout
 from bigbatch.update import network, update
 from experiments.figures import load_config
 
@@ -85,7 +86,7 @@ class BareUpdate:
         dataset = sources.load(config.data)
         records_Bx3 = order.records(
             config.seed, 0, config.recipe.batch_size, config.data.train_examples)
-        seating = layout.make_seating(
+        layout = make_layout(
             len(records_Bx3), config.ghost_size, 1, config.max_per_device_batch,
             config.microbatches)
         resident: dict[str, Any] = {"seed": np.uint32(config.seed)}
@@ -93,7 +94,7 @@ class BareUpdate:
             resident |= {"images": dataset.train_images, "labels": dataset.train_labels}
         self.resident = place(resident, replicated(mesh))
         self.batches = []
-        for examples in layout.seat_examples(records_Bx3, seating, config.ghost_size):
+        for examples in lay_out_examples(records_Bx3, layout, config.ghost_size):
             batch = {"examples": examples}
             if not augmented:
                 record = examples[:, 0]
@@ -108,7 +109,7 @@ class BareUpdate:
         self.loss: float | None = None
         self.lowered = [
             lower_update(functions, program.kind, mesh, self.state, self.resident, self.batches[0])
-            for program in programs_of(seating)]
+            for program in programs_of(layout)]
         self.programs = [program.compile() for program in self.lowered]
 
     def take(self, updates: int = 1) -> None:

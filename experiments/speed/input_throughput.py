@@ -58,8 +58,8 @@ def stream(images: list[bytes]) -> Callable[[], None]:
         records=records, split="train", train=True, seed=0, classes=CLASSES, size=SIZE,
         style="goyal", eval_share=0.875, resample="bicubic", skip=False,
     )
-    seats = np.arange(len(images) // 50 * 50).reshape(-1, 50)
-    stretch = streaming.Stretch(reader, 0, 1, seats.size, seats)
+    slots = np.arange(len(images) // 50 * 50).reshape(-1, 50)
+    stretch = streaming.Stretch(reader, 0, 1, slots.size, slots)
 
     def run() -> None:
         for _ in streaming.Stream([stretch], workers=0, threads=1):

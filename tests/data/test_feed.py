@@ -1,4 +1,4 @@
-"""What updates and evaluations are fed: the same examples in the same seats, resident or streamed.
+"""What updates and evaluations are fed: the same examples in the same slots, resident or streamed.
 
 Most tests read a small TFDS data set of PNG images, which every decoder turns into the same pixels.
 """
@@ -22,7 +22,8 @@ from PIL import Image
 from bigbatch.config import base_config, make_phases
 from bigbatch.data import feed
 from bigbatch.job.devices import AXIS, make_mesh
-from bigbatch.schedule import layout, order
+from bigbatch.schedule import order
+from bigbatch.schedule.layout import make_layout
 from bigbatch.update import evaluation, network, update
 from tests.data.test_sources import prepare
 from tests.support.sample_data import data_dir
@@ -95,18 +96,18 @@ class Run:
         self.config, self.mesh = config, mesh or make_mesh(jax.devices()[:devices])
         self.phases = [
             phase for phase in make_phases(config) if phase.end_example > examples_seen]
-        self.seatings = [
-            layout.make_seating(phase.batch_size, GHOST, self.mesh.size, 1024, microbatches)
+        self.layouts = [
+            make_layout(phase.batch_size, GHOST, self.mesh.size, 1024, microbatches)
             for phase in self.phases]
         self.updates = updates(self.phases, examples_seen)
         self.feed = feed.open_feed(
-            config, self.mesh, self.phases, self.seatings, examples_seen, evaluated_at)
+            config, self.mesh, self.phases, self.layouts, examples_seen, evaluated_at)
 
-    def seating_of(self, phase):
-        return self.seatings[self.phases.index(phase)]
+    def layout_of(self, phase):
+        return self.layouts[self.phases.index(phase)]
 
     def microbatches(self, phase, start):
-        return self.feed.update(phase, self.seating_of(phase), start)
+        return self.feed.update(phase, self.layout_of(phase), start)
 
     def source(self, batch):
         """The images and labels of a microbatch, on the host, wherever they come from."""
@@ -138,7 +139,7 @@ def check_fits(batch, shapes):
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("devices, microbatches", [*itertools.product((1, 3, 8), (1, 2))])
-def test_every_update_holds_the_runs_next_examples_in_their_seats(
+def test_every_update_holds_the_runs_next_examples_in_their_slots(
     folder, devices, microbatches, streaming
 ):
     """Across two changes of batch size and an epoch's end; 3, 6 and 12 ghost batches."""
@@ -148,24 +149,24 @@ def test_every_update_holds_the_runs_next_examples_in_their_seats(
     idle = 0
     for phase, start in run.updates:
         batches = list(run.microbatches(phase, start))
-        assert len(batches) == run.seating_of(phase).microbatches
+        assert len(batches) == run.layout_of(phase).microbatches
         for batch in batches:
             check_fits(
-                batch, feed.update_shapes(run.config, run.mesh, run.seating_of(phase).seats))
+                batch, feed.update_shapes(run.config, run.mesh, run.layout_of(phase).slots))
         rows = in_dealt_order([batch["examples"] for batch in batches], devices)
         images, labels = zip(*map(run.source, batches), strict=True)
         images, labels = in_dealt_order(images, devices), in_dealt_order(labels, devices)
-        seated = rows[:, 3] >= 0
+        filled = rows[:, 3] >= 0
         expected = order.records(5, start, phase.batch_size, EXAMPLES)
-        np.testing.assert_array_equal(rows[seated, :3], expected)
+        np.testing.assert_array_equal(rows[filled, :3], expected)
         ghosts = phase.batch_size // GHOST
-        np.testing.assert_array_equal(rows[seated, 3], np.repeat(np.arange(ghosts)[::-1], GHOST))
-        np.testing.assert_array_equal(images[seated], pictures()[expected[:, 0]])
-        np.testing.assert_array_equal(labels[seated], expected[:, 0] % 10)
-        idle += np.sum(~seated)
+        np.testing.assert_array_equal(rows[filled, 3], np.repeat(np.arange(ghosts)[::-1], GHOST))
+        np.testing.assert_array_equal(images[filled], pictures()[expected[:, 0]])
+        np.testing.assert_array_equal(labels[filled], expected[:, 0] % 10)
+        idle += np.sum(~filled)
         if streaming:
-            assert not images[~seated].any() and (labels[~seated] == -1).all()
-    assert idle or devices < 8, "no seat is left over"
+            assert not images[~filled].any() and (labels[~filled] == -1).all()
+    assert idle or devices < 8, "no slot is left over"
     run.feed.close()
 
 
@@ -254,7 +255,7 @@ def test_a_stream_is_not_taken_in_another_order_than_it_was_told(folder):
 # Images that cannot be decoded.
 
 
-def test_a_skipped_picture_is_an_empty_seat_and_counted(tmp_path):
+def test_a_skipped_picture_is_an_empty_slot_and_counted(tmp_path):
     images = [encoded(pixels) for pixels in pictures()]
     images[7] = images[7][:60]
     prepare(tmp_path, images, channels=3)
@@ -308,9 +309,9 @@ def test_cifar10_is_the_same_streamed_and_resident():
         run = Run(make_config(folder, streaming, **splits), 3, 2)
         batches = [batch for phase, start in run.updates
                    for batch in run.microbatches(phase, start)]
-        seated = np.concatenate([batch["examples"][:, 3] for batch in batches]) >= 0
+        filled = np.concatenate([batch["examples"][:, 3] for batch in batches]) >= 0
         images, labels = zip(*map(run.source, batches), strict=True)
-        taken[streaming] = np.concatenate(images)[seated], np.concatenate(labels)[seated]
+        taken[streaming] = np.concatenate(images)[filled], np.concatenate(labels)[filled]
         run.feed.close()
     np.testing.assert_array_equal(taken[True][1], taken[False][1])
     # Two decoders of JPEG may round the last bit differently.

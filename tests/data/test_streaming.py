@@ -113,14 +113,14 @@ def test_a_stream_opened_in_the_middle_goes_on_as_if_it_had_never_stopped():
     np.testing.assert_array_equal(images[27:], images_later)
 
 
-def test_each_process_reads_the_seats_of_its_own_devices_and_no_others(tmp_path):
-    seats_MxS = np.array([[0, 1, 4, 5], [8, 9, -1, -1], [-1, -1, -1, -1]])
+def test_each_process_reads_the_slots_of_its_own_devices_and_no_others(tmp_path):
+    slots_MxS = np.array([[0, 1, 4, 5], [8, 9, -1, -1], [-1, -1, -1, -1]])
     note = tmp_path / "reads"
-    microbatches = list(open_stream(Records(note), make_data(), (30, 2, 10, seats_MxS)))
+    microbatches = list(open_stream(Records(note), make_data(), (30, 2, 10, slots_MxS)))
     at = expected_labels(30, 20)
     expected = [
-        [at[10 * update + seat] if seat >= 0 else -1 for seat in seats_S]
-        for update in range(2) for seats_S in seats_MxS
+        [at[10 * update + slot] if slot >= 0 else -1 for slot in slots_S]
+        for update in range(2) for slots_S in slots_MxS
     ]
     assert [microbatch.labels_S.tolist() for microbatch in microbatches] == expected
     for *_, images, labels in microbatches:
@@ -129,9 +129,9 @@ def test_each_process_reads_the_seats_of_its_own_devices_and_no_others(tmp_path)
 
 
 def test_evaluation_goes_through_the_records_in_order_with_the_centre_crop():
-    seats_MxS = np.r_[:50, [-1] * 10].reshape(3, 20)
+    slots_MxS = np.r_[:50, [-1] * 10].reshape(3, 20)
     images, labels = collect(
-        open_stream(Records(), make_data(), (0, 1, 50, seats_MxS), train=False))
+        open_stream(Records(), make_data(), (0, 1, 50, slots_MxS), train=False))
     assert labels.tolist() == [*range(50), *[-1] * 10]
     encoded = Records()[7]["image"]
     box = decode.eval_box(*decode.dimensions(encoded), 0.75, "goyal")
@@ -194,8 +194,8 @@ def test_a_record_gets_the_same_crop_however_the_run_is_cut_and_whoever_reads(
 
 
 def test_one_of_two_hosts_gets_the_same_crops():
-    seats_MxS = np.arange(20).reshape(2, 2, 5)[:, 1]  # the second half of each microbatch
-    images, _ = collect(open_stream(photographs(), make_data(), (0, 5, 20, seats_MxS)))
+    slots_MxS = np.arange(20).reshape(2, 2, 5)[:, 1]  # the second half of each microbatch
+    images, _ = collect(open_stream(photographs(), make_data(), (0, 5, 20, slots_MxS)))
     np.testing.assert_array_equal(images, reference()[0].reshape(10, 2, 5, 24, 24, 3)[:, 1]
                                   .reshape(images.shape))
 

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from bigbatch import train
-from bigbatch.config import make_phases, make_seatings
+from bigbatch.config import make_layouts, make_phases
 from bigbatch.job import processes
-from bigbatch.schedule import layout
+from bigbatch.schedule.layout import ghosts_by_slot
 from bigbatch.storage import checkpoint
 from bigbatch.storage.logs import read_events
 from tests.data.test_sources import prepare
@@ -115,8 +115,8 @@ def check_reads(folder, hosts):
         reads = json.loads((folder / f"reads{host}.json").read_text())
         own = slice(host * devices, (host + 1) * devices)
         expected = []
-        for phase, seating in zip(phases, make_seatings(config, phases, 8), strict=True):
-            ghosts = layout.ghosts_seated(seating)[:, own]
+        for phase, layout in zip(phases, make_layouts(config, phases, 8), strict=True):
+            ghosts = ghosts_by_slot(layout)[:, own]
             places = [ghost * config.ghost_size + place for ghost in ghosts[ghosts >= 0]
                       for place in range(config.ghost_size)]
             expected += [start + place for place in places

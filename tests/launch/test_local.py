@@ -43,7 +43,6 @@ os._exit(end)
 @pytest.fixture(scope="module")
 def laptop(tmp_path_factory):
     made = Laptop(tmp_path_factory.mktemp("laptop"))
-    (made.root / "bigbatch").mkdir()
     (made.root / "bigbatch/main.py").write_text(STAND_IN)
     return made
 

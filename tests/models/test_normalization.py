@@ -106,7 +106,7 @@ def test_each_ghost_batch_is_normalised_by_itself():
 @pytest.mark.parametrize("ghosts", [1, 2, 5, 64])
 @pytest.mark.parametrize("decay", [0.9, 0.9997])
 def test_weights_fold_ghost_batches_as_if_one_by_one(ghosts, decay):
-    """r <- d^k r + sum_i (1-d) d^(k-1-i) s_i; empty seats weigh nothing, and order matters."""
+    """r <- d^k r + sum_i (1-d) d^(k-1-i) s_i; empty slots weigh nothing, and order matters."""
     rows = np.random.default_rng(ghosts).normal(size=(ghosts, FEATURES)) + 5.0
     running = np.array([1.0, -2.0, 30.0])
     after = np.arange(ghosts)[::-1]
@@ -117,11 +117,11 @@ def test_weights_fold_ghost_batches_as_if_one_by_one(ghosts, decay):
         backwards = decay**ghosts * running + weights @ rows[::-1]
         assert np.abs(backwards - folded(running, rows, decay)).max() > 1e-7
 
-    # Dealt out with empty seats in between, as a device sees them.
-    seats = np.insert(after, [0, ghosts // 2, ghosts], -1)
-    with_empty = fold_weights(jnp.asarray(seats), decay, jnp.float64)
-    np.testing.assert_array_equal(with_empty[seats < 0], 0.0)
-    np.testing.assert_array_equal(with_empty[seats >= 0], weights)
+    # Dealt out with empty slots in between, as a device sees them.
+    slots = np.insert(after, [0, ghosts // 2, ghosts], -1)
+    with_empty = fold_weights(jnp.asarray(slots), decay, jnp.float64)
+    np.testing.assert_array_equal(with_empty[slots < 0], 0.0)
+    np.testing.assert_array_equal(with_empty[slots >= 0], weights)
 
 
 def test_float32_weights_keep_their_digits_over_many_ghost_batches():

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from bigbatch import config_files
-from bigbatch.config import make_phases, make_seatings
+from bigbatch.config import make_layouts, make_phases
 from bigbatch.plan import as_text, plan
 from tests.conftest import REPOSITORY
 from tests.support import configs
@@ -109,11 +109,11 @@ def test_figures_2_to_4_keep_batches_and_updates_under_every_optimizer(optimizer
 
 
 def dealt(argument, devices):
-    """(ghost batches, passes, seats a device, idle share) of each phase."""
+    """(ghost batches, passes, slots a device, idle share) of each phase."""
     config = configs.load("cifar10", argument)
     return [
-        (seating.ghosts, seating.microbatches, seating.seats, seating.idle_share)
-        for seating in make_seatings(config, make_phases(config), devices)
+        (layout.ghosts, layout.microbatches, layout.slots, layout.idle_share)
+        for layout in make_layouts(config, make_phases(config), devices)
     ]
 
 
@@ -124,7 +124,7 @@ def test_ghost_batches_are_dealt_evenly_where_they_can_be():
                                (125, 16, 8, pytest.approx(3 / 128))]
     assert dealt(large, 5) == [(1, 1, 1, pytest.approx(4 / 5)), (5, 1, 1, 0), (25, 1, 5, 0),
                                (125, 4, 7, pytest.approx(15 / 140))]
-    # 5 on 8 devices: 3 of 8 seats are idle.
+    # 5 on 8 devices: 3 of 8 slots are idle.
     assert dealt(large, 8)[1] == (5, 1, 1, pytest.approx(3 / 8))
     # As the presets have it, in passes of 640.
     assert dealt("increase", 1) == [(1, 1, 1, 0), (5, 1, 5, 0), (25, 5, 5, 0), (125, 25, 5, 0)]
@@ -141,7 +141,7 @@ def test_8192_in_ghosts_of_64_fill_at_most_128_devices():
 
 def test_devices_change_no_phase():
     one, many = (plan(configs.tiny(), devices)["phases"] for devices in (1, 7))
-    dealing = {"devices", "ghost_batches", "microbatches", "seats", "idle_share"}
+    dealing = {"devices", "ghost_batches", "microbatches", "slots", "idle_share"}
     for before, after in zip(one, many, strict=True):
         assert {key: before[key] for key in before.keys() - dealing} == {
             key: after[key] for key in after.keys() - dealing}

@@ -135,8 +135,8 @@ def test_an_update_is_one_reduction_on_half_a_pod_and_a_whole_one(pod):
 
 def test_passes_multiply_the_work_and_not_the_reductions(libtpu, tmp_path):
     one, four = (
-        configs.tiny(f"max_per_device_batch={16 * seats}", "limits.max_batch_size=128",
-                     "recipe.batch_size=128", "recipe.falls=()") for seats in (4, 1)
+        configs.tiny(f"max_per_device_batch={16 * slots}", "limits.max_batch_size=128",
+                     "recipe.batch_size=128", "recipe.falls=()") for slots in (4, 1)
     )
     phases = make_phases(one)
     found = slices.parse("v2:1x1", phases)
@@ -257,7 +257,7 @@ def test_the_table_fits_a_terminal(pod):
     assert "chip-hours. A lower bound" in " ".join(text.split())
 
 
-def test_seats_that_stay_idle_are_counted_and_the_largest_slice_without_any_is_named():
+def test_slots_that_stay_idle_are_counted_and_the_largest_slice_without_any_is_named():
     config = configs.load(
         "imagenet_inception_resnet_v2", "figure7_momentum_0.9,model.blocks=(1,1,1)")
     first = plan(config, 256)["phases"][0]

@@ -12,7 +12,7 @@ from bigbatch import train
 from bigbatch.job.devices import make_mesh
 from bigbatch.programs import compilation
 from bigbatch.programs.compilation import APPLY, EVALUATE, INIT, Kind, Program
-from bigbatch.schedule.layout import make_seating
+from bigbatch.schedule.layout import make_layout
 from bigbatch.update import update
 from bigbatch.update.network import build
 from tests.storage.test_continuing import assert_same_bits
@@ -106,14 +106,14 @@ def test_garbage_is_collected_as_before_once_all_is_lowered(enabled):
 
 
 def test_the_order_is_that_of_need_with_the_largest_pass_among_the_first():
-    seatings = [make_seating(ghosts * 8, 8, 1, 16 * 8, 0) for ghosts in (1, 2, 16, 64)]
-    assert [(seating.seats, seating.microbatches) for seating in seatings] == [
+    layouts = [make_layout(ghosts * 8, 8, 1, 16 * 8, 0) for ghosts in (1, 2, 16, 64)]
+    assert [(layout.slots, layout.microbatches) for layout in layouts] == [
         (1, 1), (2, 1), (16, 1), (16, 4)]
     one, several = partial(Program, Kind.UPDATE), Program(Kind.ACCUMULATE, 16)
-    first, later = compilation.compile_order(seatings, begins=True)
+    first, later = compilation.compile_order(layouts, begins=True)
     assert first == [INIT, one(1), EVALUATE, one(16)]
     assert later == [one(2), several, APPLY]
-    assert compilation.compile_order(seatings[2:]) == (
+    assert compilation.compile_order(layouts[2:]) == (
         [one(16), EVALUATE], [several, APPLY])
     assert compilation.compile_order([]) == ([EVALUATE], [])
 

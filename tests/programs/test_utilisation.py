@@ -13,7 +13,7 @@ from bigbatch.data import feed
 from bigbatch.job import chips
 from bigbatch.job.devices import make_mesh
 from bigbatch.programs import compilation, lowering
-from bigbatch.schedule import layout
+from bigbatch.schedule.layout import make_layout
 from bigbatch.storage.logs import read_events
 from bigbatch.update import network
 from bigbatch.update import update as updating
@@ -66,12 +66,12 @@ def resnet_50():
     return multiply_adds((112, 12, 64, 4, 1, 2, 1), [*layers, (1, 2048, 1000, 1, 1, 0, 0)])
 
 
-def lowered(config, seating, mesh):
+def lowered(config, layout, mesh):
     net = network.build(config)
     state = updating.abstract_state(config, net, mesh)
     lower = lowering.lowering(config, net, mesh, state, *feed.resident_shapes(config, mesh))
     return [compilation.Compiled(None, 0.0, compilation.count_flops(lower(key)))
-            for key in compilation.programs_of(seating)]
+            for key in compilation.programs_of(layout)]
 
 
 @pytest.mark.parametrize(
@@ -83,9 +83,9 @@ def test_operations_are_six_times_the_multiply_adds(name, preset, counted, publi
     convolution's products with its padding, which XLA does not; and nobody needs the gradient of
     the images. What is left over is what convolutions are not."""
     config = configs.load(name, f"{preset},ghost_size=8")
-    seating = layout.make_seating(8, 8, 1, 8, 0)
+    layout = make_layout(8, 8, 1, 8, 0)
     mesh = make_mesh(jax.devices()[:1])
-    flops = compilation.update_flops(lowered(config, seating, mesh), seating)
+    flops = compilation.update_flops(lowered(config, layout, mesh), layout)
     (whole, real), (stem, real_stem) = counted()
     usual = whole
     if name == "imagenet_resnet50":
@@ -98,12 +98,12 @@ def test_operations_are_six_times_the_multiply_adds(name, preset, counted, publi
 def test_operations_of_an_update_do_not_depend_on_how_it_is_dealt():
     """One pass on one device; and 8 devices in two passes each, of which a quarter stands empty."""
     config = conv_net(features=32)
-    one, many = layout.make_seating(192, 16, 1, 192, 0), layout.make_seating(192, 16, 8, 16, 0)
+    one, many = make_layout(192, 16, 1, 192, 0), make_layout(192, 16, 8, 16, 0)
     assert (one.microbatches, many.microbatches, many.idle_share) == (1, 2, 0.25)
     alone, dealt = (
         compilation.update_flops(
-            lowered(config, seating, make_mesh(jax.devices()[: seating.devices])), seating)
-        for seating in (one, many)
+            lowered(config, layout, make_mesh(jax.devices()[: layout.devices])), layout)
+        for layout in (one, many)
     )
     assert dealt == pytest.approx(alone, rel=0.05)
 
@@ -197,10 +197,10 @@ def test_utilisation_is_operations_over_the_time_of_training(watched):
         phase = at.get(event["examples_seen"]) or schedule.phase_at(
             list(phases.values()), event["examples_seen"] - 1)
         if phase.batch_size not in known:
-            seating = layout.make_seating(
+            layout = make_layout(
                 phase.batch_size, 16, mesh.size, config.max_per_device_batch, 0)
             known[phase.batch_size] = compilation.update_flops(
-                lowered(config, seating, mesh), seating)
+                lowered(config, layout, mesh), layout)
         expected = event["updates_per_second"] * known[phase.batch_size] / (PEAK * mesh.size)
         assert event["model_flop_utilisation"] == pytest.approx(expected, rel=0.01, abs=1e-4)
 

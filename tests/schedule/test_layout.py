@@ -1,53 +1,53 @@
-"""Dealing ghost batches: each has one seat, in order, whatever the devices and passes."""
+"""Dealing ghost batches: each has one slot, in order, whatever the devices and passes."""
 
 import itertools
 
 import numpy as np
 import pytest
 
-from bigbatch.schedule.layout import Seating, ghosts_seated, make_seating, seat_examples
+from bigbatch.schedule.layout import Layout, ghosts_by_slot, lay_out_examples, make_layout
 
 GHOST = 4
 
 
-def all_seatings():
+def all_layouts():
     for ghosts, devices, microbatches in itertools.product(
         (1, 2, 3, 5, 8, 9, 25, 64), (1, 2, 3, 4, 8, 16), (1, 2, 3, 4, 100)
     ):
-        yield make_seating(ghosts * GHOST, GHOST, devices, 1, microbatches)
+        yield make_layout(ghosts * GHOST, GHOST, devices, 1, microbatches)
 
 
-def test_every_ghost_batch_has_one_seat_and_devices_take_them_in_runs():
-    for seating in all_seatings():
-        seated_KxDxS = ghosts_seated(seating)
-        assert seated_KxDxS.shape == (seating.microbatches, seating.devices, seating.seats)
+def test_every_ghost_batch_has_one_slot_and_devices_take_them_in_runs():
+    for layout in all_layouts():
+        records_KxDxS = ghosts_by_slot(layout)
+        assert records_KxDxS.shape == (layout.microbatches, layout.devices, layout.slots)
         # Device after device, pass after pass: the order of the update.
-        in_order = seated_KxDxS.transpose(1, 0, 2).reshape(-1)
+        in_order = records_KxDxS.transpose(1, 0, 2).reshape(-1)
         np.testing.assert_array_equal(
-            in_order[in_order >= 0], np.arange(seating.ghosts), err_msg=str(seating))
+            in_order[in_order >= 0], np.arange(layout.ghosts), err_msg=str(layout))
         assert (in_order[in_order < 0] == -1).all()
-        assert seating.idle_share == pytest.approx((in_order < 0).mean()), seating
+        assert layout.idle_share == pytest.approx((in_order < 0).mean()), layout
 
 
 def test_no_device_takes_more_than_its_share_and_no_pass_is_idle():
-    for seating in all_seatings():
-        filled_KxD = (ghosts_seated(seating) >= 0).sum(axis=2)
-        share = -(-seating.ghosts // seating.devices)
-        assert filled_KxD.sum(axis=0).max() == share, seating
-        assert (filled_KxD.max(axis=1) > 0).all(), f"{seating} has a pass without work"
+    for layout in all_layouts():
+        filled_KxD = (ghosts_by_slot(layout) >= 0).sum(axis=2)
+        share = -(-layout.ghosts // layout.devices)
+        assert filled_KxD.sum(axis=0).max() == share, layout
+        assert (filled_KxD.max(axis=1) > 0).all(), f"{layout} has a pass without work"
 
 
 def test_passes_by_hand_are_of_one_size():
     for ghosts, devices, wanted in itertools.product((1, 5, 8, 25), (1, 3, 8), (1, 2, 3, 4, 100)):
-        seating = make_seating(ghosts * GHOST, GHOST, devices, 1, wanted)
+        layout = make_layout(ghosts * GHOST, GHOST, devices, 1, wanted)
         share = -(-ghosts // devices)
-        assert seating.microbatches <= wanted
+        assert layout.microbatches <= wanted
         # Passes of one size: 5 ghost batches in 4 passes are 2 + 2 + 1.
-        assert seating.seats == -(-share // min(wanted, share))
-        assert seating.microbatches == -(-share // seating.seats)
+        assert layout.slots == -(-share // min(wanted, share))
+        assert layout.microbatches == -(-share // layout.slots)
 
 
-@pytest.mark.parametrize(("batch", "devices", "most", "passes", "seats", "idle"), [
+@pytest.mark.parametrize(("batch", "devices", "most", "passes", "slots", "idle"), [
     (640, 8, 1024, 1, 1, 3 / 8),  # the paper's 640 in ghost batches of 128, on 8 devices
     (128, 1, 1024, 1, 1, 0),
     (1024, 1, 1024, 1, 8, 0),
@@ -57,33 +57,33 @@ def test_passes_by_hand_are_of_one_size():
     (5120, 8, 128, 5, 1, 0),
     (65_536, 1, 1024, 64, 8, 0),
 ])
-def test_as_few_passes_as_fit(batch, devices, most, passes, seats, idle):
+def test_as_few_passes_as_fit(batch, devices, most, passes, slots, idle):
     ghosts = batch // 128
-    seating = make_seating(batch, 128, devices, most, 0)
-    assert seating == Seating(ghosts, devices, passes, seats)
-    assert seating.idle_share == pytest.approx(idle)
-    assert seating.seats * 128 <= most
+    layout = make_layout(batch, 128, devices, most, 0)
+    assert layout == Layout(ghosts, devices, passes, slots)
+    assert layout.idle_share == pytest.approx(idle)
+    assert layout.slots * 128 <= most
 
 
 def test_a_ghost_batch_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="max_per_device_batch is 100, less than a ghost batch of "
                                          "128.*raise it to 128"):
-        make_seating(640, 128, 1, 100, 0)
-    assert make_seating(640, 128, 1, 100, 5).microbatches == 5  # by hand it is not read
+        make_layout(640, 128, 1, 100, 0)
+    assert make_layout(640, 128, 1, 100, 5).microbatches == 5  # by hand it is not read
 
 
-def test_rows_show_each_example_at_its_seat():
-    for seating in all_seatings():
-        batch = seating.ghosts * GHOST
+def test_rows_show_each_example_at_its_slot():
+    for layout in all_layouts():
+        batch = layout.ghosts * GHOST
         records_Bx3 = np.random.default_rng(0).permutation(3 * batch).reshape(batch, 3)
         found = []
-        examples_MxSx4 = seat_examples(records_Bx3.astype(np.int32), seating, GHOST)
-        for seated_DxS, rows in zip(ghosts_seated(seating), examples_MxSx4, strict=True):
+        examples_MxSx4 = lay_out_examples(records_Bx3.astype(np.int32), layout, GHOST)
+        for records_DxS, rows in zip(ghosts_by_slot(layout), examples_MxSx4, strict=True):
             assert rows.dtype == np.int32
-            assert rows.shape == (seating.devices * seating.seats * GHOST, 4)
+            assert rows.shape == (layout.devices * layout.slots * GHOST, 4)
             empty = rows[:, 3] < 0
-            assert (np.repeat(seated_DxS.ravel() < 0, GHOST) == empty).all()
-            # What an empty seat shows is thrown away, but the network must be able to take it.
+            assert (np.repeat(records_DxS.ravel() < 0, GHOST) == empty).all()
+            # What an empty slot shows is thrown away, but the network must be able to take it.
             assert np.isin(rows[empty, 0], records_Bx3[:, 0]).all()
             found.append(rows[~empty])
         found = np.concatenate(found)
@@ -91,4 +91,4 @@ def test_rows_show_each_example_at_its_seat():
         in_order = found[np.argsort(-found[:, 3], kind="stable")]
         np.testing.assert_array_equal(in_order[:, :3], records_Bx3)
         np.testing.assert_array_equal(
-            in_order[:, 3], np.repeat(np.arange(seating.ghosts)[::-1], GHOST))
+            in_order[:, 3], np.repeat(np.arange(layout.ghosts)[::-1], GHOST))

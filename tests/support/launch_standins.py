@@ -1,4 +1,4 @@
-"""The recipes of launch/ with stand-ins for the programs that reach a cloud.
+"""The scripts of launch/ with stand-ins for the programs that reach a cloud.
 
 A stand-in writes its arguments to a log and answers from a list of rules. git is the real one,
 behind a stand-in that only writes the log.
@@ -13,6 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[2]
+BARE = (sys.executable, "-BESs")  # a Python that finds no installed package
+# What launch/ may import of the package.
+PLAIN = ("__init__.py", "job/__init__.py", "job/chips.py", "job/statuses.py")
 CLOUDS = ("gcloud", "xpk", "sky", "docker", "kubectl")
 NOT_FOUND = {"status": 1, "stderr": "ERROR: (gcloud) NOT_FOUND: Resource 'slice' was not found\n"}
 NASTY = (
@@ -46,7 +49,7 @@ sys.exit(answer.get("status", 0))
 
 @dataclass
 class Laptop:
-    """A checkout with launch/ in it, and the programs that its recipes find."""
+    """A checkout with launch/ and what it needs of the package, and the programs that it finds."""
 
     folder: Path
     root: Path = field(init=False)
@@ -58,6 +61,9 @@ class Laptop:
             folder.mkdir(parents=True)
         shutil.copytree(REPOSITORY / "launch", self.root / "launch",
                         ignore=shutil.ignore_patterns("__pycache__"))
+        (self.root / "bigbatch/job").mkdir(parents=True)
+        for name in PLAIN:
+            shutil.copy(REPOSITORY / "bigbatch" / name, self.root / "bigbatch" / name)
         (self.root / ".gitignore").write_text("__pycache__/\n")
         (self.root / "committed.txt").write_text("committed\n")
         for words in (["init", "--quiet"], ["add", "."],
@@ -72,7 +78,7 @@ exec {shutil.which("git")} "$@"
         self.rules([])
 
     def program(self, name: str, text: str) -> None:
-        """Puts a program on the recipes' PATH."""
+        """Puts a program on the scripts' PATH."""
         path = self.bin / name
         path.write_text(text)
         path.chmod(0o755)
@@ -95,10 +101,10 @@ exec {shutil.which("git")} "$@"
             "PYTHONDONTWRITEBYTECODE": "1",
         }
 
-    def launch(self, recipe: str, *arguments: str, status: int = 0) -> subprocess.CompletedProcess:
-        """Runs a recipe to its end; fails unless it ends with `status`."""
+    def launch(self, script: str, *arguments: str, status: int = 0) -> subprocess.CompletedProcess:
+        """Runs a script to its end; fails unless it ends with `status`."""
         done = subprocess.run(
-            [sys.executable, f"launch/{recipe}.py", *arguments], cwd=self.root, text=True,
+            [*BARE, f"launch/{script}.py", *arguments], cwd=self.root, text=True,
             capture_output=True, env=self.environment(), timeout=60,
         )
         assert done.returncode == status, f"{done.returncode}:\n{done.stdout}\n{done.stderr}"

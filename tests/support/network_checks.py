@@ -10,7 +10,7 @@ from flax import nnx
 from bigbatch.config import base_config
 from bigbatch.job.devices import place, replicated
 from bigbatch.schedule import order
-from bigbatch.schedule.layout import make_seating
+from bigbatch.schedule.layout import make_layout
 
 GHOST = 2
 
@@ -131,7 +131,7 @@ def gradient_of_one_update(updater):
         "seed": np.uint32(config.seed),
     }, replicated(updater.mesh))
     batches = updater.batches(order.records(0, 0, batch, batch),
-                              make_seating(batch, GHOST, updater.mesh.size, batch, 0))
+                              make_layout(batch, GHOST, updater.mesh.size, batch, 0))
     before = jax.tree.map(np.asarray, updater.state)  # a copy: the update takes what it is given
     after, measured = updater.take(
         place(before, replicated(updater.mesh)), resident, batches, 0.1, 0.9

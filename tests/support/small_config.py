@@ -2,7 +2,7 @@
 
     python -m bigbatch.main --config=tests/support/small_config.py:resident --workdir=DIR
 
-Batches of 6 and 12 ghost batches, so that with 8 devices some seats stay empty.
+Batches of 6 and 12 ghost batches, so that with 8 devices some slots stay empty.
 """
 
 import jax

@@ -8,11 +8,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bigbatch import schedule
-from bigbatch.config import make_phases, make_seatings
+from bigbatch.config import make_layouts, make_phases
 from bigbatch.data import sources
 from bigbatch.job.devices import cut, make_mesh, place, replicated
 from bigbatch.programs.dispatch import take_update
-from bigbatch.schedule import layout, order
+from bigbatch.schedule import order
+from bigbatch.schedule.layout import Layout, lay_out_examples, make_layout
 from bigbatch.update import network, update
 from tests.support.configs import tiny
 
@@ -46,11 +47,11 @@ class Updater(NamedTuple):
         """Makes a rate or a momentum of the parameters' type."""
         return jax.tree.leaves(self.state.params)[0].dtype.type
 
-    def batches(self, records_Bx3: np.ndarray, seating: layout.Seating) -> list[Mapping]:
+    def batches(self, records_Bx3: np.ndarray, layout: Layout) -> list[Mapping]:
         """What each microbatch feeds."""
         return [
             place({"examples": examples}, cut(self.mesh))
-            for examples in layout.seat_examples(records_Bx3, seating, self.config.ghost_size)
+            for examples in lay_out_examples(records_Bx3, layout, self.config.ghost_size)
         ]
 
     def take(
@@ -98,14 +99,14 @@ def train(
     updater = prepare(config, devices)
     resident, state, states, measured = training_set(updater), updater.state, [], []
     phases = make_phases(config)
-    seatings = make_seatings(config, phases, devices)
+    layouts = make_layouts(config, phases, devices)
     examples_seen = 0
     for _ in range(updates):
         phase = schedule.phase_at(phases, examples_seen)
         records_Bx3 = order.records(
             config.seed, examples_seen, phase.batch_size, config.data.train_examples)
         state, metrics = updater.take(
-            state, resident, updater.batches(records_Bx3, seatings[phase.index]),
+            state, resident, updater.batches(records_Bx3, layouts[phase.index]),
             schedule.learning_rate_at(phase, examples_seen), phase.momentum,
         )
         states.append(jax.device_get(state))
@@ -120,9 +121,9 @@ def inputs(
     """The records (examples, 3) of a run's update from `start`, and what its passes feed."""
     config = updater.config
     records_Bx3 = order.records(config.seed, start, batch_size, config.data.train_examples)
-    seating = layout.make_seating(batch_size, config.ghost_size, updater.mesh.size,
+    layout = make_layout(batch_size, config.ghost_size, updater.mesh.size,
                                  config.max_per_device_batch, config.microbatches)
-    return records_Bx3, updater.batches(records_Bx3, seating)
+    return records_Bx3, updater.batches(records_Bx3, layout)
 
 
 def pictures(updater: Updater, records_Bx3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

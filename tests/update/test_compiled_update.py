@@ -24,10 +24,10 @@ from tests.support.updates import (
 )
 
 
-def lowered(updater, seats=1):
+def lowered(updater, slots=1):
     """The three programs of an update over all of the updater's devices."""
     batch = {"examples": jax.ShapeDtypeStruct(
-        (updater.mesh.size * seats * updater.config.ghost_size, 4), np.int32,
+        (updater.mesh.size * slots * updater.config.ghost_size, 4), np.int32,
         sharding=cut(updater.mesh))}
     resident = training_set(updater)
     return {

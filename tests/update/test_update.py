@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from bigbatch.job.devices import cut, place, replicated
-from bigbatch.schedule import layout
+from bigbatch.schedule.layout import make_layout
 from tests.support import foreign_models, plain_wide_resnet
 from tests.support.configs import tiny
 from tests.support.updates import (
@@ -55,7 +55,7 @@ def test_devices_and_passes_change_nothing(devices, passes):
 
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_a_wide_resnet_is_the_same_on_eight_devices_and_in_single_ghost_batches(dtype):
-    """Twenty updates of 3, then 6 ghost batches: one seat on each device, or up to six passes."""
+    """Twenty updates of 3, then 6 ghost batches: one slot on each device, or up to six passes."""
     settings = ("recipe.falls=((0.3,2),)", "limits.max_batch_size=96", f"dtype={dtype}",
                 *NO_AUGMENTATION)
     states, measured = train(tiny(*settings), 8)
@@ -117,7 +117,7 @@ def test_draws_follow_the_epoch_and_the_place_in_it(model):
     def loss(record, epoch, place_):
         nonlocal state
         batches = updater.batches(
-            np.array([[record, epoch, place_]], np.int32), layout.make_seating(1, 1, 1, 1, 0))
+            np.array([[record, epoch, place_]], np.int32), make_layout(1, 1, 1, 1, 0))
         state, measured = updater.take(state, resident, batches, 0.0, 0.0)
         return float(measured.loss)
 
@@ -268,7 +268,7 @@ class Exploding(nnx.Module):
         return self.head(pixels_Bx64) + jnp.where(blown_Bx1 == jnp.inf, jnp.inf, 0.0)
 
 
-def test_an_empty_seat_adds_nothing_whatever_comes_out_of_it():
+def test_an_empty_slot_adds_nothing_whatever_comes_out_of_it():
     """Not to the gradient either, where 0 times a slope that is not finite would be a nan."""
     updater = prepare(with_model(
         "update.test_update.Exploding", {}, "ghost_size=2", "data.mean=(0.0,)", "data.std=(255.0,)",
