@@ -1,4 +1,7 @@
-"""What is done when: pure Python and NumPy, without JAX and without the rest of the package."""
+"""The schedule of a run: its phases, the order of its examples, and their layout on devices.
+
+Pure Python and NumPy. Nothing here imports JAX, nor any other part of the package but `mistake`.
+"""
 
 from bigbatch.schedule.phases import (
     STRATEGIES,
