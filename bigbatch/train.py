@@ -36,7 +36,7 @@ from bigbatch.watching.log import Log
 
 
 class Preempted(Exception):
-    """SIGTERM or Ctrl-C asked the run to stop. It has saved a checkpoint and stopped."""
+    """The run has stopped on SIGTERM or Ctrl-C. The next start continues from the same position."""
 
 
 class StoppedAfterPhase(Exception):
