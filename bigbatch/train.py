@@ -86,7 +86,7 @@ def train_and_evaluate(
 
 # --- begin ----------------------------------------------------------------------------------------
 class Goal(NamedTuple):
-    """What a run is to do, by its config, its flags and the devices, whatever the workdir holds."""
+    """What a run is to do. This follows from config, flags and devices, and not from the workdir."""
 
     config: ConfigDict
     phases: tuple[Phase, ...]

@@ -27,8 +27,8 @@ LOST_PEER = r"UNAVAILABLE|DEADLINE_EXCEEDED|CANCELLED|gloo|connection|heartbeat"
 # How long the first process waits at the end for the others to arrive, and then for them to exit.
 END_SECONDS = 30
 AFTER_YOU_SECONDS = 1
-# Google's firewall rule for a TPU pod opens port 8476 between its hosts, but not port 8482, which JAX
-# uses since 0.8.1 (https://github.com/jax-ml/jax/issues/35905).
+# Google's firewall rule for a TPU pod opens port 8476 between its hosts, but not port 8482, the one
+# that JAX uses since 0.8.1 (https://github.com/jax-ml/jax/issues/35905).
 TPU_COORDINATOR_PORT = 8476
 
 _decisions = itertools.count()

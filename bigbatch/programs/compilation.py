@@ -98,8 +98,8 @@ def compile_ahead(
             else:
                 futures[program].set_result(Compiled(compiled, seconds, flops))
 
-    # A daemon thread, so that a run that stops does not wait for programs it no longer needs. But if
-    # Python itself ends (a script, a notebook), `end` waits for the program being compiled, as
+    # A daemon thread, so that a run that stops does not wait for programs it no longer needs. But
+    # when Python itself ends (a script, a notebook), `end` waits for the program being compiled, as
     # ending a thread inside the compiler would abort the process.
     thread = threading.Thread(target=compile_all, name="compile", daemon=True)
     thread.start()
@@ -129,7 +129,7 @@ def compile_order(
     """Which programs to compile before the first update, and which later.
 
     Args:
-        layouts: one for each phase still to run, in order; empty if only an evaluation is pending.
+        layouts: one for each phase still to run, in order; empty if no update is left.
         begins: whether the run is new, so that INIT is needed.
 
     Returns:

@@ -5,7 +5,7 @@ A checkpoint is a folder `checkpoints/<examples seen>` with `state/` (arrays, by
 folder's name ends in `.unfinished`; it is renamed when all files are complete.
 
 The state is the same on all devices. So the first process writes it alone and every process reads
-it on its own: no process waits here for another one, which may be dead. The argument `mirror` is
+it on its own, and none waits for another process, which may be dead. The argument `mirror` is
 None for a workdir in a local folder; see `bucket.Mirror`.
 """
 
@@ -123,7 +123,7 @@ def restore(path: Path, like: Any, mirror: bucket.Mirror | None = None) -> Any:
         The state, as NumPy arrays in the same tree.
 
     Raises:
-        Mistake: if the checkpoint is not there for this process, or is damaged on its way here.
+        Mistake: if this process cannot see the checkpoint, or its download is damaged.
     """
     if not (path / CHECKSUMS).exists():  # another process has found the checkpoint
         if not mirror:

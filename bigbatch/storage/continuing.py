@@ -1,8 +1,8 @@
 """Whether a run may be continued with a config other than the one it was saved with.
 
 A change that would have trained the examples seen so far differently is refused, and the message
-has both values. Allowed are changes that never affect training (logging, devices, microbatches) and
-changes that affect only examples not yet seen (more epochs, a later fall).
+has both values. Allowed are changes that do not affect what is learned (logging, devices,
+microbatches) and changes that affect only examples not yet seen (more epochs, a later fall).
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from bigbatch import __version__
 from bigbatch.config import saved_config
 from bigbatch.schedule import Phase
 
-# These keys never affect the trained parameters.
+# These keys do not change what is learned.
 FREE = (
     "max_per_device_batch", "microbatches", "eval_batch_size", "log_every_epochs",
     "eval_every_epochs", "checkpoint_every_epochs", "keep_checkpoints", "tensorboard", "data.dir",
