@@ -86,7 +86,7 @@ def train_and_evaluate(
 
 # --- begin ----------------------------------------------------------------------------------------
 class Goal(NamedTuple):
-    """What a run is to do. This follows from config, flags and devices, and not from the workdir."""
+    """What a run is to do. It follows from config, flags and devices, and not from the workdir."""
 
     config: ConfigDict
     phases: tuple[Phase, ...]
@@ -161,11 +161,11 @@ def begin(
     """
     config, mesh = goal.config, goal.mesh
     folder, mirror = at_end.enter_context(bucket.opened(workdir_path))
-    saved = _find_newest(folder, mirror, at_end)
+    newest = _find_newest(folder, mirror, at_end)
     watch = preemption.Watch()
     at_end.callback(watch.close)
-    allowed_changes = _check_changes(goal, saved, workdir_path)
-    at = continuing.position_of(saved.run)
+    allowed_changes = _check_changes(goal, newest, workdir_path)
+    at = continuing.position_of(newest.run)
     current = schedule.phase_at(goal.phases, at.examples_seen)
     phases = goal.phases[current.index : goal.last_phase.index + 1] if current else ()
     layouts = tuple(goal.layouts[phase.index] for phase in phases)
@@ -176,8 +176,8 @@ def begin(
         config, mesh, phases, layouts, at.examples_seen, _evaluations(at, phases, is_due))
     at_end.callback(feed.close)
     state = update.abstract_state(config, goal.net, mesh)
-    if saved.path:
-        state = checkpoint.restore(folder / saved.path, state, mirror)
+    if newest.path:
+        state = checkpoint.restore(folder / newest.path, state, mirror)
         state = place(state, replicated(mesh))
 
     # Checkpoints and logs. The logs lose the events after the position.
@@ -187,9 +187,9 @@ def begin(
     peak = chips.peak_flops(mesh.devices.flat[0].device_kind, config.dtype)
     clock = Clock(peak and peak * mesh.size, at.updates)
     log = _open_log(goal, folder, mirror, saves, at, show, clock, feed, at_end)
-    for text in [*saved.faults, *(f"changed: {change}" for change in allowed_changes)]:
+    for text in [*newest.faults, *(f"changed: {change}" for change in allowed_changes)]:
         log.notice(text, at.examples_seen)
-    if saved.path:
+    if newest.path:
         log.line(f"continuing at epoch {at.examples_seen / config.data.train_examples:.2f}, "
                  f"update {at.updates}")
     log.line(f"{mesh.size} x {mesh.devices.flat[0].device_kind}")
@@ -229,16 +229,16 @@ def _find_newest(
 
 
 def _check_changes(
-    goal: Goal, saved: checkpoint.Found, workdir_path: str | Path
+    goal: Goal, newest: checkpoint.Found, workdir_path: str | Path
 ) -> list[str]:
     """The differences between the saved config and the present one, all of them allowed.
 
     Raises:
         Mistake: if there is a difference that is not allowed; see `continuing`.
     """
-    if not saved.path:
+    if not newest.path:
         return []
-    refused, allowed = continuing.changes(saved.run, goal.config, goal.phases)
+    refused, allowed = continuing.changes(newest.run, goal.config, goal.phases)
     if refused:
         raise Mistake(
             f"{workdir_path} holds a run of another config, which this config cannot continue: "
