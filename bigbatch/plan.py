@@ -99,7 +99,8 @@ def plan(config: ConfigDict, devices: int | Sequence[int]) -> dict[str, Any]:
         "parameters": count_parameters(config),
         # With one batch size every phase ends on a multiple of it, so falls change no count.
         "constant_batch": {"batch_size": batch, "updates": -(-last.nominal_end_example // batch)},
-        "notes": schedule.notes(make_recipe(config), phases),
+        "notes": schedule.notes(
+            make_recipe(config), phases, config.strategy, config.hybrid_falls),
     }
 
 

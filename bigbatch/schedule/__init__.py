@@ -8,6 +8,7 @@ from bigbatch.schedule.phases import (
     Limits,
     Phase,
     Recipe,
+    exact_updates,
     find_phase,
     learning_rate_at,
     noise_scale,
@@ -21,7 +22,7 @@ from bigbatch.schedule.phases import (
 )
 
 __all__ = [
-    "STRATEGIES", "Limits", "Phase", "Recipe", "find_phase", "learning_rate_at", "noise_scale",
-    "noise_scale_approximate", "nominal_noise_scale", "notes", "phase_at", "plan_phases",
-    "scale_up", "spans",
+    "STRATEGIES", "Limits", "Phase", "Recipe", "exact_updates", "find_phase", "learning_rate_at",
+    "noise_scale", "noise_scale_approximate", "nominal_noise_scale", "notes", "phase_at",
+    "plan_phases", "scale_up", "spans",
 ]

@@ -11,11 +11,14 @@ Positions are counted in examples seen. Pure Python; of the package only `mistak
 
 import bisect
 import dataclasses
+import itertools
 import math
+import operator
 from collections.abc import Iterator, Sequence
 
 from bigbatch.mistake import Mistake
 
+COST_TO_NOTE = 0.01  # the share of more updates from which a plan has a note
 STRATEGIES = ("constant", "decay", "hybrid", "increase")
 
 
@@ -156,19 +159,25 @@ def plan_phases(
     by_batch = {"constant": 0, "decay": 0, "hybrid": hybrid_falls, "increase": len(falls)}[strategy]
 
     # The phases as (name, nominal end in epochs, batch, rate at the start, rate at the end).
-    batch, rate, divided = recipe.batch_size, recipe.learning_rate, 1.0
+    batch, rate = recipe.batch_size, recipe.learning_rate
+    names = _names(falls)
     planned = []
     if recipe.warmup_epochs > 0:
         planned.append(
             ("warmup", recipe.warmup_epochs, batch, recipe.warmup_learning_rate, rate)
         )
+    growth = 1.0  # the product of the factors so far that are for the batch
     for index, (epoch, factor) in enumerate(falls):
-        planned.append((f"noise/{divided:g}", epoch, batch, rate, rate))
-        grown = _grown(batch, factor, recipe, limits, granularity) if index < by_batch else batch
+        planned.append((names[index], epoch, batch, rate, rate))
+        grown = batch
+        if index < by_batch:
+            # From the first batch and the whole growth: what rounding takes from one fall the next
+            # falls make up for.
+            growth *= factor
+            grown = _grown(batch, growth, recipe, limits, granularity)
         rate *= grown / batch / factor
         batch = grown
-        divided *= factor
-    planned.append((f"noise/{divided:g}", recipe.epochs, batch, rate, rate))
+    planned.append((names[-1], recipe.epochs, batch, rate, rate))
 
     phases: list[Phase] = []
     example = update = 0
@@ -254,9 +263,45 @@ def nominal_noise_scale(recipe: Recipe, epoch: float) -> float:
     return first / math.prod(factor for at, factor in recipe.falls if at <= epoch)
 
 
-def notes(recipe: Recipe, phases: Sequence[Phase]) -> list[str]:
-    """Warnings for the plan: the phases whose approximate noise scale is far from the exact one."""
-    return [
+def exact_updates(recipe: Recipe, strategy: str, hybrid_falls: int = 1) -> float:
+    """The updates of batches that follow the noise exactly: neither rounded nor capped.
+
+    Args:
+        recipe: see `plan_phases`.
+        strategy: see there.
+        hybrid_falls: see there.
+    """
+    ends = [*(epoch for epoch, _ in recipe.falls), recipe.epochs]
+    taken = {"increase": len(recipe.falls), "hybrid": hybrid_falls}.get(strategy, 0)
+    factors = [factor if index < taken else 1.0 for index, (_, factor) in enumerate(recipe.falls)]
+    growths = itertools.accumulate(factors, operator.mul, initial=1.0)
+    starts = [0.0, *ends[:-1]]
+    return sum((end - start) * recipe.examples / (recipe.batch_size * growth)
+               for start, end, growth in zip(starts, ends, growths, strict=True))
+
+
+def notes(
+    recipe: Recipe, phases: Sequence[Phase], strategy: str, hybrid_falls: int = 1
+) -> list[str]:
+    """Warnings for the plan: what rounding and limits cost, and the phases whose approximate noise
+    scale is far from the exact one.
+
+    Args:
+        recipe: of the plan.
+        phases: of the plan.
+        strategy: of the plan.
+        hybrid_falls: only read by "hybrid".
+    """
+    made = sum(phase.updates for phase in phases)
+    exact = exact_updates(recipe, strategy, hybrid_falls)
+    costs = []
+    if made - exact > COST_TO_NOTE * exact + len(phases):  # each phase ends on a whole update
+        costs.append(
+            f"batches that followed the noise exactly would take {exact:.0f} updates. That batches "
+            "are rounded down to multiples of limits.granularity (ghost_size if unset) and kept to "
+            f"limits.max_batch_size costs {made - exact:.0f} more; the rate makes up the noise."
+        )
+    return costs + [
         f"{phase.name}: batch {phase.batch_size} is over a tenth of the {recipe.examples} training "
         f"examples; the exact noise scale is {phase.batch_size / recipe.examples:.1%} below the "
         "approximate one that the schedules share."
@@ -265,14 +310,28 @@ def notes(recipe: Recipe, phases: Sequence[Phase]) -> list[str]:
     ]
 
 
-def _grown(batch: int, factor: float, recipe: Recipe, limits: Limits, granularity: int) -> int:
-    """The batch multiplied by `factor`, rounded down to the granularity, and capped.
+def _names(falls: Sequence[tuple[float, float]]) -> list[str]:
+    """A name for each level of the noise: by how much it is divided, in as few digits as differ."""
+    divided = list(itertools.accumulate((factor for _, factor in falls), operator.mul, initial=1.0))
+    for digits in (6, 9, 12, 17):
+        names = [f"noise/{value:.{digits}g}" for value in divided]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _grown(
+    batch: int, growth: float, recipe: Recipe, limits: Limits, granularity: int
+) -> int:
+    """The recipe's batch multiplied by `growth`, rounded down to the granularity, and capped.
+
+    `batch` is the one before, for the message.
 
     Raises:
         Mistake: if no limit is set and the batch would be larger than the training set.
     """
     # The factor just over 1 keeps rounding errors from turning a multiple into one multiple less.
-    grown = int(batch * factor * (1 + 1e-12) // granularity) * granularity
+    grown = int(recipe.batch_size * growth * (1 + 1e-12) // granularity) * granularity
     if limits.max_batch_size is not None:
         return min(grown, limits.max_batch_size)
     if grown > recipe.examples:
