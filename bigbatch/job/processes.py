@@ -65,6 +65,8 @@ def join(coordinator: str, processes: int, process: int, dead_peer_seconds: int)
                 "all three are needed, on every host the same coordinator (the first process's "
                 "host:port) and number, and a process from 0 to below the number."
             )
+        if processes == 1:
+            _expect_no_others()
         jax.distributed.initialize(coordinator, processes, process, **options)
         return
     if running_in_cloud_tpu_vm:
@@ -75,12 +77,20 @@ def join(coordinator: str, processes: int, process: int, dead_peer_seconds: int)
         if "coordinator_address should be defined" not in str(error):
             raise
         # The platform does not name any processes, so this one is a job of its own.
+        _expect_no_others()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
         jax.distributed.initialize(
             address, 1, 0, coordinator_bind_address=address, **options
         )
+
+
+def _expect_no_others() -> None:
+    """Leaves out gloo, which reduces between processes on CPU: it looks up the machine's own name,
+    which not every container can resolve.
+    """
+    jax.config.update("jax_cpu_collectives_implementation", None)
 
 
 def _leave_on_sigterm() -> None:
