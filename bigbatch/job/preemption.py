@@ -55,7 +55,7 @@ class Watch:
         else:
             warnings.warn(
                 "SIGTERM is not handled: it ends this process without a checkpoint, since training "
-                "was not called from the main thread.", stacklevel=3,
+                "was not called from the main thread.", stacklevel=4,  # the caller of train_and_evaluate
             )
 
     def close(self) -> None:
