@@ -20,7 +20,7 @@ from bigbatch import schedule
 from bigbatch.config import check, make_due, make_layouts, make_phases
 from bigbatch.data.feed import Feed, open_feed
 from bigbatch.job import chips, preemption, processes
-from bigbatch.job.devices import make_mesh, place, replicated
+from bigbatch.job.devices import make_mesh, pin_options, place, replicated
 from bigbatch.mistake import Mistake
 from bigbatch.programs.dispatch import as_rates, take_update
 from bigbatch.programs.programs import Programs, Ready
@@ -132,8 +132,7 @@ def set_goal(config: ConfigDict, stop_after_phase: str, profile: str) -> Goal:
     last_phase = phases[-1]
     if stop_after_phase:
         last_phase = schedule.find_phase(phases, stop_after_phase, "--stop_after_phase")
-    if config.dtype == "float64":
-        jax.config.update("jax_enable_x64", True)
+    pin_options(config.dtype)
     span = profiling.parse(profile, phases[-1].start_update + phases[-1].updates)
     mesh = make_mesh()
     return Goal(config, phases, last_phase, span, mesh, make_layouts(config, phases, mesh.size),

@@ -11,6 +11,31 @@ from jax.sharding import PartitionSpec as P
 AXIS = "data"  # the mesh's one axis
 
 
+# JAX's options that a curve depends on, as every run has them. Each may be set otherwise by a
+# variable of the environment, and a run is its config and its workdir.
+PINNED = {
+    "jax_default_matmul_precision": None,
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_numpy_rank_promotion": "allow",
+    "jax_random_seed_offset": 0,
+    "jax_softmax_custom_jvp": False,
+    "jax_threefry_partitionable": True,
+}
+
+
+def pin_options(dtype: str) -> None:
+    """Sets JAX's options that a curve depends on, whatever the environment says.
+
+    Args:
+        dtype: that the network computes in; 64-bit arrays are on for float64, and off otherwise.
+    """
+    jax.config.update("jax_enable_x64", dtype == "float64")
+    for name, value in PINNED.items():
+        if jax.config.values.get(name, value) != value:  # not every version of JAX has all of them
+            jax.config.update(name, value)
+
+
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with one axis over `devices`, by default all devices of all processes.
 

@@ -55,7 +55,7 @@ class Watch:
         else:
             warnings.warn(
                 "SIGTERM is not handled: it ends this process without a checkpoint, since training "
-                "was not called from the main thread.", stacklevel=4,  # the caller of train_and_evaluate
+                "was not called from the main thread.", stacklevel=4,
             )
 
     def close(self) -> None:
