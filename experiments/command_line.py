@@ -1,4 +1,4 @@
-"""How the programs here end on an error: one line, and the exit statuses of bigbatch's own."""
+"""Errors of the programs in experiments/: one line, and the exit statuses of bigbatch itself."""
 
 import contextlib
 import sys
@@ -10,10 +10,10 @@ from bigbatch.mistake import Mistake
 
 @contextlib.contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """Ends `program` with one line for an error in the block that a user can do something about.
+    """Ends `program` with one line for an error of the block that a user can remedy.
 
-    The status is 2 for a mistake in what was asked, and 1 where a run failed or a file could not be
-    read or written. Errors of other kinds are bugs, and pass.
+    The status is 2 for a mistake in the command, and 1 where a run failed or a file could not be
+    read or written. Errors of other kinds are bugs and are raised.
     """
     try:
         yield

@@ -2,8 +2,8 @@
 
     python -m experiments.curves --output=FOLDER decay=DIR,DIR increase=DIR,DIR
 
-Writes curves.png (train loss and test accuracy against epochs, and the same against updates, as
-the paper's Figures 2 and 3) and table.md, and prints the table. How it is drawn: see `drawing`.
+Writes curves.png (training loss and test accuracy, against epochs and against updates, as in the
+paper's Figures 2 and 3) and table.md, and prints the table. `drawing` says what the lines mean.
 """
 
 import argparse
@@ -13,28 +13,27 @@ from pathlib import Path
 from bigbatch.mistake import Mistake
 from experiments import drawing, figures, tables
 from experiments.command_line import one_line_errors
-from experiments.logs import check_seeds, divergences, finished, read_run
+from experiments.logs import check_seeds, padding_note, read_run
 from experiments.markdown_table import markdown_table
 
 
 def draw(figure: figures.Figure, results: tables.Results, output: Path) -> str:
-    """Writes curves.png and table.md into `output`; the table's text."""
+    """Writes curves.png and table.md into `output`; returns the table's text."""
     output.mkdir(parents=True, exist_ok=True)
-    drawing.draw(figure, None, results, output / "curves.png")
-    text = table(results)
+    drawing.draw(figure, None, results).savefig(output / "curves.png", dpi=110)
+    note = padding_note(run for runs in results.values() for run in runs)
+    text = table(results) + f"\n\n{note}" * bool(note)
     (output / "table.md").write_text(text + "\n", encoding="utf-8")
     return text
 
 
 def table(results: tables.Results) -> str:
-    """Markdown: final accuracy, updates and seconds of each schedule."""
+    """A Markdown table with each schedule's final accuracy, updates and seconds."""
     rows = []
     for name, runs in results.items():
-        finals = [run.events[-1]["test_accuracy"] for run in finished(runs)]
-        mean = tables.mean(finals, "test_accuracy") if finals else ""
         seconds = [run.seconds for run in runs if run.seconds]
         rows.append([
-            name, str(len(runs)), "; ".join(filter(None, [mean, divergences(runs)])),
+            name, str(len(runs)), tables.final_text(runs, "test_accuracy"),
             f"{runs[0].updates:,}",
             f"{statistics.mean(seconds):.1f}" if seconds else "not recorded",
         ])
@@ -43,7 +42,7 @@ def table(results: tables.Results) -> str:
 
 
 def main() -> None:
-    """Draws what the command line names."""
+    """Draws the runs that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--output", required=True, type=Path, help="folder for the results")
     parser.add_argument("--title", default="")

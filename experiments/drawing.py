@@ -1,14 +1,13 @@
 """The paper's figures, drawn from runs, with the paper's own points.
 
-Lines are means over seeds, bands go from the lowest to the highest, dotted lines stand where the
-noise falls. At the paper's scale its points lie over our curves. At another one they have axes of
-their own below ours, since only the shape can be compared. A run that diverged is in no mean: it is
-a dashed line, with a cross at the axis where it broke down.
+Lines are means over seeds, bands go from the lowest to the highest value, and dotted lines mark
+where the noise falls. At the paper's scale its points lie over our curves. At other scales they
+have axes of their own below ours, since only the shape can be compared. A run that diverged is in
+no mean: it is a dashed line, with a cross on the axis where it diverged.
 """
 
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -35,12 +34,9 @@ LOSS_POINTS = 40  # over a run; a single batch's loss is noisy
 
 
 def points(run: Logs, quantity: str, axis: str = "epoch") -> tuple[np.ndarray, np.ndarray]:
-    """What was measured, and when: each evaluation, or the training loss averaged over stretches.
+    """Positions on an axis (epoch or update) and values of a quantity there.
 
-    Args:
-        run: of which.
-        quantity: train_loss or test_accuracy.
-        axis: epoch or update.
+    The test accuracy is that of each evaluation; the training loss is averaged over stretches.
     """
     events = [event for event in run.events if quantity in event]
     epoch, across, value = (np.array([event[name] for event in events], float)
@@ -53,25 +49,14 @@ def points(run: Logs, quantity: str, axis: str = "epoch") -> tuple[np.ndarray, n
 
 
 def colours(count: int) -> list[Any]:
-    """As many colours; for more than are told apart at a glance, out of a rainbow."""
+    """As many colours: a few that are easily told apart, or else any number from a rainbow."""
     if count <= len(COLOURS):
         return list(COLOURS[:count])
     return list(matplotlib.colormaps["turbo"](np.linspace(0.03, 0.97, count)))
 
 
-def spread(rows: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean, lowest and highest over runs that were measured at the same epochs."""
-    table = np.stack(rows)
-    return table.mean(axis=0), table.min(axis=0), table.max(axis=0)
-
-
-def draw(figure: Figure, scale: str | None, results: Results, path: Path) -> None:
-    """Draws `figure` into `path` (.png or .svg)."""
-    make(figure, scale, results).savefig(path, dpi=110)
-
-
-def make(figure: Figure, scale: str | None, results: Results) -> Picture:
-    """The picture of `figure`; a scale of None for runs that are of no scale of the paper's."""
+def draw(figure: Figure, scale: str | None, results: Results) -> Picture:
+    """The picture of `figure`; a scale of None for a user's own runs."""
     picture = resolve(figure.draw, "the figure's draw")(figure, scale, results)
     for axis in picture.axes:
         axis.spines[["top", "right"]].set_visible(False)
@@ -79,7 +64,7 @@ def make(figure: Figure, scale: str | None, results: Results) -> Picture:
 
 
 def curves(figure: Figure, scale: str | None, results: Results) -> Picture:
-    """Lines against epochs or updates, a row of axes for each quantity."""
+    """Lines against epochs or updates, with a row of axes for each quantity."""
     overlaid = scale is not None and SCALES[scale].comparable
     plotted = {stretch.panel for stretch in read_digitised()}
     beside = not overlaid and any(panel.name in plotted for panel in figure.panels)
@@ -94,8 +79,11 @@ def curves(figure: Figure, scale: str | None, results: Results) -> Picture:
                 lows.append(np.quantile(mean, 0.08))
                 highs.append(mean.max())
         if panel.axis == "epoch":
-            _mark_falls(axis, max((results[curve.config][0] for curve in panel.curves),
-                                  key=lambda run: len(run.phases)))
+            most = max((results[curve.config][0] for curve in panel.curves),
+                       key=lambda run: len(run.phases))
+            for phase in most.phases[1:]:
+                axis.axvline(phase["start_example"] / most.examples, color="black", alpha=0.3,
+                             linewidth=0.8, linestyle=":")
         axis.set_yscale(panel.scale)
         if overlaid:
             _draw_paper(axis, panel, 2.6, 0.55)
@@ -120,36 +108,45 @@ def curves(figure: Figure, scale: str | None, results: Results) -> Picture:
 def plot_runs(
     axis: Axes, panel: Panel, runs: Sequence[Logs], colour: Any, name: str
 ) -> np.ndarray:
-    """Draws the mean and the band of the runs that finished, and each that diverged by itself.
+    """Draws the mean and the band of the runs that finished, and each run that diverged by itself.
 
     Args:
         axis: to draw on.
-        panel: what of them is drawn.
+        panel: has the quantity and what it is drawn against.
         runs: of one schedule.
-        colour: of all.
+        colour: of all runs.
         name: of the schedule, in the legend.
 
     Returns:
-        The mean; empty where all diverged.
+        The mean; empty where all runs diverged.
     """
     lines = [points(run, panel.quantity, panel.axis) for run in runs]
     whole = [line for run, line in zip(runs, lines, strict=True) if not run.diverged]
-    whole = whole or [(np.array([]), np.array([]))]
-    mean, low, high = spread([values for _, values in whole])
-    axis.fill_between(whole[0][0], low, high, color=colour, alpha=0.18, linewidth=0)
-    told = "; ".join(filter(None, [f"{runs[0].updates:,} updates", divergences(runs)]))
-    axis.plot(whole[0][0], mean, color=colour, linewidth=1.5, label=f"{name} ({told})")
+    across, values = whole[0][0] if whole else [], [line[1] for line in whole] or [[]]
+    label = "; ".join(filter(None, [f"{runs[0].updates:,} updates", divergences(runs)]))
+    mean = _plot_band(axis, across, values, color=colour, linewidth=1.5, label=f"{name} ({label})")
     for run, (across, values) in zip(runs, lines, strict=True):
         if run.diverged:
-            # Not `plot`, since its loss may be any number: the others decide how far y goes.
+            # Not `plot`, since its loss may be any number: the other runs decide y's limits.
             axis.add_artist(Line2D(across, values, color=colour, linewidth=0.9, linestyle="--"))
             axis.plot(run.diverged[CLOCKS[panel.axis]], 0.02, "x", color=colour, clip_on=False,
                       transform=axis.get_xaxis_transform())
     return mean
 
 
+def _plot_band(
+    axis: Axes, across: Sequence[float], rows: Sequence[Sequence[float]], **line: Any
+) -> np.ndarray:
+    """Draws the mean of rows and a band from the lowest to the highest value; returns the mean."""
+    mean = np.mean(rows, axis=0)
+    axis.fill_between(across, np.min(rows, axis=0), np.max(rows, axis=0), color=line["color"],
+                      alpha=0.18, linewidth=0)
+    axis.plot(across, mean, **line)
+    return mean
+
+
 def _draw_paper(axis: Axes, panel: Panel, width: float, alpha: float) -> None:
-    """The paper's points: means of its curves over stretches of the axis; where they end."""
+    """The paper's points: means of its curves over stretches of the axis, and their ends."""
     for colour, curve in zip(colours(len(panel.curves)), panel.curves, strict=True):
         label = f"{curve.label} (paper)"
         for found in read_digitised():
@@ -166,23 +163,19 @@ def _draw_paper(axis: Axes, panel: Panel, width: float, alpha: float) -> None:
 
 
 def schedules(figure: Figure, scale: str, results: Results) -> Picture:
-    """Learning rate, batch size and noise scale of each curve against epochs; needs no runs."""
+    """Learning rate, batch size and noise scale of each curve against epochs, without any run."""
     picture, axes_RxC = _axes(1, 3)
     (panel,) = figure.panels
-    for number, (colour, curve) in enumerate(zip(
-        colours(len(panel.curves)), panel.curves, strict=True
-    )):
-        config, phases = planned(config_text(scale, panel, curve, 0))
-        examples = config.data.train_examples
-        edges = [phase.start_example / examples for phase in phases]
-        edges.append(phases[-1].end_example / examples)
-        for axis, name in zip(axes_RxC[0], ("learning_rate", "batch_size",
-                                            "noise_scale_approximate"), strict=True):
+    labels = {"learning_rate": "learning rate", "batch_size": "batch size",
+              "noise_scale_approximate": "noise scale εN/(B(1−m))"}
+    for axis, (name, label) in zip(axes_RxC[0], labels.items(), strict=True):
+        for number, curve in enumerate(panel.curves):
+            config, phases = planned(config_text(scale, panel, curve, 0))
+            edges = np.array([phases[0].start_example, *(phase.end_example for phase in phases)])
             # Thinner above thicker, so that curves that coincide all show.
-            axis.stairs([getattr(phase, name) for phase in phases], edges, baseline=None,
-                        color=colour, linewidth=5 - 1.7 * number, label=curve.label)
-    for axis, label in zip(axes_RxC[0], ("learning rate", "batch size",
-                                         "noise scale εN/(B(1−m))"), strict=True):
+            axis.stairs([getattr(phase, name) for phase in phases],
+                        edges / config.data.train_examples, baseline=None, color=COLOURS[number],
+                        linewidth=5 - 1.7 * number, label=curve.label)
         axis.set(yscale="log", ylabel=label, xlabel="epochs", xlim=(0, None))
         axis.legend(frameon=False, fontsize=8)
     return picture
@@ -197,12 +190,10 @@ def lost_epochs(figure: Figure, scale: str, results: Results) -> Picture:
         plot_runs(axes[0], panel, results[curve.config], colour, curve.label)
     _finish(axes[0], panel)
     for colour, row in zip(of_curves[1:], lost_epochs_of(panel, results), strict=True):
-        if len(row.worth_SxT):
-            mean, low, high = spread([row.trained - worth for worth in row.worth_SxT])
-            axes[1].fill_between(row.trained, low, high, color=colour, alpha=0.18, linewidth=0)
-            axes[1].plot(row.trained, mean, color=colour, linewidth=1.4, label=row.label)
-        axes[1].plot(row.trained, row.trained - row.predicted_T, color=colour, linewidth=1.4,
-                     linestyle=":")
+        if len(row.lost_SxT):
+            _plot_band(axes[1], row.trained_T, row.lost_SxT, color=colour, linewidth=1.4,
+                       label=row.label)
+        axes[1].plot(row.trained_T, row.predicted_T, color=colour, linewidth=1.4, linestyle=":")
     axes[1].plot([], [], color="black", linestyle=":", label="predicted")
     axes[1].set(xlabel=AXES[panel.axis], ylabel="epochs lost", xlim=(0, None))
     axes[1].legend(frameon=False, fontsize=8)
@@ -236,12 +227,6 @@ def _axes(rows: int, columns: int) -> tuple[Picture, np.ndarray]:
     picture = Picture(figsize=(max(5.5 * columns, 6.5) if columns < 3 else 12, 4.0 * rows),
                       layout="constrained")
     return picture, picture.subplots(rows, columns, squeeze=False)
-
-
-def _mark_falls(axis: Axes, run: Logs) -> None:
-    for phase in run.phases[1:]:
-        axis.axvline(phase["start_example"] / run.examples, color="black", alpha=0.3, linewidth=0.8,
-                     linestyle=":")
 
 
 def _finish(axis: Axes, panel: Panel) -> None:

@@ -1,4 +1,4 @@
-"""What the paper's figures and tables show: their curves, the runs that make them, its numbers.
+"""The paper's figures and tables as data: their curves, the runs behind them, its numbers.
 
 Smith, Kindermans, Ying and Le, "Don't Decay the Learning Rate, Increase the Batch Size", ICLR 2018.
 A curve names a preset that the config files of all scales have under one name. A figure also names
@@ -31,9 +31,9 @@ class Curve(NamedTuple):
     plotted: tuple[str, ...] = ()  # the paper's runs of it, as digitised.csv names them
     updates: str = ""  # as the paper states them, if it does
     finals: tuple[float, ...] = ()  # the paper's final accuracies, where it states them
-    # Of its final value against the first curve's, in the paper: same, lower, or "" (no claim).
+    # How its final value compares with the first curve's in the paper: same, lower, "" (no claim).
     claim: str = ""
-    # The median of five more runs of the paper's, told from memory of it; see paper/README.md.
+    # The median of five more runs of the paper's, from memory; see paper/README.md.
     median: float | None = None
     took: str = ""  # wall-clock time, as the paper states it
 
@@ -47,8 +47,8 @@ class Panel(NamedTuple):
     axis: str  # epoch or update
     family: str  # the config file at the paper's scale
     curves: tuple[Curve, ...]
-    # Where all the paper's curves end, read off its plot: shown of those of which digitised.csv has
-    # no end, being hidden under others.
+    # Where all the paper's curves end, read off its plot: shown for curves whose ends are hidden
+    # under others and not in digitised.csv.
     ends: str = "not given"
     scale: str = "linear"  # of the quantity's axis
 
@@ -56,8 +56,8 @@ class Panel(NamedTuple):
 class Figure(NamedTuple):
     """A figure or table, with the claim it makes.
 
-    Its functions are named by dotted path, since they are written for figures as they are here and
-    need matplotlib. Each is called with the figure, the scale's name and the runs it shows.
+    Its functions are named by dotted path, because their modules import this one and matplotlib.
+    Each is called with the figure, the scale's name and the runs that the figure shows.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Scale(NamedTuple):
     margins: dict[str, float]  # two schedules within it, by quantity, are called the same
     comparable: bool  # whether the paper's numbers are about the same task
     says: str  # what a reader of its results must know
-    panels: tuple[str, ...] = ()  # the names of those it has; () for all
+    panels: tuple[str, ...] = ()  # the names of the panels that it has; () for all
 
 
 FAMILIES = ("cifar10", "imagenet_inception_resnet_v2", "imagenet_resnet50")
@@ -156,9 +156,9 @@ THIRTY_MINUTES = (
     Curve("16k batches, doubled learning rate", "batch_16k", finals=(0.750,), claim="lower",
           took="22 min"),
 )
-# What the paper's appendices say is told here from memory of them.
-# Appendix A: the batch in proportion to 1/(1-m), nothing else changed, at a rate so low that no
-# momentum makes training unstable. Logged often: how many epochs a run lags is read off its loss.
+# The claims of the paper's appendices are given from memory.
+# Appendix A: the batch is in proportion to 1/(1-m) and nothing else changes, at a rate so low that
+# no momentum makes training unstable. Logs are frequent, because lost epochs are read off the loss.
 MOMENTA = (0.9, 0.95, 0.98, 0.99, 0.995)
 LOST_EPOCHS = tuple(
     Curve(f"m = {momentum}", "decay,strategy=constant,recipe.epochs=20.48,"
@@ -178,7 +178,7 @@ FIGURES = {figure.name: figure for figure in (
         "1", "Three schedules of one noise scale",
         "Decaying the rate, growing the batch and a mixture: the same noise at every epoch.",
         (Panel("1", "schedules", "", "epoch", CIFAR10, MOMENTUM),),
-        "experiments.drawing.schedules", "experiments.tables.none", trained=False,
+        "experiments.drawing.schedules", trained=False,
     ),
     Figure(
         "2", "Training loss, SGD with momentum",
@@ -244,7 +244,7 @@ FIGURES = {figure.name: figure for figure in (
 
 
 def of_schedules(names: Sequence[str], title: str) -> Figure:
-    """A figure of no paper: loss and accuracy of runs, against epochs and against updates."""
+    """A figure of a user's runs: loss and accuracy, against epochs and against updates."""
     lines = tuple(Curve(name, name) for name in names)
     return Figure("", title, "", tuple(
         Panel("", "", quantity, axis, "", lines, scale=scale)
@@ -253,15 +253,15 @@ def of_schedules(names: Sequence[str], title: str) -> Figure:
     ))
 
 
-# The longest first, so that no core idles at the end.
+# The longest runs come first, so that no core is idle at the end.
 DEMO = of_schedules(("decay", "hybrid", "increase"), "digits: one recipe, three schedules")
 
 
 def select(names: str, scale: str) -> list[Figure]:
-    """The figures that `names` asks for, as "all", "3", "3b" or "2,5,A"; with those panels only.
+    """The figures that `names` asks for, as "all", "3", "3b" or "2,5,A", with these panels only.
 
     Raises:
-        Mistake: naming what the scale has, if one of them is not there.
+        Mistake: if one of them does not exist at the scale; it names those that do.
     """
     there: dict[str, set[str]] = {}  # panels by all names that they go by
     for figure in FIGURES.values():
@@ -284,7 +284,7 @@ def select(names: str, scale: str) -> list[Figure]:
 
 
 def config_text(scale: str, panel: Panel, curve: Curve, seed: int) -> str:
-    """What --config is for a run of `curve`: file.py:preset,key=value,..."""
+    """The value of --config for a run of `curve`: file.py:preset,key=value,..."""
     settings = SCALES[scale].settings
     return (f"{SCALES[scale].files[panel.family]}:{curve.config}"
             + f",{settings}" * bool(settings) + f",seed={seed}")
@@ -297,10 +297,10 @@ def load_config(text: str) -> ConfigDict:
 
 @functools.cache
 def planned(text: str) -> tuple[ConfigDict, tuple[Phase, ...]]:
-    """The config of a `config_text`, checked, and its phases. Loaded once: not to be changed.
+    """The config of a `config_text`, checked, and its phases. Cached, so not to be changed.
 
     Raises:
-        Mistake: if it can be no run.
+        Mistake: if no run can have this config.
     """
     config = load_config(text)
     check(config)
@@ -319,7 +319,7 @@ class Stretch(NamedTuple):
 
 @functools.cache
 def read_digitised() -> list[Stretch]:
-    """What was read off the paper's plots; see paper/README.md."""
+    """The points that were read off the paper's plots; see paper/README.md."""
     with DIGITISED.open(encoding="utf-8", newline="") as file:
         return [
             Stretch(row["figure"], row["curve"], float(row["from"]), float(row["to"]),

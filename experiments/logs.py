@@ -1,4 +1,4 @@
-"""What a workdir's logs say of its run: what figures and tables are made from."""
+"""The logs of a run in its workdir: what figures and tables are made from."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -10,22 +10,23 @@ from bigbatch.mistake import Mistake
 from bigbatch.storage import bucket, continuing
 from bigbatch.storage.logs import read_events
 
-# Keys in which the runs of one mean may differ: the seed, and what never changes what is learned
-# nor when it is measured.
+# Keys in which the seeds of one curve may differ: the seed itself, and keys that change neither
+# what is learned nor when it is measured.
 FREE = {"seed", *continuing.FREE} - {"log_every_epochs", "eval_every_epochs"}
 
 
 class Logs(NamedTuple):
-    """What one workdir says of its run, which came to its end or diverged."""
+    """The logs of one run, which finished or diverged."""
 
     events: list[dict[str, Any]]  # of metrics.jsonl; a run that diverged at once has none
     timing: list[dict[str, Any]]  # of timing.jsonl
     config: dict[str, Any]
     phases: list[dict[str, Any]]
+    version: str  # of bigbatch, which wrote the config; "" for 0.1, which did not note it
 
     @property
     def diverged(self) -> dict[str, Any] | None:
-        """See `divergence`."""
+        """See the function `divergence`."""
         return divergence(self.timing)
 
     @property
@@ -35,19 +36,19 @@ class Logs(NamedTuple):
 
     @property
     def updates(self) -> int:
-        """Of the schedule: as many as a run makes that does not diverge."""
+        """Of the whole schedule, also where the run diverged before its end."""
         return sum(phase["updates"] for phase in self.phases)
 
     @property
     def seconds(self) -> float | None:
-        """Of wall-clock time, all starts together, without what a kill lost."""
+        """Wall-clock time of all starts together, without the time that a kill lost."""
         return sum(event["seconds"] for event in self.timing if "seconds" in event) or None
 
     @property
     def training_seconds(self) -> float | None:
-        """Of wall-clock time, without evaluation and waiting for compilers; all starts together.
+        """Wall-clock time of all starts together, without evaluation and waiting for compilers.
 
-        None where one did not say. A start that was killed does not, nor one that diverged.
+        None where a start did not log it, as one that was killed or that diverged.
         """
         starts, wholes = ([event for event in self.timing if event["event"] == kind]
                           for kind in ("start", "time_share"))
@@ -61,26 +62,25 @@ class Logs(NamedTuple):
 
     @property
     def devices(self) -> set[str]:
-        """What it was trained on, as "8 x TPU v3"."""
+        """The devices that it was trained on, as "8 x TPU v3"."""
         return {f"{event['devices']} x {event['device_kind']}" for event in self.timing
                 if event["event"] == "start"}
 
 
 def divergence(timing: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """The last event of a run's timing.jsonl if training broke down, with epoch and updates.
+    """The event of a run's timing.jsonl that says when training diverged, with epoch and updates.
 
-    Started again, such a run would break down at the same update. None where it was started since.
+    Started again, such a run would diverge at the same update. None where it was started since.
     """
-    told = [event for event in timing if event["event"] in ("start", "diverged")]
-    return told[-1] if told and told[-1]["event"] == "diverged" else None
+    found = [event for event in timing if event["event"] in ("start", "diverged")]
+    return found[-1] if found and found[-1]["event"] == "diverged" else None
 
 
 def read_run(workdir: str | Path) -> Logs:
     """The logs of a run that is over, in a folder or in a bucket (gs://).
 
     Raises:
-        Mistake: if the workdir holds none, or a run that has neither come to its end nor
-            diverged.
+        Mistake: if the workdir holds none, or a run that has neither finished nor diverged.
     """
     with bucket.opened(workdir) as (folder, mirror):
         if mirror:
@@ -90,8 +90,7 @@ def read_run(workdir: str | Path) -> Logs:
             raise Mistake(
                 f"{workdir} has no metrics.jsonl with events in it: no run was made here.")
         described = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config = json.loads(saved_config(described).to_json())  # old and new seeds beside each other
-    run = Logs(events, timing, config, described["phases"])
+    run = Logs(events, timing, *(described.get(key, "") for key in ("config", "phases", "version")))
     end = run.phases[-1]["end_example"]
     if not run.diverged and events[-1]["examples_seen"] != end:
         raise Mistake(
@@ -101,8 +100,16 @@ def read_run(workdir: str | Path) -> Logs:
     return run
 
 
+def padding_note(runs: Iterable[Logs]) -> str:
+    """A line that says which runs have version 0.1's Wide ResNet; "" where none has."""
+    old = [not run.version and saved_config({"config": run.config}).model.get("same_padding", False)
+           for run in runs]
+    return (f"{'These' if all(old) else 'Some of these'} runs were made by version 0.1, whose Wide "
+            "ResNet pads (0, 1) at a stride of 2.") * any(old)
+
+
 def check_seeds(name: str, runs: Sequence[Logs]) -> None:
-    """Refuses runs under one name that are no seeds of one config.
+    """Refuses runs under one name that are not seeds of one config.
 
     Raises:
         Mistake: naming the first key in which they differ, with both values.
@@ -118,11 +125,11 @@ def check_seeds(name: str, runs: Sequence[Logs]) -> None:
 
 
 def finished(runs: Sequence[Logs]) -> list[Logs]:
-    """Those that did not diverge."""
+    """The runs that did not diverge."""
     return [run for run in runs if not run.diverged]
 
 
 def divergences(runs: Sequence[Logs]) -> str:
-    """How many of them diverged and when, as "1 of 3 diverged at epoch 0.62"; "" for none."""
+    """How many runs diverged and when, as "1 of 3 diverged at epoch 0.62"; "" for none."""
     epochs = [f"{run.diverged['epoch']:.3g}" for run in runs if run.diverged]
     return f"{len(epochs)} of {len(runs)} diverged at epoch {', '.join(epochs)}" * bool(epochs)

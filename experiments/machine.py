@@ -17,10 +17,10 @@ def own_cores() -> list[int]:
 def jax_devices() -> tuple[str, str]:
     """JAX's backend (cpu, gpu, tpu), and its devices as "1 x NVIDIA H100 80GB HBM3".
 
-    JAX is asked once, and in a process of its own, since asking takes the accelerator.
+    JAX is asked in a process of its own, since the process that asks takes the accelerator.
 
     Raises:
-        RuntimeError: with what JAX said, if it does not start.
+        RuntimeError: with JAX's error, if JAX does not start.
     """
     asked = subprocess.run(
         [sys.executable, "-c", "import jax; d = jax.devices(); "

@@ -1,4 +1,4 @@
-"""How every table here is written."""
+"""The one form of all tables in experiments/."""
 
 from collections.abc import Sequence
 
@@ -7,5 +7,5 @@ from tabulate import tabulate
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table as Markdown, in columns that line up."""
-    # Cells are texts as they are to be read: tabulate would cut the zeros off "0.50".
+    # Cells are finished texts. As numbers, tabulate would write "0.50" as "0.5".
     return tabulate(rows, header, tablefmt="github", disable_numparse=True)

@@ -1,4 +1,4 @@
-"""On what, with what and by which command runs were trained: what a record says beside the logs."""
+"""By which command, on which machine and with which versions runs were trained or measured."""
 
 import contextlib
 import importlib.metadata
@@ -17,21 +17,20 @@ from experiments.figures import REPOSITORY
 from experiments.machine import jax_devices, own_cores
 
 FILE = "trainings.json"
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+# Those whose versions are noted, where they are installed.
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "opencv-python-headless",
+            "tensorflow-cpu", "tensorflow", "torch")
 
 
-def describe(
-    command: Sequence[str], configs: Sequence[str] = (), packages: Sequence[str] = PACKAGES
-) -> dict[str, Any]:
+def describe(command: Sequence[str], configs: Sequence[str] = ()) -> dict[str, Any]:
     """One training or measurement: its command, revision, machine and versions.
 
     Args:
-        command: that makes it.
-        configs: it is for; none where it trains none.
-        packages: whose versions are told, where they are installed.
+        command: the one that makes it.
+        configs: those that it trains; none for a measurement.
     """
     versions = {"python": platform.python_version()}
-    for package in packages:
+    for package in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return {
@@ -43,12 +42,9 @@ def describe(
     } | ({"configs": list(configs)} if configs else {})
 
 
-def note(folder: Path, module: str, configs: Sequence[str]) -> None:
-    """Adds to `folder` that the running program is about to train `configs` there, if any."""
-    if not configs:
-        return
+def add(folder: Path, training: dict[str, Any]) -> None:
+    """Adds a training, as `describe` gives it, to those of `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    training = describe(command_line(module), configs)
     replace_text(folder / FILE, json.dumps([*read(folder), training], indent=1) + "\n")
 
 
@@ -64,7 +60,7 @@ def command_line(module: str) -> list[str]:
 
 
 def _revision() -> str:
-    """Git's name of the commit, with what is not committed said; "unknown" outside a checkout."""
+    """The commit, and whether there are uncommitted changes; "unknown" outside a checkout."""
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=REPOSITORY, capture_output=True, text=True,
                               check=True).stdout.strip()
@@ -77,7 +73,7 @@ def _revision() -> str:
 
 
 def _hardware() -> str:
-    """The processor, how many cores are ours, and JAX's accelerators if there are any."""
+    """How many cores of which processor this process may use, and JAX's accelerators if any."""
     backend, devices = jax_devices()
     processor = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")

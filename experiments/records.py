@@ -1,8 +1,8 @@
-"""Logs of runs, kept for the numbers that were published from them.
+"""Published records: the logs of runs, kept for the numbers that were published from them.
 
 A record is a folder with runs.tar.gz (each run's config with its phases, metrics and times),
-trainings.json (command, revision, machine, versions) and what was drawn. Figures are drawn from a
-record as from the workdir it came from.
+trainings.json (command, revision, machine, versions), and the tables and pictures. Figures are
+drawn from a record as from the workdir that it was made of.
 """
 
 import contextlib
@@ -28,12 +28,12 @@ def keep(workdir: Path, folders: Sequence[Path], record: Path) -> None:
     """Keeps the logs of runs that are over.
 
     Args:
-        workdir: where they were trained; it has `trainings.json`.
+        workdir: the folder in which they were trained, with `trainings.json`.
         folders: the runs' own, inside `workdir`.
         record: the folder to write.
 
     Raises:
-        Mistake: if nothing is known of how the runs were trained.
+        Mistake: if a run is missing, or `trainings.json`, which says how they were trained.
     """
     if missing := [folder for folder in folders if not folder.is_dir()]:
         raise Mistake(f"{missing[0]} is not there: a record is made from a workdir's own runs.")
@@ -41,7 +41,7 @@ def keep(workdir: Path, folders: Sequence[Path], record: Path) -> None:
         raise Mistake(f"{workdir} has no {provenance.FILE}: no record can say how it was made.")
     record.mkdir(parents=True, exist_ok=True)
     shutil.copy(workdir / provenance.FILE, record / provenance.FILE)
-    # Without times of now in it, so that the same logs make the same file.
+    # No times of writing are in it, so that the same logs make the same file.
     beside = record / (ARCHIVE + ".new")  # a stop while writing leaves the old one whole
     with (
         beside.open("wb") as file,
@@ -64,7 +64,7 @@ def keep(workdir: Path, folders: Sequence[Path], record: Path) -> None:
 
 @contextlib.contextmanager
 def opened(folder: Path) -> Iterator[Path]:
-    """A folder with the runs of a workdir or a record in it, for the time of the block.
+    """A folder with the runs of a workdir or of a record, which exists during the block.
 
     Raises:
         Mistake: if there are none.
@@ -87,7 +87,7 @@ def _lines(events: Iterable[dict[str, Any]]) -> str:
 
 
 def _times(path: Path) -> list[dict[str, Any]]:
-    """The events of timing.jsonl with the lines on speed, hundreds of them, added up into one."""
+    """The events of timing.jsonl, with hundreds of events on speed added up into one."""
     events = read_events(path)
     speeds = [event for event in events if event["event"] == "speed"]
     kept = [event for event in events if event["event"] != "speed"]

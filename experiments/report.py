@@ -1,4 +1,4 @@
-"""report.md: figures, tables, commands, hardware, versions; report.html: the same in one file."""
+"""The report: figures, tables, commands, hardware and versions as report.md and one HTML file."""
 
 import base64
 import re
@@ -24,39 +24,41 @@ th, pre { background: #f4f4f4 }
 
 def write(
     folder: Path, chosen: Sequence[Figure], scale: str, seeds: int, results: tables.Results,
-    made: Mapping[str, Sequence[tables.Table]], trainings: Sequence[dict[str, Any]],
+    made: Mapping[str, Sequence[tables.Table]], note: str, trainings: Sequence[dict[str, Any]],
 ) -> None:
     """Writes report.md and report.html.
 
     Args:
-        folder: to write in; it has the pictures.
-        chosen: the figures in it.
+        folder: to write into; it has the pictures.
+        chosen: the figures that are shown.
         scale: one of `figures.SCALES`.
         seeds: runs of each curve.
-        results: what they are drawn from.
-        made: the tables of each figure.
+        results: the runs that the figures are drawn from.
+        made: the tables of each figure, by its name.
+        note: a line about all runs, or "".
         trainings: see `provenance`.
     """
     title = "Don't decay the learning rate, increase the batch size"
-    text = "\n\n".join([
+    text = "\n\n".join(filter(None, [
         f"# {title}",
         "Figures and tables of Smith, Kindermans, Ying and Le (ICLR 2018), reproduced at the scale "
         f"**{scale}**. {figures.SCALES[scale].says}",
+        note,
         f"Lines are means over {seeds} seed{'s' * (seeds > 1)}, bands go from the lowest to the "
-        "highest, dotted lines stand where the noise scale falls. A run that diverged is in no "
-        "mean: it is a dashed line, with a cross at the axis where it broke down. The paper's "
+        "highest value, and dotted lines mark where the noise scale falls. A run that diverged is "
+        "in no mean: it is a dashed line, with a cross on the axis where it diverged. The paper's "
         "points are means over stretches of its plotted curves, right to about 0.003.",
         " · ".join(f"[{_name(figure)}](#figure-{figure.name})" for figure in chosen),
         *(_section(figure, scale, seeds, results, made[figure.name]) for figure in chosen),
         "## How it was made", *map(_training, trainings),
-    ])
+    ]))
     (folder / "report.md").write_text(text + "\n", encoding="utf-8")
 
     def inside(found: re.Match) -> str:
         image = base64.b64encode((folder / found[1]).read_bytes()).decode()
-        return f'src="data:image/svg+xml;base64,{image}"'
+        return f'src="data:image/png;base64,{image}"'
 
-    body = re.sub(r'src="(figure_\w+\.svg)"', inside, markdown(
+    body = re.sub(r'src="(figure_\w+\.png)"', inside, markdown(
         text, extensions=["tables", "fenced_code", "md_in_html"]))
     (folder / "report.html").write_text(f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -80,8 +82,8 @@ def _section(
     parts = [
         f'<a id="figure-{figure.name}"></a>', f"## {number}{figure.title}",
         f"The paper: {figure.claim[0].lower()}{figure.claim[1:]}",
-        "Here its schedules alone: network and data are this scale's." * other,
-        f"![{figure.title}](figure_{figure.name}.svg)",
+        "Only its schedules are reproduced here: network and data are this scale's." * other,
+        f"![{figure.title}](figure_{figure.name}.png)",
         *(f"### {table.name}\n\n{tables.markdown(table)}" for table in made),
         _runs(figure, scale, seeds, results) if figure.trained else "",
     ]
@@ -119,8 +121,8 @@ def _runs(figure: Figure, scale: str, seeds: int, results: tables.Results) -> st
 def _training(training: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in training["versions"].items())
     return (f"{_code(training['command'])}\n\n{training['began']}, on {training['hardware']}. "
-            f"{versions}. Revision {training['revision']}. For {len(training['configs'])} runs; "
-            "what was finished before was left as it was.")
+            f"{versions}. Revision {training['revision']}. {len(training['configs'])} runs were "
+            "trained; those that had finished before were left as they were.")
 
 
 def _code(text: str) -> str:

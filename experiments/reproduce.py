@@ -2,22 +2,22 @@
 
     python -m experiments.reproduce --figure=3b --scale=small --seeds=3 --workdir=DIR
 
-Trains what is missing (skips what is finished, continues what was cut short), then draws a picture
-a figure, tables.md, and report.md and report.html with all of it. Figures are 1 to 7, A, B and
-30min, or one panel of them, or all. Scales: `paper`, the full recipes; `medium`, all of CIFAR-10
-with a small network, an hour a run on a core (Figures 1, 2, 3a and 5 alone); `small`, for a laptop
-with CIFAR-10; `digits`, the quickest, without a download. That a run diverges is a result: it is
-drawn as far as it came, is in no mean, and is not trained again.
+Trains the runs that are missing (finished runs are left alone, stopped ones continued), then draws
+a picture of each figure and writes tables.md, report.md and report.html. Figures are 1 to 7, A, B
+and 30min, or one panel of them, or all. Scales: `paper`, the full recipes; `medium`, all of
+CIFAR-10 with a small network, an hour for each run on one core (only Figures 1, 2, 3a and 5);
+`small`, for a laptop with CIFAR-10; `digits`, the quickest, without a download. A run that diverges
+is a result: it is drawn up to where it diverged, is in no mean, and is not trained again.
 
     python -m experiments.reproduce --figure=3 --scale=small --workdir=RECORD --draw_only --output=O
 
-trains nothing, and draws from a workdir or a record.
+trains nothing, and draws from a workdir or a published record.
 
     python -m experiments.reproduce --figure=all --scale=paper --workdir=DIR --print_commands
 
-trains nothing either, and prints the command of each run that is not over, one a line, to be given
-in the repository to a cluster's queue, or to `xargs -d '\\n' -P 4 -I COMMAND sh -c COMMAND`.
-Then --draw_only draws. (No record can be made of them: it says on what its runs were trained.)
+trains nothing either, and prints the command of each run that is not over, each on a line, for a
+cluster's queue, or for `xargs -d '\\n' -P 4 -I COMMAND sh -c COMMAND`, in the repository. Then
+--draw_only draws. (A record needs runs that this program trained, because it names their machine.)
 """
 
 import argparse
@@ -26,9 +26,8 @@ import json
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from bigbatch.mistake import Mistake
 from experiments import drawing, figures, logs, provenance, records, report, runs, tables
@@ -38,7 +37,7 @@ from experiments.command_line import one_line_errors
 def wanted(
     chosen: Sequence[figures.Figure], scale: str, seeds: int, workdir: Path
 ) -> dict[runs.Run, str]:
-    """The runs that figures are drawn from, all of seed 0, then of seed 1, ...; with Curve.config.
+    """The runs that figures are drawn from, each with its Curve.config; all of seed 0 come first.
 
     Figures that share a curve share its runs.
     """
@@ -52,21 +51,21 @@ def wanted(
 
 
 def folder_of(workdir: Path, text: str) -> Path:
-    """Where the run of a config text lies."""
+    """The workdir of the run of a config text."""
     return workdir / "runs" / text.partition(":")[2].replace(",", "_")
 
 
 def read(
     chosen: Sequence[figures.Figure], scale: str, seeds: int, folder: Path, source: Path
 ) -> dict[str, list[logs.Logs]]:
-    """What figures are drawn from, by the curve's config.
+    """The runs that figures are drawn from, by the curve's config.
 
     Args:
         chosen: the figures.
         scale: one of `figures.SCALES`.
         seeds: runs of each curve.
         folder: with the runs in it.
-        source: what to call that in messages: a workdir, or the record that was unpacked there.
+        source: the name of `folder` in messages: a workdir, or the record that was unpacked there.
 
     Raises:
         Mistake: naming the first run that is missing, not over, or of another config.
@@ -75,10 +74,11 @@ def read(
     try:
         for run, config in wanted(chosen, scale, seeds, folder).items():
             found = logs.read_run(run.workdir)
-            # Keys that came to configs since a run was made are no difference.
-            now = json.loads(figures.planned(run.config)[0].to_json())
+            # Keys of the model that are newer than the run are no difference.
+            newest = json.loads(figures.planned(run.config)[0].to_json())["model"]
             runs.refuse_another(run, {
-                "config": _filled(found.config, now), "phases": found.phases,
+                "config": found.config | {"model": newest | found.config["model"]},
+                "phases": found.phases,
                 "examples_seen": found.events[-1]["examples_seen"] if found.events else 0})
             results.setdefault(config, []).append(found)
     except Mistake as error:
@@ -99,37 +99,24 @@ def draw(
     if any(figure.trained for figure in chosen):
         with records.opened(source) as folder:
             results = read(chosen, scale, seeds, folder, source)
-    title = f"# The paper's figures at the scale {scale}\n"
-    text = [title, f"{figures.SCALES[scale].says} Seeds a curve: {seeds}.\n"]
+    note = logs.padding_note(run for found in results.values() for run in found)
+    text = [f"# The paper's figures at the scale {scale}\n",
+            f"{figures.SCALES[scale].says} Seeds a curve: {seeds}.\n", *[f"{note}\n"] * bool(note)]
     overview = tables.summary(chosen, scale, results)
     if overview.cells:
         text += [f"## {overview.name}\n", tables.markdown(overview)]
     made = {}
     for figure in chosen:
-        for kind in ("png", "svg"):
-            drawing.draw(figure, scale, results, output / f"figure_{figure.name}.{kind}")
+        drawing.draw(figure, scale, results).savefig(output / f"figure_{figure.name}.png", dpi=110)
         made[figure.name] = tables.make(figure, scale, results)
         for table in made[figure.name]:
             text += [f"## {table.name}: {figure.title}\n", tables.markdown(table)]
     (output / "tables.md").write_text("\n".join(text), encoding="utf-8")
-    report.write(output, chosen, scale, seeds, results, made, provenance.read(source))
-
-
-def _filled(saved: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """`saved` with the keys of `now` that it lacks."""
-    return {**now, **{
-        key: _filled(value, now[key]) if isinstance(value, dict) and key in now else value
-        for key, value in saved.items()
-    }}
-
-
-def _absolute(folder: str) -> str:
-    """A data_dir as runs find it, which start in the repository."""
-    return folder if "://" in folder else str(Path(folder).expanduser().resolve())
+    report.write(output, chosen, scale, seeds, results, made, note, provenance.read(source))
 
 
 def main() -> None:
-    """Trains and draws what the command line asks for."""
+    """Trains and draws the figures that the command line names."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--figure", required=True, help="all, or some: 2, 3b, A, 30min, 2,5")
@@ -139,10 +126,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder for what is drawn; else --workdir")
     parser.add_argument("--data_dir", default="", help="TFDS data_dir; empty: TFDS's own default")
     parser.add_argument("--at_once", type=int, default=0,
-                        help="runs side by side; 0: one a core on CPU, one on an accelerator")
+                        help="runs side by side; 0: one on each core, or one on an accelerator")
     parser.add_argument("--draw_only", action="store_true", help="train nothing")
     parser.add_argument("--print_commands", action="store_true",
-                        help="train and draw nothing; print the commands of what is missing")
+                        help="train and draw nothing; print the commands of the missing runs")
     parser.add_argument("--record", type=Path,
                         help="also keep the runs' logs in this folder, with tables and pictures")
     options = parser.parse_args()
@@ -158,7 +145,10 @@ def main() -> None:
             raise Mistake(f"--at_once is {options.at_once}; it must be 0 or more.")
         chosen = figures.select(options.figure, options.scale)
         needed = wanted(chosen, options.scale, options.seeds, workdir)
-        settings = [f"--config.data.dir={_absolute(options.data_dir)}"] * bool(options.data_dir)
+        data_dir = options.data_dir
+        if data_dir and "://" not in data_dir:  # runs start in the repository
+            data_dir = Path(data_dir).expanduser().resolve()
+        settings = [f"--config.data.dir={data_dir}"] * bool(data_dir)
         if options.print_commands:
             for run in runs.missing(list(needed), functools.partial(print, file=sys.stderr)):
                 print(shlex.join(run.command(settings, sys.executable)))
@@ -169,15 +159,14 @@ def main() -> None:
             except OSError as error:
                 raise Mistake(f"{folder} can be no folder: {error.strerror}.") from None
         if not options.draw_only:
-            missing = runs.missing(list(needed))
-            provenance.note(workdir, "experiments.reproduce", [run.config for run in missing])
-            runs.train(missing, settings, options.at_once)
+            runs.train_missing(
+                list(needed), workdir, "experiments.reproduce", settings, options.at_once)
         draw(chosen, options.scale, options.seeds, workdir, output)
         if options.record:
             records.keep(workdir, [run.workdir for run in needed], options.record)
             for drawn in ["tables.md", *(f"figure_{figure.name}.png" for figure in chosen)]:
                 shutil.copy(output / drawn, options.record)
-    print(f"{output}: report.html has it all, tables.md the numbers")
+    print(f"{output}: report.html has all figures and tables, tables.md the numbers")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Trains many runs by the main job's own command: what is missing, side by side.
+"""Trains many runs by the main job's own command: those that are missing, side by side.
 
-On CPU one run a core at a time, each held to its core: networks this small are too small to share
-out. On an accelerator one after the other, or `at_once` together, each with its share of the
-memory (a small network does not fill a large accelerator alone). A run that has finished or
-diverged is left alone; one that was cut short goes on. On a cluster, hand the commands of
-`experiments.reproduce --print_commands` to its own queue instead.
+On CPU there is one run on each core at a time, held to its core, because networks this small do not
+train faster on several. On an accelerator runs go one after the other, or `at_once` together, each
+with its share of the memory (a small network does not fill a large accelerator). A run that has
+finished or diverged is left alone; one that was stopped is continued. On a cluster, hand the
+commands of `experiments.reproduce --print_commands` to its own queue instead.
 """
 
 import contextlib
@@ -24,25 +24,25 @@ from typing import Any, NamedTuple
 from bigbatch.mistake import Mistake
 from bigbatch.storage import continuing
 from bigbatch.storage.logs import read_events
-from experiments import logs
+from experiments import logs, provenance
 from experiments.figures import REPOSITORY, planned
 from experiments.machine import jax_devices, own_cores
 
 
 class Run(NamedTuple):
-    """What one command trains."""
+    """A training, by one command."""
 
     config: str  # file.py:preset,key=value,...
     workdir: Path
 
     def command(self, settings: Sequence[str] = (), python: str = "python") -> list[str]:
-        """As a user would type it, in the repository."""
+        """The command as a user would type it, in the repository."""
         return [python, "-m", "bigbatch.main", f"--config={self.config}", *settings,
                 f"--workdir={self.workdir}"]
 
 
 def diverged(run: Run) -> bool:
-    """Whether training broke down, as it would again."""
+    """Whether the run diverged; trained again, it would diverge again."""
     return logs.divergence(read_events(run.workdir / "timing.jsonl")) is not None
 
 
@@ -50,8 +50,8 @@ def refuse_another(run: Run, saved: Mapping[str, Any]) -> None:
     """Raises Mistake, naming what differs, if a workdir holds the run of another config.
 
     Args:
-        run: what should be there.
-        saved: what the workdir says: config, phases and examples_seen.
+        run: the one that should be there.
+        saved: the workdir's config, phases and examples_seen.
     """
     refused, _ = continuing.changes(saved, *planned(run.config))
     if refused:
@@ -62,10 +62,10 @@ def refuse_another(run: Run, saved: Mapping[str, Any]) -> None:
 
 
 def is_over(run: Run) -> bool:
-    """Whether the workdir holds the run to its end, or to where it diverged.
+    """Whether the run has finished or diverged.
 
     Raises:
-        Mistake: if the config can be no run, or the workdir holds one of another config.
+        Mistake: if no run can have this config, or the workdir holds a run of another config.
     """
     _, phases = planned(run.config)
     described = run.workdir / "config.json"
@@ -79,7 +79,7 @@ def is_over(run: Run) -> bool:
 
 
 def missing(runs: Sequence[Run], say: Callable[[str], None] = print) -> list[Run]:
-    """Those of `runs` that are not over; `say` is told how many are.
+    """Those of `runs` that are not over; `say` prints how many are.
 
     Raises:
         Mistake: see `is_over`.
@@ -92,58 +92,74 @@ def missing(runs: Sequence[Run], say: Callable[[str], None] = print) -> list[Run
     return found
 
 
+def train_missing(
+    runs: Sequence[Run], workdir: Path, module: str, settings: Sequence[str] = (), at_once: int = 0
+) -> None:
+    """Trains those of `runs` that are not over, and notes in `workdir` which command did so.
+
+    Args:
+        runs: all of the workdir; see `missing`.
+        workdir: the folder with the runs' own.
+        module: the program that was called.
+        settings: see `train`.
+        at_once: see `train`.
+    """
+    if not_over := missing(runs):
+        provenance.add(workdir, provenance.describe(
+            provenance.command_line(module), [run.config for run in not_over]))
+        train(not_over, settings, at_once)
+
+
 def train(
     runs: Sequence[Run], settings: Sequence[str] = (), at_once: int = 0,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Trains runs that are not over, in their order. To diverge is no failure.
+    """Trains runs that are not over, in their order. A run that diverges has not failed.
 
     Args:
-        runs: what to train.
+        runs: to be trained; at least one.
         settings: more flags of each command, as "--config.data.dir=DIR".
-        at_once: how many side by side; 0 for one a core on CPU and one on an accelerator.
-        say: is told of each run that has ended.
+        at_once: how many side by side; 0 for one on each core of a CPU and one on an accelerator.
+        say: prints a line for each run that has ended.
 
     Raises:
-        RuntimeError: with what a run said, if one failed, once all others have ended.
-        KeyboardInterrupt: after Ctrl-C or SIGTERM, once those under way have saved and ended.
+        RuntimeError: with a run's own output, if one failed, once all others have ended.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once the running ones have saved and ended.
     """
-    if not runs:
-        return
     on_cpu, cores = jax_devices()[0] == "cpu", own_cores()
     at_once = min(at_once or (len(cores) if on_cpu else 1), len(runs))
-    waiting, under_way, failures = list(runs), {}, []  # under way: run and process by place
+    waiting, under_way, failures = list(runs), {}, []  # under way: run and process by slot
     began, ended = time.perf_counter(), 0
-    with (_told_to_stop() as told, tempfile.TemporaryDirectory() as folder,
+    with (_stop_signals() as signals, tempfile.TemporaryDirectory() as folder,
           contextlib.ExitStack() as at_an_error):
         at_an_error.callback(_terminate, under_way)
-        while under_way or (waiting and not told):
-            for place in set(range(at_once)) - under_way.keys():
-                if waiting and not told:
-                    run, core = waiting.pop(0), cores[place % len(cores)] if on_cpu else None
-                    under_way[place] = run, _start(run.command(settings, sys.executable), core,
-                                                   at_once, Path(folder, str(place)))
+        while under_way or (waiting and not signals):
+            for slot in set(range(at_once)) - under_way.keys():
+                if waiting and not signals:
+                    run, core = waiting.pop(0), cores[slot % len(cores)] if on_cpu else None
+                    under_way[slot] = run, _start(run.command(settings, sys.executable), core,
+                                                  at_once, Path(folder, str(slot)))
             time.sleep(0.1)
-            if told == ["now"]:
-                told.append("passed on")
+            if signals == ["received"]:
+                signals.append("passed on")
                 _terminate(under_way)
-            for place, (run, process) in list(under_way.items()):
+            for slot, (run, process) in list(under_way.items()):
                 if process.poll() is None:
                     continue
-                del under_way[place]
-                if told:
+                del under_way[slot]
+                if signals:
                     continue
                 ended, passed, how = ended + 1, time.perf_counter() - began, ""
                 if process.returncode and diverged(run):
                     how = "DIVERGED "
                 elif process.returncode:
-                    how, text = "FAILED ", Path(folder, str(place)).read_text(errors="replace")
+                    how, text = "FAILED ", Path(folder, str(slot)).read_text(errors="replace")
                     failures.append(f"{shlex.join(run.command(settings))} ended with status "
                                     f"{process.returncode}:\n{text[-4000:]}")
                 left = passed / ended * (len(runs) - ended) / 60
                 say(f"{ended} of {len(runs)}, {passed:.0f} s: {run.config} {how}"
                     f"(about {left:.0f} min left)")
-    if told:
+    if signals:
         raise KeyboardInterrupt
     if failures:
         raise RuntimeError(f"{len(failures)} of {len(runs)} runs failed. The first: {failures[0]}")
@@ -155,26 +171,26 @@ def _terminate(under_way: Mapping[int, tuple[Run, subprocess.Popen]]) -> None:
 
 
 def _start(
-    command: Sequence[str], core: int | None, at_once: int, said: Path
+    command: Sequence[str], core: int | None, at_once: int, output: Path
 ) -> subprocess.Popen:
     if core is not None and at_once > 1 and shutil.which("taskset"):
         command = ["taskset", "-c", str(core), *command]
-    # Of a GPU's memory JAX would take three quarters for the first process. CPUs do not read this.
+    # Or the first process's JAX would take three quarters of a GPU's memory. A CPU ignores this.
     share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / at_once:.3f}"} if at_once > 1 else {}
-    with said.open("w") as file:
-        # In a session of its own: Ctrl-C reaches this program alone, which passes it on.
+    with output.open("w") as file:
+        # In a session of its own, so that Ctrl-C reaches this program alone, which passes it on.
         return subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | share, stdout=file,
                                 stderr=subprocess.STDOUT, start_new_session=True)
 
 
 @contextlib.contextmanager
-def _told_to_stop() -> Iterator[list[str]]:
-    """A list that Ctrl-C and SIGTERM write into, in the place of what they do otherwise."""
-    told: list[str] = []
-    before = {number: signal.signal(number, lambda *_: told or told.append("now"))
+def _stop_signals() -> Iterator[list[str]]:
+    """A list that Ctrl-C and SIGTERM add to, in place of their usual effect."""
+    signals: list[str] = []
+    before = {number: signal.signal(number, lambda *_: signals or signals.append("received"))
               for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield told
+        yield signals
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,9 +1,9 @@
-"""Does every ImageNet preset fit on slices of Cloud TPU? Asked of the TPU compiler, without a TPU.
+"""Does every ImageNet preset fit on slices of Cloud TPU? The TPU compiler answers, without a TPU.
 
     make slices
 
-Plans each preset for each slice (`bigbatch.plan`), keeps the results, and prints the table of
-launch/README.md. What was compiled before is remembered.
+Plans each preset for each slice (`bigbatch.plan`), writes the plans into --output, and prints the
+table of launch/README.md. Programs that were compiled before are not compiled again.
 """
 
 import argparse
@@ -30,12 +30,12 @@ PRESETS = [
 ]
 # Half and all of the paper's pod, and a small slice of later generations.
 SLICES = ("v2-256", "v2-512", "v3-32", "v5litepod-32", "v6e-32")
-# The paper's own way to run this one: the second slice takes over at the first fall.
+# The paper's own run of this preset changes to the second slice at the first fall.
 ON_TWO = {"imagenet_resnet50:thirty_minutes": "v2-256,noise/10=v2-512"}
 
 
 def table(plans: Sequence[dict[str, Any]]) -> str:
-    """A line of markdown a plan; figures of several phases are the least and the most."""
+    """A line of Markdown for each plan, with the least and the most over its phases."""
     def span(values: Sequence[float], form: str) -> str:
         texts = [format(value, form) for value in (min(values), max(values))]
         return texts[0] if texts[0] == texts[1] else " to ".join(texts)
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="file for the record, JSON")
     output = parser.parse_args().output
     with one_line_errors("experiments.slices"):
-        Path(output).open("a").close()  # or that it cannot be written shows hours later
+        Path(output).open("a").close()  # else a file that cannot be written is an error hours later
         topology.compile_elsewhere()
         plans = []
         for preset in PRESETS:

@@ -1,4 +1,4 @@
-"""Results tables of the paper's figures: what ours came to, what the paper's did, and a verdict."""
+"""Results tables of the paper's figures: our values, the paper's, and a verdict."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,7 @@ from experiments.figures import (
     read_digitised,
 )
 from experiments.logs import Logs, divergences, finished
-from experiments.lost_epochs import progress, worth
+from experiments.lost_epochs import equivalent_epochs, progress
 from experiments.markdown_table import markdown_table
 from experiments.verdicts import Comparison, compare, inside
 
@@ -37,29 +37,16 @@ class Row(NamedTuple):
     values: list[float]  # final, one a seed that did not diverge
     stated: list[float]  # the paper's final accuracies, where it states them
     paper: str  # what is known of the paper's final values, in words; see `_paper`
-    # With the first curve; None of that itself, of one seed, and where a run of either diverged.
+    # With the first curve; None for that curve, for one seed, and where a run of either diverged.
     comparison: Comparison | None
-    inside: bool | None  # whether what the paper states lies inside ours; None: cannot be asked
-
-    @property
-    def diverged(self) -> str:
-        """See `logs.divergences`."""
-        return divergences(self.runs)
-
-    @property
-    def updates(self) -> int:
-        """Of its schedule."""
-        return self.runs[0].updates
-
-    @property
-    def seconds(self) -> float | None:
-        """Of training, mean over the runs; None where that of one is not known."""
-        seconds = [run.training_seconds for run in self.runs]
-        return None if None in seconds else statistics.mean(seconds)
+    inside: bool | None  # whether the paper's stated values lie inside ours; None: no such test
+    diverged: str  # see `logs.divergences`
+    updates: int  # of the schedule
+    seconds: float | None  # of training, mean over the runs; None where that of one is not known
 
 
 class Table(NamedTuple):
-    """Text, ready to be laid out."""
+    """A table's texts."""
 
     name: str  # of the panel
     header: list[str]
@@ -73,16 +60,15 @@ class LostEpochs(NamedTuple):
     label: str
     batch_size: int
     tau: float  # B/(N(1-m)): lost in the end
-    trained: np.ndarray  # T
-    # How many epochs with a full accumulator, measured, for each seed of which neither this run nor
-    # the one it is measured against diverged.
-    worth_SxT: np.ndarray
-    predicted_T: np.ndarray  # the same, by theory
+    trained_T: np.ndarray
+    # Measured, for each seed of which neither this run nor the first curve's diverged.
+    lost_SxT: np.ndarray
+    predicted_T: np.ndarray  # epochs lost by theory
     diverged: str  # see `logs.divergences`
 
 
 def final_value(run: Logs, quantity: str) -> float:
-    """Of a finished run: the last evaluation, or the training loss averaged over its last tenth."""
+    """A finished run's last evaluation, or its training loss averaged over its last tenth."""
     if quantity != "train_loss":
         return run.events[-1][quantity]
     end = run.events[-1]["examples_seen"]
@@ -93,26 +79,29 @@ def final_value(run: Logs, quantity: str) -> float:
 
 
 def rows(panel: Panel, scale: str, results: Results) -> list[Row]:
-    """A panel's rows, in its order."""
+    """The rows of a panel's curves, in their order."""
     found = []
     margin = SCALES[scale].margins[panel.quantity]
     for curve in panel.curves:
         runs = results[curve.config]
         values = [final_value(run, panel.quantity) for run in finished(runs)]
         stated = list(curve.finals) if panel.quantity == "test_accuracy" else []
-        # Of the runs that are left nothing is said: which diverge is no matter of chance alone.
+        # The runs that are left are not tested, since which runs diverge is not chance alone.
         testable = not divergences(runs)
         comparable = testable and found and not found[0].diverged
+        seconds = [run.training_seconds for run in runs]
         found.append(Row(
             curve, runs, recipe_updates(panel, curve), values, stated, _paper(panel, curve),
             compare(values, found[0].values, margin) if comparable else None,
             inside(values, stated) if testable and SCALES[scale].comparable else None,
+            divergences(runs), runs[0].updates,
+            None if None in seconds else statistics.mean(seconds),
         ))
     return found
 
 
 def lost_epochs_of(panel: Panel, results: Results) -> list[LostEpochs]:
-    """The rows of appendix A: all momenta but the first, which the others are measured against."""
+    """The rows of appendix A: all momenta but the first, with which the others are compared."""
     def losses(run: Logs) -> tuple[np.ndarray, np.ndarray]:
         return tuple(np.array([event[name] for event in run.events])
                      for name in ("epoch", "train_loss"))
@@ -125,51 +114,43 @@ def lost_epochs_of(panel: Panel, results: Results) -> list[LostEpochs]:
     for curve in others:
         runs = results[curve.config]
         tau = runs[0].phases[0]["lost_epochs"]
-        measured = [worth(*losses(run), *losses(reference), first_tau, trained)
-                    for run, reference in zip(runs, references, strict=True)
-                    if not divergences([run, reference])]
+        lost = [
+            trained - equivalent_epochs(*losses(run), *losses(reference), first_tau, trained)
+            for run, reference in zip(runs, references, strict=True)
+            if not divergences([run, reference])]
         found.append(LostEpochs(
             curve.label, runs[0].phases[0]["batch_size"], tau, trained,
-            np.reshape(measured, (-1, len(trained))), progress(trained, tau), divergences(runs),
+            np.reshape(lost, (-1, len(trained))), trained - progress(trained, tau),
+            divergences(runs),
         ))
     return found
 
 
 def make(figure: Figure, scale: str, results: Results) -> list[Table]:
-    """The tables of a figure."""
-    return resolve(figure.tables, "the figure's tables")(figure, scale, results)
-
-
-def none(figure: Figure, scale: str, results: Results) -> list[Table]:
-    """Of a figure that shows no runs."""
-    return []
+    """The tables of a figure; none where it shows no runs."""
+    tables = resolve(figure.tables, "the figure's tables")
+    return tables(figure, scale, results) if figure.trained else []
 
 
 def of_curves(figure: Figure, scale: str, results: Results) -> list[Table]:
-    """One for each distinct set of curves and quantity."""
+    """A table for each distinct set of curves and quantity."""
     distinct = {(panel.curves, panel.quantity): panel for panel in reversed(figure.panels)}
     return [_panel_table(panel, scale, results) for panel in reversed(distinct.values())]
 
 
 def summary(chosen: Sequence[Figure], scale: str, results: Results) -> Table:
     """One table over figures: each curve's updates and final accuracy, the paper's and ours."""
-    cells, seen = [], set()
-    for figure in chosen:
-        for panel in figure.panels:
-            if (not figure.summed_up or panel.quantity != "test_accuracy"
-                    or panel.curves in seen):
-                continue
-            seen.add(panel.curves)
-            for row in rows(panel, scale, results):
-                cells.append([
-                    panel.name, row.curve.label, f"{row.recipe_updates:,}",
-                    row.paper, f"{row.updates:,}", _final(row, panel.quantity), str(len(row.runs)),
-                    row.comparison.verdict if row.comparison else "",
-                ])
+    panels = {panel.curves: panel for figure in reversed(chosen) if figure.summed_up
+              for panel in reversed(figure.panels) if panel.quantity == "test_accuracy"}
     return Table("All figures", [
         "figure", "schedule", "updates, paper", "accuracy, paper", f"updates, {scale}",
         f"accuracy, {scale}", "n", "against the first",
-    ], cells, "")
+    ], [
+        [panel.name, row.curve.label, f"{row.recipe_updates:,}", row.paper, f"{row.updates:,}",
+         final_text(row.runs, panel.quantity), str(len(row.runs)),
+         row.comparison.verdict if row.comparison else ""]
+        for panel in reversed(panels.values()) for row in rows(panel, scale, results)
+    ], "")
 
 
 def markdown(table: Table) -> str:
@@ -192,11 +173,10 @@ def _panel_table(panel: Panel, scale: str, results: Results) -> Table:
         "updates": lambda row: fewer(row.updates, first.updates),
         "of the paper's recipe": lambda row: fewer(row.recipe_updates, first.recipe_updates),
         "the paper says": lambda row: row.curve.updates,
-        f"final {LABELS[quantity]}": lambda row: _final(row, quantity),
-        "the paper's" if comparable else "the paper's (of its task)": (
-            lambda row: row.paper),
+        f"final {LABELS[quantity]}": lambda row: final_text(row.runs, quantity),
+        "the paper's" if comparable else "the paper's (of its task)": lambda row: row.paper,
         "less the first curve's (90 % interval)": lambda row: (
-            _interval(row.comparison, quantity) if row.comparison else ""),
+            _difference(quantity, *row.comparison[:3]) if row.comparison else ""),
         "verdict": lambda row: (
             row.comparison.verdict if row.comparison else
             "the reference" if row is first else
@@ -206,8 +186,8 @@ def _panel_table(panel: Panel, scale: str, results: Results) -> Table:
     if comparable:
         columns |= {
             "ours less the paper's": lambda row: (
-                _number(statistics.mean(row.values) - statistics.mean(row.stated), quantity,
-                        signed=True) if row.stated and not row.diverged else ""),
+                _difference(quantity, statistics.mean(row.values) - statistics.mean(row.stated))
+                if row.stated and not row.diverged else ""),
             "the paper's inside ours": lambda row: {True: "yes", False: "no", None: ""}[row.inside],
         }
     time = ""
@@ -218,7 +198,7 @@ def _panel_table(panel: Panel, scale: str, results: Results) -> Table:
                                 for run in results[curve.config]))
         time = (" Training took: wall clock of a run without compiling and evaluating, mean over "
                 f"seeds, beside whatever else the machine did; on {', '.join(sorted(devices))}.")
-    margin = _number(SCALES[scale].margins[quantity], quantity, signed=True)
+    margin = _difference(quantity, SCALES[scale].margins[quantity])
     return Table(
         panel.name, list(columns), [[cell(row) for cell in columns.values()] for row in found],
         "Paired over seeds: same where the interval of the mean difference lies within "
@@ -229,20 +209,19 @@ def _panel_table(panel: Panel, scale: str, results: Results) -> Table:
 
 
 def of_lost_epochs(figure: Figure, scale: str, results: Results) -> list[Table]:
-    """Appendix A's one table."""
+    """The table of appendix A."""
     (panel,) = figure.panels
 
     def cells(row: LostEpochs, share: float) -> list[str]:
         """Measured and predicted, around a share of the run."""
-        end = row.trained[-1]
-        around = np.abs(row.trained / end - share) <= LOST_WINDOW
-        lost_S = (row.trained - row.worth_SxT)[:, around].mean(axis=1)
-        predicted = (row.trained - row.predicted_T)[around].mean()
+        around = np.abs(row.trained_T / row.trained_T[-1] - share) <= LOST_WINDOW
+        lost_S = row.lost_SxT[:, around].mean(axis=1)
+        predicted = row.predicted_T[around].mean()
         deviation = f" ± {lost_S.std(ddof=1):.2f}" if len(lost_S) > 1 else ""
         return [f"{lost_S.mean():.2f}{deviation}" if len(lost_S) else "", f"{predicted:.2f}"]
 
     found = lost_epochs_of(panel, results)
-    end = found[0].trained[-1]
+    end = found[0].trained_T[-1]
     header = ["momentum", "batch", "n", "lost in the end, predicted"]
     for share in LOST_AT:
         header += [f"lost after {share * end:.1f} epochs", "predicted"]
@@ -251,7 +230,7 @@ def of_lost_epochs(figure: Figure, scale: str, results: Results) -> list[Table]:
     return [Table(
         panel.name, header,
         [[row.label, str(row.batch_size),
-          "; ".join(filter(None, [str(len(row.worth_SxT)), row.diverged])), f"{row.tau:.2f}",
+          "; ".join(filter(None, [str(len(row.lost_SxT)), row.diverged])), f"{row.tau:.2f}",
           *(cell for share in LOST_AT for cell in cells(row, share))] for row in found],
         "Epochs. Predicted: tau (1 - exp(-t/tau)) with tau = B/(N(1-m)). Measured: how much later "
         f"than with {first.label} the same training loss was reached; runs differ in "
@@ -260,42 +239,42 @@ def of_lost_epochs(figure: Figure, scale: str, results: Results) -> list[Table]:
 
 
 def recipe_updates(panel: Panel, curve: Curve) -> int:
-    """Of a curve at the paper's scale, as the planner counts them."""
+    """A curve's updates at the paper's scale, as the planner counts them."""
     _, phases = planned(config_text("paper", panel, curve, 0))
     return sum(phase.updates for phase in phases)
 
 
-def _plotted_finals(panel: Panel, names: Sequence[str]) -> list[float]:
-    """The last values of the paper's plotted curves, where they are seen to near the end."""
-    finals = []
-    for name in names:
-        found = [s for s in read_digitised() if (s.panel, s.curve) == (panel.name, name)]
-        ends = [s.end for s in read_digitised() if s.panel == panel.name]
-        if found and found[-1].end >= 0.95 * max(ends):
-            finals.append(found[-1].mean)
-    return finals
+def _number(value: float, quantity: str) -> str:
+    return f"{value:.3f}" if quantity == "train_loss" else f"{100 * value:.1f} %"
 
 
-def _number(value: float, quantity: str, signed: bool = False) -> str:
-    if quantity == "train_loss":
-        return f"{value:+.3f}" if signed else f"{value:.3f}"
-    return f"{100 * value:+.2f} points" if signed else f"{100 * value:.1f} %"
+def _difference(quantity: str, value: float, *interval: float) -> str:
+    """A difference with its sign and unit, and with its confidence interval where that is given."""
+    scale, digits, unit = (1, 3, "") if quantity == "train_loss" else (100, 2, " points")
+    value, *ends = (f"{scale * number:+.{digits}f}" for number in (value, *interval))
+    return value + f" ({' to '.join(ends)})" * bool(ends) + unit
 
 
 def _paper(panel: Panel, curve: Curve) -> str:
-    """What is known of the paper's final values; "~" before what was read off a plot."""
+    """What is known of the paper's final values; "~" before a value that was read off a plot.
+
+    The end of a plotted curve that is hidden near its end is not known.
+    """
     if curve.finals and panel.quantity == "test_accuracy":
         stated = ", ".join(_number(value, panel.quantity) for value in curve.finals)
         return stated if curve.median is None else (
             f"{stated} (median of five more, from memory: {_number(curve.median, panel.quantity)})")
-    plotted = [_number(value, panel.quantity) for value in _plotted_finals(panel, curve.plotted)]
-    return ", ".join("~" + value for value in plotted) or panel.ends
+    found = [stretch for stretch in read_digitised() if stretch.panel == panel.name]
+    last = {stretch.curve: stretch for stretch in found}
+    near = 0.95 * max((stretch.end for stretch in found), default=0)
+    return ", ".join("~" + _number(last[name].mean, panel.quantity) for name in curve.plotted
+                     if name in last and last[name].end >= near) or panel.ends
 
 
-def _final(row: Row, quantity: str) -> str:
-    """The mean of the runs that finished, and when the others diverged."""
-    ours = mean(row.values, quantity) if row.values else ""
-    return "; ".join(filter(None, [ours, row.diverged]))
+def final_text(runs: Sequence[Logs], quantity: str) -> str:
+    """The mean and deviation of the runs that finished, and when the others diverged."""
+    values = [final_value(run, quantity) for run in finished(runs)]
+    return "; ".join(filter(None, [_mean(values, quantity) if values else "", divergences(runs)]))
 
 
 def _time(seconds: float | None) -> str:
@@ -304,14 +283,8 @@ def _time(seconds: float | None) -> str:
     return f"{seconds:.1f} s" if seconds < 600 else f"{seconds / 60:.1f} min"
 
 
-def mean(values: Sequence[float], quantity: str) -> str:
+def _mean(values: Sequence[float], quantity: str) -> str:
     """The mean with the standard deviation, in the quantity's unit."""
     scale, digits, unit = (1, 3, "") if quantity == "train_loss" else (100, 2, " %")
     deviation = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{scale * statistics.mean(values):.{digits}f}{deviation}{unit}"
-
-
-def _interval(compared: Comparison, quantity: str) -> str:
-    scale, digits, unit = (1, 3, "") if quantity == "train_loss" else (100, 2, " points")
-    mean, low, high = (f"{scale * value:+.{digits}f}" for value in compared[:3])
-    return f"{mean} ({low} to {high}){unit}"

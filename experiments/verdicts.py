@@ -1,8 +1,7 @@
-"""Whether two schedules end alike, and whether a number of the paper's lies inside ours.
+"""Whether two schedules end alike, and whether the paper's values could be more of ours.
 
-Both are stated tests: nothing is called the same because it looks the same. Seeds pair the runs of
-two curves, since runs of one seed begin with the same parameters and see the same examples in the
-same order.
+Both are statistical tests that were stated beforehand. Seeds pair the runs of two curves, since
+runs of one seed begin with the same parameters and see the same examples in the same order.
 """
 
 import statistics
@@ -19,7 +18,7 @@ PREDICTION = 0.95
 
 
 class Comparison(NamedTuple):
-    """Of a curve's final values with a reference's, paired over seeds."""
+    """A comparison of a curve's final values with a reference's, paired over seeds."""
 
     difference: float  # mean over seeds, ours minus the reference
     low: float  # the confidence interval of that mean
@@ -33,7 +32,7 @@ def compare(
     """Compares final values, one a seed in the seeds' order; None where there is one seed only.
 
     "same": the confidence interval of the mean difference lies within plus and minus `margin`.
-    "lower" and "higher": it does not, and holds no 0. "undecided": neither; more seeds would tell.
+    "lower" and "higher": it does not, and holds no 0. "undecided": neither; more seeds are needed.
 
     Raises:
         Mistake: if the two are not of the same seeds.
@@ -56,7 +55,7 @@ def compare(
 
 
 def inside(values: Sequence[float], papers: Sequence[float]) -> bool | None:
-    """Whether the paper's runs could be more of ours; None where that cannot be asked.
+    """Whether the paper's values could be further runs of ours; None where either is too few.
 
     Each of the paper's values must lie in the interval in which 95 % of single further runs would,
     were ours drawn from a normal distribution: mean ± t s √(1 + 1/n).

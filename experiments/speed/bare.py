@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bigbatch.data import augment, sources
-from bigbatch.job.devices import cut, make_mesh, place, replicated
+from bigbatch.job.devices import compiler_options, cut, make_mesh, place, replicated
 from bigbatch.programs.compilation import programs_of
 from bigbatch.programs.dispatch import as_rates, room_for_sums, take_update
 from bigbatch.programs.lowering import lower_update
@@ -31,7 +31,7 @@ def noise(data: ConfigDict) -> tuple[np.ndarray, ...]:
 
 
 def on_gpu() -> bool:
-    """Whether updates run on a GPU: then in bfloat16 and at full size."""
+    """Whether updates are computed on a GPU. Then they are in bfloat16 and of full size."""
     return jax.default_backend() == "gpu"
 
 
@@ -44,28 +44,30 @@ def wide_resnet(short: bool, *settings: str) -> ConfigDict:
 
 
 def narrow() -> list[str]:
-    """The setting of `wide_resnet` that a CPU takes in reasonable time."""
+    """The setting of `wide_resnet` with which a CPU needs no more than minutes."""
     return [] if on_gpu() else ["model.width=1"]
 
 
 def describe(config: ConfigDict) -> str:
-    """What a row of the table says of its network."""
+    """The network's name in the table."""
     return f"WRN-{config.model.depth}-{config.model.width}"
 
 
 def given(
     config: ConfigDict, resident: Mapping, batch: Mapping
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """In the place of `update.prepare_microbatch`: images that are ready for the network."""
+    """Images as they lie on the device; replaces `update.prepare_microbatch`."""
     images, labels = batch["images"], batch["labels"]
     return images, labels, jax.random.split(jax.random.key(0), len(labels))
 
 
 class BareUpdate:
-    """An update on the first device, over and over, on the batch that a run would begin with.
+    """The update of a run on the first device, always on the run's first batch.
 
     Attributes:
-        programs: what it calls, compiled.
+        functions: those of the run's update.
+        lowered: the update's programs, not compiled.
+        programs: the update's programs, compiled.
         loss: of the last update taken, None before the first.
     """
 
@@ -74,14 +76,14 @@ class BareUpdate:
     ):
         """Args:
         config: of a run; `recipe.batch_size` and `microbatches` are read.
-        net: in the place of the network that the config names.
-        augmented: whether images lie on the device as uint8 and each update augments them; else
-            they lie there as the network gets them, not augmented.
+        net: replaces the network that the config names.
+        augmented: whether images lie on the device as uint8 and each update augments them.
+            Otherwise they lie there as the network gets them, without augmentation.
         """
-        mesh = make_mesh(jax.devices()[:1])
-        self.net = net or network.build(config)
-        functions = update.make_update(config, self.net, mesh, None if augmented else given)
-        state = update.init_state(config, self.net)
+        self.mesh = mesh = make_mesh(jax.devices()[:1])
+        net = net or network.build(config)
+        self.functions = update.make_update(config, net, mesh, None if augmented else given)
+        state = update.init_state(config, net)
         self.state = place(jax.tree.map(np.asarray, state), replicated(mesh))
         dataset = sources.load(config.data)
         records_Bx3 = order.records(
@@ -108,12 +110,13 @@ class BareUpdate:
         self.sums = room_for_sums(self.state, mesh) if len(self.batches) > 1 else None
         self.loss: float | None = None
         self.lowered = [
-            lower_update(functions, program.kind, mesh, self.state, self.resident, self.batches[0])
+            lower_update(
+                self.functions, program.kind, mesh, self.state, self.resident, self.batches[0])
             for program in programs_of(layout)]
         self.programs = [program.compile() for program in self.lowered]
 
     def take(self, updates: int = 1) -> None:
-        """So many updates, and waits for the last."""
+        """Takes so many updates, and waits for the last."""
         measured = None
         for _ in range(updates):
             self.state, self.sums, measured, _ = take_update(
@@ -122,6 +125,13 @@ class BareUpdate:
         jax.block_until_ready(self.state)
         self.loss = float(measured.loss)
 
-    def takes(self, updates: int) -> Callable[[], None]:
-        """`take` as something to measure."""
-        return lambda: self.take(updates)
+    def compile_with(self, wrap: Callable[[Callable], Callable], *arguments: Any) -> Callable:
+        """The compiled program of `wrap(update)` for `arguments`, of which the first is a state.
+
+        The program donates this state.
+        """
+        # Not the jitted function, which has compiler options: only the outermost program may.
+        function = wrap(self.functions.update.__wrapped__)
+        return jax.jit(
+            function, donate_argnums=0, compiler_options=compiler_options(self.mesh),
+        ).lower(*arguments).compile()

@@ -63,7 +63,7 @@ class ResNet(linen.Module):
 
 
 class TrainState(NamedTuple):
-    """What a step changes."""
+    """Everything that a step changes."""
 
     params: Any
     batch_stats: Any

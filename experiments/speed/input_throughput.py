@@ -6,53 +6,49 @@ FOLDER is the TFDS data_dir that holds imagenet2012. TensorFlow's rows need `pip
 tensorflow-cpu` beside the requirements; without it they say that it is not installed. The record in
 experiments/records/input_throughput.json is from this command.
 
-"bigbatch, bicubic" and "bilinear" decode and resize in a loop; "bigbatch, stream" is all of it,
-from the run's order to microbatches, in one thread: what compares with TensorFlow's pipeline. Every
-row gets the same photographs, in memory as they are encoded, and random-resized crops (the same
-ones, but for the stream, which draws its own), and makes 224 x 224 pixels. TensorFlow does it as
-Flax's ImageNet example: decode the crop only, then resize without a low-pass filter, in a tf.data
-pipeline of one thread. Pillow decodes all and resizes with its filter. All run on one core, taking
-turns in each repeat, so that ratios within a repeat are paired; the table has medians and ranges
-over the repeats. Seconds are the process's processor time, all threads together, so that other work
-on the machine disturbs little.
+The rows "bigbatch, bicubic" and "bigbatch, bilinear" decode and resize in a loop. "bigbatch,
+stream" is the whole pipeline, from the run's order to microbatches, in one thread, and compares
+with TensorFlow's pipeline. Every row gets the same 400 photographs, in memory as they are encoded,
+and random-resized crops (the same ones, but for the stream, which draws its own), and makes 224 x
+224 pixels. TensorFlow does this as in Flax's ImageNet example: it decodes the crop only, then
+resizes without a low-pass filter, in a tf.data pipeline of one thread. All rows run on one core and
+take turns in each of 15 repeats, so ratios within a repeat are paired; the table has medians and
+ranges over the repeats. Seconds are the process's processor time, all threads together, so other
+work on the machine disturbs little.
 """
 
 import argparse
-import io
 import json
 import math
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from ml_collections import ConfigDict
-from PIL import Image
 
 from bigbatch.data import decode, sources, streaming
-from bigbatch.mistake import Mistake
 from experiments import provenance
-from experiments.speed.measure import Figure, markdown, paired, ratios
+from experiments.command_line import one_line_errors
+from experiments.machine import own_cores
+from experiments.speed.measure import Measurement, markdown, paired, ratios
 
-SIZE = 224
-CLASSES = 1000
+IMAGES, REPEATS = 400, 15
+SIZE, CLASSES = 224, 1000
 BASIS = "TensorFlow, bicubic"
-DECODERS = ("numpy", "opencv-python-headless", "pillow", "tensorflow-cpu", "tensorflow")
 
 
-def open_photographs(folder: str, count: int) -> sources.Records:
-    """The records of the first `count` training photographs."""
+def read_photographs(folder: str) -> list[bytes]:
+    """The first training photographs, as they are encoded."""
     data = ConfigDict({"name": "imagenet2012", "dir": folder, "num_classes": CLASSES})
-    records = sources.tfds_records(sources.open_tfds(data), data.name, f"train[:{count}]")
-    records[0]  # opens the files
-    return records
+    records = sources.tfds_records(sources.open_tfds(data), data.name, f"train[:{IMAGES}]")
+    return [record["image"] for record in records]
 
 
 def stream(images: list[bytes]) -> Callable[[], None]:
-    """All that bigbatch does: order, crop drawn, decoded, dealt into microbatches; one thread."""
+    """All of bigbatch's work: order, crops drawn and decoded, microbatches; in one thread."""
     records = [{"image": image, "label": 0} for image in images]
     reader = streaming.Reader(
         records=records, split="train", train=True, seed=0, classes=CLASSES, size=SIZE,
@@ -77,24 +73,12 @@ def draw_boxes(images: list[bytes]) -> list[tuple[int, int, int, int]]:
 
 
 def ours(images: list[bytes], boxes: list, resample: str) -> Callable[[], None]:
-    """What `bigbatch.data.streaming` does with each record, but for drawing the box."""
+    """What `bigbatch.data.streaming` does with each record, without drawing the box."""
 
     def run() -> None:
         for image, box in zip(images, boxes, strict=True):
             decode.dimensions(image)
             decode.decode(image, box, SIZE, resample)
-
-    return run
-
-
-def pillow(images: list[bytes], boxes: list) -> Callable[[], None]:
-    """A full decode, then Pillow's bicubic filter."""
-
-    def run() -> None:
-        for image, (left, top, width, height) in zip(images, boxes, strict=True):
-            picture = Image.open(io.BytesIO(image)).convert("RGB")
-            box = (left, top, left + width, top + height)
-            np.asarray(picture.resize((SIZE, SIZE), Image.Resampling.BICUBIC, box=box))
 
     return run
 
@@ -130,27 +114,15 @@ def tensorflow(images: list[bytes], boxes: list, method: str) -> Callable[[], No
 
 
 def main() -> None:
+    """Measures, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data_dir", required=True, help="TFDS data_dir that holds imagenet2012")
-    parser.add_argument("--images", type=int, default=400, help="in a repeat; a multiple of 50")
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--record", default="", help="write the results to this JSON file")
+    parser.add_argument("--record", type=Path, help="write the results to this JSON file")
     options = parser.parse_args()
-    if options.images < 50 or options.images % 50:
-        parser.error("--images: a multiple of 50 is needed")
-    if options.repeats < 5:
-        parser.error("--repeats: at least 5 are needed for a range that says something")
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # before TensorFlow's threads start
-    else:
-        print("This system cannot pin a process to a core: ratios only are to be trusted.",
-              file=sys.stderr)
-
-    try:
-        records = open_photographs(options.data_dir, options.images)
-    except Mistake as error:
-        parser.exit(2, f"{error}\n")
-    images = [record["image"] for record in records]
+    if hasattr(os, "sched_setaffinity"):  # before TensorFlow's threads start
+        os.sched_setaffinity(0, {max(own_cores())})
+    with one_line_errors("experiments.speed.input_throughput"):
+        images = read_photographs(options.data_dir)
     boxes = draw_boxes(images)
     rows = {
         "bigbatch, bicubic": ours(images, boxes, "bicubic"),
@@ -158,32 +130,28 @@ def main() -> None:
         BASIS: tensorflow(images, boxes, "bicubic"),
         "TensorFlow, bilinear": tensorflow(images, boxes, "bilinear"),
         "bigbatch, stream": stream(images),
-        "Pillow, bicubic": pillow(images, boxes),
     }
-    seconds = paired({name: run for name, run in rows.items() if run}, options.repeats,
-                     time.process_time)
-    figures = []
+    seconds = paired({name: run for name, run in rows.items() if run}, REPEATS, time.process_time)
+    measurements = []
     for name in rows:
-        if name not in seconds:
-            figures.append(Figure(name, "images a second", "", "images/s", [], "not installed"))
-            continue
-        speeds = [round(len(images) / taken, 1) for taken in seconds[name]]
-        figures.append(Figure(name, "images a second", "", "images/s", speeds))
-        if BASIS in seconds:
-            figures.append(Figure(name, f"speed over that of {BASIS}", "", "x",
-                                  ratios(seconds[BASIS], seconds[name])))
-    record = provenance.describe(provenance.command_line(
-        "experiments.speed.input_throughput"), packages=DECODERS) | {
+        speeds = [round(len(images) / spent, 1) for spent in seconds.get(name, [])]
+        measurements.append(Measurement(
+            name, "images a second", "", "images/s", speeds, "" if speeds else "not installed"))
+        if speeds and BASIS in seconds:
+            measurements.append(Measurement(name, f"speed over that of {BASIS}", "", "x",
+                                            ratios(seconds[BASIS], seconds[name])))
+    record = provenance.describe(
+        provenance.command_line("experiments.speed.input_throughput")) | {
         "images": len(images), "mean_bytes": round(statistics.mean(map(len, images))),
         "mean_pixels": round(statistics.mean(math.prod(decode.dimensions(i)) for i in images)),
         "size": SIZE, "load": round(os.getloadavg()[0], 1),
-        "figures": [figure._asdict() for figure in figures],
+        "measurements": [row._asdict() for row in measurements],
     }
     print(f"{len(images)} photographs of {record['mean_bytes'] / 1e3:.0f} kB to {SIZE} x {SIZE} on "
           f"one core; {record['versions']}")
-    print(markdown(figures, record["hardware"]))
+    print(markdown(measurements, record["hardware"]))
     if options.record:
-        Path(options.record).write_text(json.dumps(record, indent=1) + "\n")
+        options.record.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How figures of speed are measured: side by side in one process, turn by turn, as ratios."""
+"""How speeds are measured: side by side in one process, turn by turn, as ratios."""
 
 import statistics
 import time
@@ -8,15 +8,15 @@ from typing import NamedTuple
 from experiments.markdown_table import markdown_table
 
 
-class Figure(NamedTuple):
+class Measurement(NamedTuple):
     """One row of the table."""
 
     name: str
     setting: str  # what ran, in a few words
-    target: str  # what is to be reached; "" where it is only reported
+    target: str  # what is to be reached; "" where the values are only reported
     unit: str  # of the values; "x" for a ratio
-    values: list[float]  # one a repeat; [] where nothing could be measured
-    note: str = ""  # why not, or what the values do not say
+    values: list[float]  # one of each repeat; [] where nothing could be measured
+    note: str = ""  # why nothing could be measured, or a restriction of the values
     seconds: Mapping[str, list[float]] = {}  # what the values were made from
 
 
@@ -24,13 +24,13 @@ def paired(
     rows: Mapping[str, Callable[[], None]], repeats: int,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Seconds of each row in each repeat, in turns; every other repeat backwards.
+    """Seconds of each row in each repeat. The rows take turns; every other repeat is backwards.
 
-    So whatever else the machine does falls on all rows alike, and none is always after the same.
+    So whatever else the machine does falls on all rows alike, and no row always follows the same.
     With `time.process_time` for a clock, seconds are the process's own, all threads together.
     """
-    for run in rows.values():
-        run()  # warm
+    for call in rows.values():
+        call()  # warm
     seconds: dict[str, list[float]] = {name: [] for name in rows}
     for repeat in range(repeats):
         for name in list(rows)[:: 1 if repeat % 2 else -1]:
@@ -40,30 +40,40 @@ def paired(
     return seconds
 
 
-def ratios(above: list[float], below: list[float], factor: float = 1.0) -> list[float]:
-    """factor * above / below, of each repeat."""
-    return [round(factor * a / b, 4) for a, b in zip(above, below, strict=True)]
+def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
+    """above / below, of each repeat."""
+    return [round(a / b, 4) for a, b in zip(above, below, strict=True)]
 
 
-def spread(figure: Figure) -> str:
-    """The median and the range with the unit; a dash where there is none."""
-    if not figure.values:
+def beside(
+    name: str, setting: str, target: str, rows: Mapping[str, Callable[[], None]], repeats: int
+) -> Measurement:
+    """The seconds of the first of two rows over those of the second; see `paired`."""
+    seconds = paired(rows, repeats)
+    return Measurement(name, setting, target, "x", ratios(*seconds.values()), seconds=seconds)
+
+
+def check_same_loss(ours: float, theirs: float, tolerance: float) -> None:
+    """Raises RuntimeError if two losses differ by more than a share of the second."""
+    if abs(ours - theirs) > tolerance * theirs:
+        raise RuntimeError(f"not the same training: the losses are {ours} and {theirs}.")
+
+
+def spread(measured: Measurement) -> str:
+    """The median and the range with the unit; a dash where there are no values."""
+    if not measured.values:
         return "-"
-    digits = 3 if figure.unit == "x" else 4
-    parts = [f"{value:.{digits}g}" for value in (
-        statistics.median(figure.values), min(figure.values), max(figure.values))]
-    unit = "" if figure.unit == "x" else f" {figure.unit}"
-    return f"{parts[0]}{unit} ({parts[1]} to {parts[2]})" if len(figure.values) > 1 else (
-        f"{parts[0]}{unit}")
+    digits, unit = (3, "") if measured.unit == "x" else (4, f" {measured.unit}")
+    median, low, high = (f"{value:.{digits}g}" for value in (
+        statistics.median(measured.values), min(measured.values), max(measured.values)))
+    return f"{median}{unit}" + f" ({low} to {high})" * (len(measured.values) > 1)
 
 
-def markdown(figures: Sequence[Figure], machine: str) -> str:
+def markdown(measurements: Sequence[Measurement], machine: str) -> str:
     """The table."""
     rows = []
-    for figure in figures:
-        said = figure.note or spread(figure)
-        if figure.note and figure.values:
-            said = f"{spread(figure)}; {figure.note}"
-        rows.append([f"{figure.name}<br>{figure.setting}", figure.target or "reported", said,
-                     str(len(figure.values)), machine])
-    return markdown_table(["figure", "to reach", "median (range)", "n", "machine"], rows)
+    for row in measurements:
+        values = spread(row) if row.values or not row.note else ""
+        rows.append([f"{row.name}<br>{row.setting}", row.target or "reported",
+                     "; ".join(filter(None, [values, row.note])), str(len(row.values)), machine])
+    return markdown_table(["measurement", "to reach", "median (range)", "n", "machine"], rows)

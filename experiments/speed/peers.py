@@ -1,6 +1,5 @@
 """An update beside that of others: Flax's ImageNet example, Flax's BatchNorm, PyTorch."""
 
-import os
 from unittest import mock
 
 import jax
@@ -16,17 +15,14 @@ from bigbatch.models.normalization import GhostBatchNorm
 from bigbatch.programs import compilation
 from bigbatch.update import network
 from experiments.figures import load_config
+from experiments.machine import own_cores
 from experiments.speed import flax_resnet
 from experiments.speed.bare import NOISE, BareUpdate, describe, on_gpu, wide_resnet
-from experiments.speed.measure import Figure, paired, ratios
+from experiments.speed.measure import Measurement, beside, check_same_loss
 
 
-def flax_example(repeats: int, short: bool) -> list[Figure]:
-    """ResNet-50's update beside that of Flax's ImageNet example, images on the device.
-
-    Raises:
-        RuntimeError: if the two are not the same network.
-    """
+def flax_example(repeats: int, short: bool) -> list[Measurement]:
+    """ResNet-50's update beside that of Flax's ImageNet example, images on the device."""
     batch, size = (128, 224) if on_gpu() else (4, 32) if short else (32, 64)
     width, classes = (4, 10) if short else (64, 1000)
     dtype = "bfloat16" if on_gpu() else "float32"
@@ -38,33 +34,28 @@ def flax_example(repeats: int, short: bool) -> list[Figure]:
     ours = BareUpdate(config, augmented=False)
     theirs = flax_resnet.ResNet(classes, jnp.dtype(dtype), width=width)
     init, step = flax_resnet.make_step(theirs, 0.01, config.recipe.momentum, 1e-4)
-    # Copies: our update writes its own over.
+    # Copies, because our update donates its own arrays.
     copied = jax.tree.map(jnp.array, (ours.state.params, ours.state.batch_stats))
     state = init(*map(flax_resnet.from_ours, copied))
     images, labels = ours.batches[0]["images"], ours.batches[0]["labels"]
     expected = jax.eval_shape(theirs.init, jax.random.key(0), images)["params"]
     if jax.tree.map(jnp.shape, state.params) != jax.tree.map(jnp.shape, expected):
         raise RuntimeError("Flax's ResNet has other parameters than ours.")
-    # Told what our own programs are told, or on CPU XLA's choice would be what is compared.
+    # With the compiler options of our own programs, so that the code is compared and not XLA's.
     call = step.lower(state, images, labels).compile(compiler_options(make_mesh()))
-    losses: list[float] = []
 
-    def take_theirs() -> None:
+    def take_theirs() -> float:
         nonlocal state
         state, (loss, _) = call(state, images, labels)
         jax.block_until_ready(state)
-        losses.append(float(loss))
+        return float(loss)
 
     ours.take()
-    take_theirs()
-    if abs(ours.loss - losses[0]) > (0.02 if on_gpu() else 1e-4) * losses[0]:
-        raise RuntimeError(f"our first loss is {ours.loss}, that of Flax's ResNet {losses[0]}.")
-    seconds = paired({"bigbatch": ours.take, "flax": take_theirs}, repeats)
-    return [Figure(
+    check_same_loss(ours.loss, take_theirs(), _tolerance())
+    return [beside(
         "update beside Flax's ImageNet example",
         f"ResNet-50, batch {batch} of {size}x{size}, {dtype}, one device; equal parameters and "
-        "first loss", ">= 1.0", "x", ratios(seconds["flax"], seconds["bigbatch"]),
-        seconds=seconds)]
+        "first loss", ">= 1.0", {"flax": take_theirs, "bigbatch": ours.take}, repeats)]
 
 
 class FlaxNorm(GhostBatchNorm):
@@ -77,7 +68,7 @@ class FlaxNorm(GhostBatchNorm):
             dtype=self.dtype, rngs=nnx.Rngs(0))
         flaxs.scale, flaxs.bias, flaxs.mean, flaxs.var = self.scale, self.bias, self.mean, self.var
         outputs = flaxs(inputs)
-        if train:  # the update folds one row a ghost batch; here they are all alike
+        if train:  # the update folds one row of each ghost batch; here all rows are equal
             for running in (self.mean, self.var):
                 running.set_value(jnp.broadcast_to(
                     running[...], (len(inputs) // self.ghost_size, features)))
@@ -85,7 +76,7 @@ class FlaxNorm(GhostBatchNorm):
 
 
 def with_flax_norm(config: ConfigDict) -> network.Network:
-    """The Wide ResNet with Flax's BatchNorm in the place of every GhostBatchNorm: to be timed."""
+    """The Wide ResNet with Flax's BatchNorm in place of every GhostBatchNorm."""
     with mock.patch.object(wide_resnet_module, "GhostBatchNorm", FlaxNorm):
         return network.build(config)
 
@@ -97,49 +88,38 @@ def wide_resnet_of(batch: int, ghost: int, short: bool, *settings: str) -> Confi
         f"data.train_examples={max(batch, 512)}", "data.test_examples=1", *settings)
 
 
-def flax_norm(repeats: int, short: bool) -> list[Figure]:
-    """WRN-16-4's update with ghost batch normalisation beside it with Flax's BatchNorm.
-
-    Raises:
-        RuntimeError: if with one ghost batch they do not give the same loss.
-    """
+def flax_norm(repeats: int, short: bool) -> list[Measurement]:
+    """WRN-16-4's update with ghost batch normalisation beside the one with Flax's BatchNorm."""
     batch = 1024 if on_gpu() else 16 if short else 64
     found = []
     for ghosts in (1, 4):
         config = wide_resnet_of(batch, batch // ghosts, short)
         ours = BareUpdate(config)
         theirs = BareUpdate(config, with_flax_norm(config))
-        # From the same parameters, but for their order they are the same tree.
+        # The two trees differ in the order of their leaves alone, so parameters can be copied.
         theirs.state = theirs.state._replace(
             params=jax.tree.map(jnp.array, ours.state.params))
         ours.take()
         theirs.take()
-        if ghosts == 1 and abs(ours.loss - theirs.loss) > (0.02 if on_gpu() else 1e-4) * ours.loss:
-            raise RuntimeError(
-                f"first losses: {ours.loss} with ghost batches, {theirs.loss} with Flax's.")
-        seconds = paired({"ghost": ours.take, "flax": theirs.take}, repeats)
-        found.append(Figure(
+        if ghosts == 1:
+            check_same_loss(ours.loss, theirs.loss, _tolerance())
+        found.append(beside(
             "ghost batch norm beside Flax's BatchNorm",
             f"{describe(config)} update, batch {batch}, {ghosts} ghost batch{'es' * (ghosts > 1)}",
-            ">= 0.97", "x", ratios(seconds["flax"], seconds["ghost"]), seconds=seconds))
+            ">= 0.97", {"flax": theirs.take, "ghost": ours.take}, repeats))
     return found
 
 
-def pytorch(repeats: int, short: bool) -> list[Figure]:
-    """WRN-16-4's update beside the same network in PyTorch, images on the device.
-
-    Raises:
-        RuntimeError: if the networks have different numbers of parameters.
-    """
+def pytorch(repeats: int, short: bool) -> list[Measurement]:
+    """WRN-16-4's update beside the same network in PyTorch, images on the device."""
     batches = (128, 5120) if on_gpu() else (16,) if short else (64,)
     dtype, name = "bfloat16" if on_gpu() else "float32", "update beside PyTorch"
     try:
         from experiments.speed import torch_wide_resnet
     except ImportError:
-        return [Figure(name, "WRN-16-4", ">= 1.0", "x", [],
-                       "skipped: torch is not installed in this environment")]
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = []
+        return [Measurement(name, "WRN-16-4", ">= 1.0", "x", [],
+                            "skipped: torch is not installed in this environment")]
+    threads, found = len(own_cores()), []
     for batch in batches:
         config = wide_resnet_of(batch, batch, short)
         ours = BareUpdate(config, augmented=False)
@@ -151,26 +131,30 @@ def pytorch(repeats: int, short: bool) -> list[Figure]:
         own = sum(leaf.size for leaf in jax.tree.leaves(ours.state.params))
         if own != theirs.parameters:
             raise RuntimeError(f"{own} parameters beside {theirs.parameters} in PyTorch.")
-        seconds = paired({"bigbatch": ours.take, "torch": theirs.take}, repeats)
         torch = torch_wide_resnet.torch
         how = "autocast, compiled" if on_gpu() else f"{threads} threads"
         setting = f"{describe(config)}, batch {batch}, {dtype}"
-        found.append(Figure(
-            name, f"{setting}; torch {torch.__version__}, channels last, {how}", ">= 1.0", "x",
-            ratios(seconds["torch"], seconds["bigbatch"]), seconds=seconds))
-        found += _absolute(ours, setting, batch, dtype, seconds["bigbatch"])
+        found.append(beside(
+            name, f"{setting}; torch {torch.__version__}, channels last, {how}", ">= 1.0",
+            {"torch": theirs.take, "bigbatch": ours.take}, repeats))
+        found += _absolute(ours, setting, batch, dtype, found[-1].seconds["bigbatch"])
     return found
 
 
 def _absolute(
     ours: BareUpdate, setting: str, batch: int, dtype: str, seconds: list[float]
-) -> list[Figure]:
+) -> list[Measurement]:
     """Examples a second, and the share of the chip's peak where that is known."""
     flops = compilation.count_flops(ours.lowered[0])
     peak = chips.peak_flops(jax.devices()[0].device_kind, dtype)
-    found = [Figure("examples a second", setting, "", "examples/s",
-                    [round(batch / second, 1) for second in seconds])]
+    found = [Measurement("examples a second", setting, "", "examples/s",
+                         [round(batch / second, 1) for second in seconds])]
     if peak and flops:
-        found.append(Figure("share of the chip's peak", setting, "", "x",
-                            [round(flops / second / peak, 4) for second in seconds]))
+        found.append(Measurement("share of the chip's peak", setting, "", "x",
+                                 [round(flops / second / peak, 4) for second in seconds]))
     return found
+
+
+def _tolerance() -> float:
+    """The share by which equal losses may differ in the dtype of the updates."""
+    return 0.02 if on_gpu() else 1e-4

@@ -1,6 +1,5 @@
 """How long a run takes from its command to its first update, with compiled programs and without."""
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -11,7 +10,7 @@ from typing import NamedTuple
 from bigbatch.storage.logs import read_events
 from experiments.figures import REPOSITORY
 from experiments.speed.bare import NOISE
-from experiments.speed.measure import Figure, ratios
+from experiments.speed.measure import Measurement, ratios
 
 
 class Started(NamedTuple):
@@ -21,7 +20,7 @@ class Started(NamedTuple):
     compiling: float  # of the update's program
 
 
-# One device, a small batch of small images: neither changes how many operations are compiled.
+# One device and a small batch of small images, which change no number of compiled operations.
 NETWORKS = {
     "digits WRN-10-1": ("configs/digits.py:decay,data.test_examples=360,recipe.epochs=0.01", ""),
     "WRN-16-4": (
@@ -44,7 +43,7 @@ def start(config: str, folder: Path, cache: Path) -> Started:
     """Starts a run of one update, and waits until it ends.
 
     Raises:
-        RuntimeError: with what the run said, if it fails.
+        RuntimeError: with the run's output, if it fails.
     """
     workdir = Path(tempfile.mkdtemp(dir=folder))
     command = [
@@ -52,28 +51,24 @@ def start(config: str, folder: Path, cache: Path) -> Started:
         f"--config={config},recipe.falls=(),recipe.warmup_epochs=0,"
         "tensorboard=false", f"--workdir={workdir}", f"--compilation_cache={cache}",
     ]
-    said = (folder / "said.txt").open("w+")
+    output = folder / "output.txt"
     began = time.perf_counter()
-    child = subprocess.Popen(command, cwd=REPOSITORY, env=os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": ""}, stdout=said, stderr=subprocess.STDOUT)
-    first = None
-    while child.poll() is None:
-        # The phase's event is written at the end of its first update.
-        if first is None and (event := _phase_event(workdir)):
-            first = time.perf_counter() - began
+    with output.open("w") as file:
+        child = subprocess.Popen(command, cwd=REPOSITORY, stdout=file, stderr=subprocess.STDOUT)
+    # The phase's event is written at the end of its first update.
+    while not (event := _phase_event(workdir)) and child.poll() is None:
         time.sleep(0.005)
-    event = _phase_event(workdir)
-    if child.returncode or not event:
-        said.seek(0)
-        raise RuntimeError(f"{' '.join(command)} ended with {child.returncode}:\n{said.read()}")
-    said.close()
-    return Started(first or time.perf_counter() - began, sum(event["compile_seconds"]))
+    first = time.perf_counter() - began
+    if child.wait() or not (event := event or _phase_event(workdir)):
+        raise RuntimeError(
+            f"{' '.join(command)} ended with {child.returncode}:\n{output.read_text()}")
+    return Started(first, sum(event["compile_seconds"]))
 
 
-def starts(repeats: int, short: bool) -> list[Figure]:
-    """Compile time and whole start with a filled cache beside an empty one, each in a process.
+def starts(repeats: int, short: bool) -> list[Measurement]:
+    """Compile time and whole start with a filled cache beside those with an empty one.
 
-    Several warm starts follow a cold one, and each is beside that.
+    Each start is a process. Several warm starts follow a cold one, and each is compared with it.
     """
     found = []
     for number, (name, (config, to_reach)) in enumerate(NETWORKS.items()):
@@ -94,7 +89,7 @@ def starts(repeats: int, short: bool) -> list[Figure]:
                 f"{state} {kind}": [round(getattr(one, kind), 3) for one in all_of]
                 for state, all_of in (("cold", colds), ("warm", warms))}
             what = "compile time" if kind == "compiling" else "whole start to the first update"
-            found.append(Figure(
+            found.append(Measurement(
                 f"{what}, warm cache beside cold", name, target, "x",
                 ratios(seconds[f"warm {kind}"], seconds[f"cold {kind}"]), note, seconds))
     return found

@@ -3,10 +3,10 @@
     python -m experiments.speed.table --output=FILE.json [--only=NAME,...] [--repeats=N] [--short]
 
 Prints a Markdown table and writes FILE.json with the machine, versions and every repeat. What is
-compared is paired inside one run and taken in turns, so trust ratios more than seconds. On a GPU
+compared is measured in turns, in one process, so trust ratios more than seconds. On a GPU
 updates are in bfloat16 and of full size, on CPU in float32 and smaller. About 20 minutes on 2
 cores. The rows beside PyTorch need `pip install torch` and say so without. `--short` shows in a few
-minutes that all of it runs; its figures say nothing.
+minutes that all of it runs; its measurements say nothing.
 """
 
 import argparse
@@ -18,9 +18,9 @@ from pathlib import Path
 
 from experiments import provenance
 from experiments.speed import peers, seeds_together, starts, updates, whole_runs
-from experiments.speed.measure import Figure, markdown
+from experiments.speed.measure import Measurement, markdown
 
-# Each is a function of (repeats, short) that gives figures.
+# Each is a function of (repeats, short) that gives measurements.
 BENCHMARKS = {
     "goodput": whole_runs.goodput,
     "demo": whole_runs.demo_python,
@@ -38,7 +38,7 @@ BENCHMARKS = {
 
 
 def main() -> None:
-    """Measures what is asked for."""
+    """Measures the benchmarks that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
     parser.add_argument("--only", default=",".join(BENCHMARKS), help="names, with commas between")
@@ -54,18 +54,18 @@ def main() -> None:
         parser.error(f"--output: there is no folder {options.output.parent}")
 
     record = provenance.describe(provenance.command_line("experiments.speed.table"))
-    record |= {"short": options.short, "load_before": round(os.getloadavg()[0], 2), "figures": []}
-    figures: list[Figure] = []
+    record |= {"short": options.short, "load_before": round(os.getloadavg()[0], 2)}
+    measurements: list[Measurement] = []
+    record["measurements"] = rows = []
     for name in names:
         began = time.perf_counter()
         found = BENCHMARKS[name](options.repeats, options.short)
         took = round(time.perf_counter() - began, 1)
-        figures += found
-        record["figures"] += [
-            {"benchmark": name, "benchmark_seconds": took, **figure._asdict()} for figure in found]
+        measurements += found
+        rows += [{"benchmark": name, "benchmark_seconds": took, **row._asdict()} for row in found]
         options.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         print(f"{name}: {took} s", file=sys.stderr, flush=True)
-    print(markdown(figures, record["hardware"]))
+    print(markdown(measurements, record["hardware"]))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,6 @@ The network is `bigbatch.models.wide_resnet`'s, layer for layer; channels last, 
 descent with momentum. On a GPU under autocast to bfloat16 and compiled.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from torch import nn
@@ -68,16 +66,11 @@ class Update:
         self.labels = torch.from_numpy(np.array(labels_B, np.int64)).to(self.device)
         self.network = torch.compile(network) if self.device == "cuda" else network
 
-    def take(self, updates: int = 1) -> None:
-        """So many updates, and waits for the last."""
-        for _ in range(updates):
-            self.optimizer.zero_grad(set_to_none=True)
-            with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
-                loss = nn.functional.cross_entropy(self.network(self.images), self.labels)
-            loss.backward()
-            self.optimizer.step()
+    def take(self) -> None:
+        """One update; waits for it."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda"):
+            loss = nn.functional.cross_entropy(self.network(self.images), self.labels)
+        loss.backward()
+        self.optimizer.step()
         self.loss = float(loss.detach())
-
-    def takes(self, updates: int) -> Callable[[], None]:
-        """`take` as something to measure."""
-        return lambda: self.take(updates)

@@ -1,4 +1,4 @@
-"""What figures are made of: curves with their configs at every scale; the tests behind verdicts."""
+"""Figures as data: their curves' configs at every scale; the statistical tests behind verdicts."""
 
 import re
 import statistics
@@ -67,13 +67,10 @@ def test_every_scale_has_the_papers_schedule_in_small(panel, curve):
 @pytest.mark.parametrize("names, panels", [
     ("3", ["3a", "3b"]), ("3b", ["3b"]), ("5,2b", ["2b", "5"]), ("3b,3a", ["3a", "3b"]),
     ("A", ["A"]), ("30min,1", ["1", "30min"]),
+    ("all", [panel.name for figure in figures.FIGURES.values() for panel in figure.panels]),
 ])
 def test_figures_are_chosen_by_name(names, panels):
     assert [p.name for figure in figures.select(names, "small") for p in figure.panels] == panels
-
-
-def test_all_figures_are_all():
-    assert figures.select("all", "paper") == list(figures.FIGURES.values())
 
 
 @pytest.mark.parametrize("names, scale, said", [
@@ -101,7 +98,7 @@ def test_the_medium_scale_is_the_papers_but_for_its_length_and_network():
             "checkpoint_every_epochs", "tensorboard"}
 
 
-def test_figures_are_told_without_what_draws_them():
+def test_figures_are_listed_without_matplotlib():
     script = "import sys, experiments.figures; sys.exit('matplotlib' in sys.modules)"
     subprocess.run([sys.executable, "-c", script], cwd=figures.REPOSITORY, check=True)
 
@@ -160,10 +157,10 @@ def test_one_seed_gives_no_verdict():
 
 
 def test_progress_is_that_of_an_accumulator_that_fills():
-    """Of the sum of m^k over updates: A_k = (1 - m^k)/(1 - m) times a constant gradient."""
+    """The sum of m^k over updates is A_k = (1 - m^k)/(1 - m) times a constant gradient."""
     momentum, updates_an_epoch = 0.99, 16
     updates = np.arange(1, 1 + 40 * updates_an_epoch)
-    moved = np.cumsum(1 - momentum ** updates) / updates_an_epoch  # in epochs of a full one
+    moved = np.cumsum(1 - momentum ** updates) / updates_an_epoch  # in epochs of a filled one
     tau = 1 / (1 - momentum) / updates_an_epoch
     np.testing.assert_allclose(
         lost_epochs.progress(updates / updates_an_epoch, tau), moved,
@@ -180,6 +177,6 @@ def test_lost_epochs_are_found_in_noisy_losses(tau):
         loss = 1.2 + 1.1 * np.exp(-lost_epochs.progress(epochs, tau) / 6)
         return epochs, loss + random.normal(0, 0.05, len(loss))
 
-    found = lost_epochs.worth(*losses(tau, 40), *losses(0.03, 80), 0.03, at)
+    found = lost_epochs.equivalent_epochs(*losses(tau, 40), *losses(0.03, 80), 0.03, at)
     assert (at - found).mean() == pytest.approx(
         (at - lost_epochs.progress(at, tau)).mean(), rel=0.05, abs=0.2)

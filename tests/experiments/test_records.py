@@ -1,4 +1,4 @@
-"""Records are there where they are named, and draw again from their logs."""
+"""Published records exist where pages name them, and are drawn again from their logs."""
 
 import json
 import re
@@ -29,24 +29,39 @@ def test_the_small_scales_tables_are_drawn_again_from_its_logs(tmp_path):
     kept, drawn = ((folder / "tables.md").read_text(encoding="utf-8")
                    for folder in (SMALL, tmp_path))
     assert kept == drawn and len(rows_of(drawn)) > 60
-    # Of appendix B's rates alone no number of the paper's is known.
+    # Only of appendix B's rates no number of the paper's is known.
     assert drawn.count("not given") == len(figures.RATES)
 
 
 def test_the_demonstrations_table_is_drawn_again_from_its_logs(tmp_path):
-    curves.draw(figures.DEMO, demo.read(DEMO, 3), tmp_path)
+    curves.draw(figures.DEMO, demo.read(DEMO), tmp_path)
     kept, drawn = ((folder / "table.md").read_text(encoding="utf-8")
                    for folder in (DEMO, tmp_path))
     assert kept == drawn and len(rows_of(drawn)) == 4
 
 
-def test_the_record_of_speeds_makes_a_table():
+def test_the_page_on_speed_has_the_table_of_its_record():
     record = json.loads(SPEED.read_text(encoding="utf-8"))
     assert re.match(r"[0-9a-f]{40}$", record["revision"]), "measured with uncommitted code"
-    found = [measure.Figure(**{name: figure[name] for name in measure.Figure._fields})
-             for figure in record["figures"]]
-    rows = rows_of(measure.markdown(found, record["hardware"]))[1:]
-    assert [int(row[3]) for row in rows] == [len(figure["values"]) for figure in record["figures"]]
+    # Records of version 0.1 call a measurement a figure.
+    found = [measure.Measurement(*(row[name] for name in measure.Measurement._fields))
+             for row in record["figures"]]
+    page = rows_of((REPOSITORY / "docs" / "speed.md").read_text(encoding="utf-8"))
+    made = rows_of(measure.markdown(found, record["hardware"]))
+    assert len(made) > 20 and [row for row in made if row not in page] == []
+
+
+def test_only_runs_of_version_0_1_have_its_padding():
+    note = "These runs were made by version 0.1, whose Wide ResNet pads (0, 1) at a stride of 2."
+    found = {}
+    for record in (DEMO, RECORDS / "2026-11-26_h200"):
+        with records.opened(record) as folder:
+            found[record] = [logs.read_run(run) for run in sorted((folder / "runs").iterdir())]
+    old, new = found.values()
+    assert logs.padding_note(old) == note and logs.padding_note(new) == ""
+    assert logs.padding_note(old + new).startswith("Some of these runs were made by version 0.1")
+    for page in (SMALL / "tables.md", DEMO / "table.md"):
+        assert page.read_text(encoding="utf-8").splitlines().count(note) == 1
 
 
 @pytest.mark.parametrize("record", [SMALL, DEMO], ids=lambda path: path.name)

@@ -32,8 +32,8 @@ def test_rows_take_turns_and_ratios_are_of_the_same_repeat():
     assert "".join(taken) == "ab" + "ba" + "ab" + "ba"
     assert {name: len(row) for name, row in seconds.items()} == {"a": 3, "b": 3}
     assert measure.ratios([2.0, 9.0], [1.0, 3.0]) == [2.0, 3.0]
-    figure = measure.Figure("a figure", "a setting", "<= 1", "s", [3.0, 1.0, 8.0])
-    assert measure.spread(figure) == "3 s (1 to 8)"
+    measured = measure.Measurement("a name", "a setting", "<= 1", "s", [3.0, 1.0, 8.0])
+    assert measure.spread(measured) == "3 s (1 to 8)"
 
 
 @pytest.mark.parametrize("settings", [(), ("microbatches=3",)])
@@ -155,18 +155,18 @@ def test_the_command_prints_a_table_and_writes_a_record(tmp_path):
         cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     record = json.loads(output.read_text())
-    demo = record["figures"][0]
+    demo = record["measurements"][0]
     assert demo["benchmark"] == "demo" and record["versions"]["jax"] == jax.__version__
     assert len(demo["values"]) == len(demo["seconds"]["run"]) == 1
     for value, run, bare in zip(demo["values"], *demo["seconds"].values(), strict=True):
         assert value == pytest.approx(1.0 - bare / run, abs=2e-3)
-    dispatch = record["figures"][1]
+    dispatch = record["measurements"][1]
     assert dispatch["benchmark"] == "dispatch"  # it fails where both do not reach the same loss
     assert dispatch["values"] == measure.ratios(*dispatch["seconds"].values())
     rows = rows_of(done.stdout)
-    assert len(rows) == 1 + len(record["figures"])
-    names = measure.Figure._fields
-    said = measure.spread(measure.Figure(**{name: demo[name] for name in names}))
+    assert len(rows) == 1 + len(record["measurements"])
+    names = measure.Measurement._fields
+    said = measure.spread(measure.Measurement(**{name: demo[name] for name in names}))
     assert rows[1][1:4] == ["<= 0.05", said, "1"]
 
 
