@@ -11,18 +11,22 @@ CORE := tests/test_rooms.py tests/test_config.py tests/test_config_files.py \
 	tests/test_command_line.py tests/test_loop.py tests/schedule tests/update \
 	tests/models/test_normalization.py tests/storage/test_continuing.py
 
-.PHONY: demo check test lint soak slices clean
+.PHONY: demo check test test-slow lint soak slices clean
 
 demo: .venv/installed
 	$(BIN)/python -m experiments.demo --output=runs/demo
 
 # After each change: within 90 seconds on 2 cores.
 check: lint
-	$(PYTEST) $(CORE)
+	$(PYTEST) -m "not slow" $(CORE)
 
-# Everything: under 12 minutes on 2 cores.
+# All but the slow ones: under 12 minutes on 2 cores.
 test: .venv/installed .tpu/installed
-	$(PYTEST) tests
+	$(PYTEST) -m "not slow" tests
+
+# Each has a shorter form among the others.
+test-slow: .venv/installed
+	$(PYTEST) -m slow tests
 
 # Kills a run at random moments, about 6 minutes on 2 cores; the short form is in the tests.
 soak: .venv/installed
