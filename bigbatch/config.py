@@ -1,7 +1,7 @@
-"""Every key of a config with its default, how a text sets one, and what a config means.
+"""The keys of a config with their defaults, how they are set, and what is made of them.
 
-A config file has `get_config(argument)` and begins with `base_config()`; the argument is the text
-after the colon in `--config=file.py:preset,key=value`.
+A config file defines `get_config(argument)`, which starts from `base_config()`. The argument is the
+text after the colon in `--config=file.py:preset,key=value`.
 """
 
 import ast
@@ -28,8 +28,8 @@ MOVED = {
     "configs.small.half_resolution": "bigbatch.data.smaller.half_resolution",
     "configs.small.some_digits": "bigbatch.data.smaller.some_digits",
 }
-TINY = math.ulp(0.0)  # the least number over 0
-# What a key's value must do, and what that means: at least the one number and below the other.
+TINY = math.ulp(0.0)  # the smallest number over 0
+# Allowed values by key: (the text of the error, the least value, and the bound that is excluded).
 RANGES = {
     **{key: (f"be {least} or more", least, math.inf) for key, least in (
         ("ghost_size", 1), ("max_per_device_batch", 1), ("microbatches", 0),
@@ -49,14 +49,16 @@ MAY_BE_NONE = ("scale_up.momentum", "limits.max_batch_size", "limits.granularity
 
 
 def base_config() -> ConfigDict:
-    """A config with every key there is. Families set what they need; nothing reads a default."""
+    """A locked config with every key and its default, from which each config file starts."""
     config = ConfigDict()
-    config.seed = 0  # initialisation, order, augmentation and dropout all follow from it
-    config.dtype = "float32"  # to compute in: float32, bfloat16, float64
-    config.ghost_size = 128  # examples a batch statistic is taken over
+    config.seed = 0  # for initialisation, data order, augmentation and dropout
+    config.dtype = "float32"  # in which the network computes: float32, bfloat16, float64
+    config.ghost_size = 128  # examples over which a batch statistic is taken
 
-    config.strategy = "increase"  # how falls of the noise are paid: see schedule.plan_phases
-    config.hybrid_falls = 1  # for "hybrid": so many falls by batch, the rest by rate
+    # How the noise scale falls: by the rate (decay), by the batch (increase), first by the batch
+    # and then by the rate (hybrid), or not at all (constant). See schedule.plan_phases.
+    config.strategy = "increase"
+    config.hybrid_falls = 1  # for hybrid: how many falls multiply the batch
     config.recipe = ConfigDict({
         "learning_rate": 0.1,
         "batch_size": 128,
@@ -67,12 +69,13 @@ def base_config() -> ConfigDict:
         "warmup_learning_rate": 0.0,
     })
     config.scale_up = ConfigDict({
-        "learning_rate": 1.0,  # the rate times this, the batch in proportion
-        "momentum": config_dict.placeholder(float),  # raised to this, the batch in proportion
+        "learning_rate": 1.0,  # a factor of the rate; the batch grows by the same factor
+        # m' instead of the recipe's m; the batch grows by (1-m)/(1-m'). None: m.
+        "momentum": config_dict.placeholder(float),
     })
     config.limits = ConfigDict({
         "max_batch_size": config_dict.placeholder(int),
-        "granularity": config_dict.placeholder(int),  # batches are multiples; unset: ghost_size
+        "granularity": config_dict.placeholder(int),  # of batch sizes; None: ghost_size
     })
 
     config.optimizer = ConfigDict({
@@ -89,38 +92,40 @@ def base_config() -> ConfigDict:
     config.model = ConfigDict()  # its keyword arguments
 
     config.data = ConfigDict({
-        "name": "digits",  # digits, a TFDS name, or the dotted path of a function giving arrays
+        "name": "digits",  # digits, a TFDS name, or the dotted path of a function of arrays
         "dir": "",  # TFDS data_dir; empty: TFDS's own default
         "train_split": "train",
         "test_split": "test",
-        "train_examples": 1437,  # N; checked when the data is loaded
+        "train_examples": 1437,  # N; checked when the data are loaded
         "test_examples": 360,
         "num_classes": 10,
-        "image_size": 8,  # side of the images the network gets
+        "image_size": 8,  # side of the network's input images in pixels
         "mean": (0.0,),  # per channel, on the scale 0 to 255
         "std": (255.0,),
-        "streaming": False,  # False: the data set lives in device memory as uint8
-        "augment": {"pad": 0, "crop": 0, "flip": False},  # pixels reflected; side cut out (0: all)
-        # Only read where streaming is on.
+        "streaming": False,  # False: the data set is kept in device memory as uint8
+        # Pixels of reflection padding; side of the random crop (0: none); random left-right flips.
+        "augment": {"pad": 0, "crop": 0, "flip": False},
+        # The keys below are read only if streaming is True.
         "crop_style": "goyal",  # goyal, inception, none: see bigbatch/data/decode.py
-        "eval_share": 0.875,  # of the sides, around the centre, that evaluation sees
+        "eval_share": 0.875,  # of the side of an image that evaluation crops around the centre
         "resample": "bicubic",  # bicubic, bilinear
-        # stop, skip (and count: it weighs nothing, but is black in its ghost batch's statistics)
+        # stop, or skip: a skipped image is counted and has weight 0 in the loss, but enters the
+        # statistics of its ghost batch as black.
         "on_bad_image": "stop",
-        "workers": 0,  # processes that decode; 0: threads of this one
-        "read_threads": 2,  # in each of them
+        "workers": 0,  # processes that decode images; 0: threads of the training process decode
+        "read_threads": 2,  # in each of these processes, or in the training process
     })
 
-    # None of the keys below changes what is learned.
-    config.max_per_device_batch = 1024  # examples one pass takes; larger parts are accumulated
-    config.microbatches = 0  # passes an update by hand; 0: as few as max_per_device_batch allows
-    config.eval_batch_size = 500  # on each device
+    # The keys below do not change what is learned.
+    config.max_per_device_batch = 1024  # examples a device takes in one pass at most
+    config.microbatches = 0  # passes of an update; 0: as few as max_per_device_batch allows
+    config.eval_batch_size = 500  # examples on each device
     config.log_every_epochs = 0.1
     config.eval_every_epochs = 1.0
     config.checkpoint_every_epochs = 10.0
-    config.keep_checkpoints = 2  # the newest; those at phase boundaries stay too
+    config.keep_checkpoints = 2  # the newest ones; those at phase boundaries are kept too
     config.tensorboard = True
-    config.lock()  # a family's misspelt key is an error, not one more key
+    config.lock()  # so that a misspelt key in a config file is an error and not a new key
     config.model.unlock()
     return config
 
@@ -131,17 +136,21 @@ def from_argument(
     presets: Mapping[str, Mapping[str, Any]],
     options: Mapping[str, Mapping[str, Mapping[str, Any] | Callable]] | None = None,
 ) -> ConfigDict:
-    """`config` with a preset, then `key=value` settings, in the order of the text.
+    """Applies a preset and then `key=value` settings to `config`, in the order of the text.
 
     Args:
-        config: with the family's common settings; changed in place, and locked.
+        config: with the settings that all presets share; it is changed in place, and locked.
         argument: "preset", "preset,key=value,...", or "" for the first preset.
-        presets: settings (dotted key to value) by name.
-        options: families of settings chosen by name, as `optimizer=adam`; not keys of the config.
-            Settings, or a function that gives them for the config so far.
+        presets: {preset: {dotted key: value}}.
+        options: {option: {name: {dotted key: value}}}, from which `option=name` chooses, for
+            example `optimizer=adam`. Options are not keys of the config. The inner dict may also
+            be a function that returns it for the config so far.
+
+    Returns:
+        `config`.
 
     Raises:
-        Mistake: for an unknown preset, option, key, or a value of the wrong kind.
+        Mistake: if a preset, option or key is unknown, or a value has the wrong type.
     """
     options = options or {}
     config.lock()
@@ -162,7 +171,7 @@ def from_argument(
 
 
 def set_from_text(config: ConfigDict, key: str, text: str) -> None:
-    """Sets the dotted `key` from a command line's text, keeping the type it has.
+    """Sets the dotted `key` from the text of a command line, without changing the key's type.
 
     Raises:
         Mistake: if there is no such key, or the text is no value of its type.
@@ -179,25 +188,26 @@ def set_from_text(config: ConfigDict, key: str, text: str) -> None:
 
 
 def saved_config(run: Mapping[str, Any]) -> ConfigDict:
-    """The config that a run was saved with, with every key that this version has.
+    """The config that a run was saved with, with defaults for keys that are newer than the run.
 
-    A key that the version which saved it had not yet has its default: what runs did without it. So
-    a new key ends no old run. What was moved in the package is named by its place of now.
+    The default of a new key is what runs did before the key existed, so old runs can be continued.
+    A function that was moved within the package is given its present path.
 
     Args:
-        run: `config`, and the `version` that saved it, which 0.1 did not note.
+        run: the content of run.json: its `config`, and its `version`, which version 0.1 left out.
     """
     filled = base_config()
     with filled.unlocked():
         _fill(filled, run["config"])
         wide_resnet = filled.network == "bigbatch.models.wide_resnet.WideResNet"
         if "version" not in run and wide_resnet and "same_padding" not in filled.model:
-            filled.model.same_padding = True  # version 0.1 had no other
+            filled.model.same_padding = True  # version 0.1 had no other padding
         filled.data.name = MOVED.get(filled.data.name, filled.data.name)
     return filled
 
 
 def _fill(config: ConfigDict, saved: Mapping[str, Any]) -> None:
+    """Sets the values of `saved` in `config`, group by group; the group `model` as a whole."""
     for key, value in saved.items():
         if isinstance(value, Mapping) and key in config and key != "model":
             _fill(config[key], value)
@@ -206,17 +216,18 @@ def _fill(config: ConfigDict, saved: Mapping[str, Any]) -> None:
 
 
 def make_recipe(config: ConfigDict) -> schedule.Recipe:
-    """The recipe a config states, scaled up as it says.
+    """The recipe of a config, after its `scale_up`.
 
     Raises:
-        Mistake: where a value is of no use; see `schedule`.
+        Mistake: if a value is outside its range, or the scaled-up batch is no multiple of the
+            granularity.
     """
     falls = config.recipe.falls
     try:
         falls = tuple((float(epoch), float(factor)) for epoch, factor in falls)
     except (TypeError, ValueError):
         raise Mistake(
-            f"recipe.falls is {falls!r}; it must be pairs of (epoch, factor), as ((60, 5), "
+            f"recipe.falls is {falls!r}; it must be pairs of (epoch, factor), such as ((60, 5), "
             "(120, 5))."
         ) from None
     recipe = schedule.Recipe(
@@ -224,22 +235,22 @@ def make_recipe(config: ConfigDict) -> schedule.Recipe:
     )
     granularity = config.limits.granularity or config.ghost_size
     if (config.scale_up.learning_rate, config.scale_up.momentum) == (1.0, None):
-        return recipe  # so that a batch that does not fit is refused under its own name
+        return recipe  # `plan_phases` refuses a wrong batch size by the key that sets it
     return schedule.scale_up(
         recipe, config.scale_up.learning_rate, config.scale_up.momentum, granularity
     )
 
 
 def make_limits(config: ConfigDict) -> schedule.Limits:
-    """The limits a config sets on the batch."""
+    """The limits that a config sets on the batch size."""
     return schedule.Limits(**config.limits.to_dict(), ghost_size=config.ghost_size)
 
 
 def make_phases(config: ConfigDict) -> tuple[schedule.Phase, ...]:
-    """The phases of a config.
+    """The phases of a config, by its recipe, strategy and limits.
 
     Raises:
-        Mistake: where no such schedule exists.
+        Mistake: if there is no schedule for these.
     """
     return schedule.plan_phases(
         make_recipe(config), config.strategy, make_limits(config), config.hybrid_falls
@@ -249,34 +260,34 @@ def make_phases(config: ConfigDict) -> tuple[schedule.Phase, ...]:
 def make_layouts(
     config: ConfigDict, phases: Sequence[schedule.Phase], devices: int
 ) -> list[Layout]:
-    """How each phase's ghost batches are assigned to `devices`.
+    """The layout of the updates of each phase on `devices` devices.
 
     Raises:
-        Mistake: if a ghost batch does not fit into a pass.
+        Mistake: if a ghost batch is larger than `max_per_device_batch`.
     """
     return [
         make_layout(phase.batch_size, config.ghost_size, devices,
-                           config.max_per_device_batch, config.microbatches)
+                    config.max_per_device_batch, config.microbatches)
         for phase in phases
     ]
 
 
 def make_due(config: ConfigDict, total: int) -> Callable[[str, int, int], bool]:
-    """What is due when, by the config's `..._every_epochs`; see `schedule.due.make_due`.
+    """`schedule.due.make_due` for the intervals `..._every_epochs` of a config.
 
     Args:
         config: of the run.
-        total: its examples.
+        total: the examples of the whole run.
     """
     every = {what: config[f"{what}_every_epochs"] for what in ("log", "eval", "checkpoint")}
     return due.make_due(every, config.data.train_examples, total)
 
 
 def check(config: ConfigDict) -> None:
-    """Refuses values that nothing further down could make sense of.
+    """Checks the values of a config.
 
     Raises:
-        Mistake: one line with the key, its value and what is allowed.
+        Mistake: if a value is not allowed; the text has the key, its value and what is allowed.
     """
     for key, allowed in (
         ("dtype", DTYPES),
@@ -300,7 +311,7 @@ def check(config: ConfigDict) -> None:
         raise Mistake(
             f"config.scale_up.momentum is {config.scale_up.momentum:g}, but Adam averages the "
             "gradients with its first beta, so a larger one does not lengthen the steps and the "
-            "batch cannot grow with it; leave it None, or use optimizer.name=momentum."
+            "batch cannot grow with it; set it to None, or use optimizer.name=momentum."
         )
     momentum = make_recipe(config).momentum
     if config.optimizer.name == "sgd" and momentum:
@@ -346,7 +357,7 @@ def _find(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
 
 
 def _near(config: ConfigDict, key: str) -> str:
-    """A hint at the key that was probably meant: the same name in another group, or a near miss."""
+    """A hint at keys of the same name in other groups, or else at the most similar key."""
     keys = _dotted_keys(config)
     named = [known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]]
     near = named or difflib.get_close_matches(key, keys, n=1)
@@ -362,7 +373,7 @@ def _dotted_keys(group: ConfigDict, prefix: str = "") -> list[str]:
 
 
 def _parse(text: str, kind: type) -> Any:
-    """`text` as a value of `kind`."""
+    """`text` as a value of type `kind`; a ValueError, SyntaxError or TypeError if it is none."""
     if kind is str:
         return text
     if kind is bool:
@@ -385,7 +396,7 @@ def _describe(kind: type) -> str:
 
 
 def _split(argument: str) -> list[str]:
-    """The argument cut at its commas, but not at those inside brackets."""
+    """The parts of `argument` between commas, where commas inside brackets do not count."""
     parts, depth, current = [], 0, ""
     for character in argument:
         depth += {"(": 1, "[": 1, ")": -1, "]": -1}.get(character, 0)

@@ -1,4 +1,4 @@
-"""Objects of the user's own, named by dotted path: models and data sets need no registration."""
+"""Finds functions and classes by dotted path, so that models and data sets need no registration."""
 
 import difflib
 import importlib
@@ -8,7 +8,7 @@ from bigbatch.mistake import Mistake
 
 
 def is_dotted(name: str) -> bool:
-    """Whether `name` has the form of a dotted path, 'package.module.name'."""
+    """Whether `name` is a dotted path, such as 'package.module.name'; nothing is imported."""
     parts = name.split(".")
     return len(parts) > 1 and all(part.isidentifier() for part in parts)
 
@@ -18,15 +18,15 @@ def resolve(dotted: str, what: str) -> Callable:
 
     Args:
         dotted: 'package.module.name'.
-        what: where the path was given, for the message, as "config.network".
+        what: the name of the setting, for messages, such as "config.network".
 
     Raises:
-        Mistake: if it is no dotted path, or a part of it is missing or cannot be called. What
-            goes wrong inside the imported module is that module's own error and passes through.
+        Mistake: if `dotted` is no dotted path, its module or name does not exist, or what it names
+            is not callable. Exceptions inside the imported module pass through.
     """
     if not is_dotted(dotted):
         raise Mistake(
-            f"{what} is {dotted!r}; it must be a dotted path, as 'package.module.name'."
+            f"{what} is {dotted!r}; it must be a dotted path, such as 'package.module.name'."
         )
     path, name = dotted.rsplit(".", 1)
     try:
@@ -35,16 +35,16 @@ def resolve(dotted: str, what: str) -> Callable:
         if error.name is None or not f"{path}.".startswith(f"{error.name}."):
             raise
         raise Mistake(
-            f"{what} is {dotted!r}, but there is no module {error.name!r}: it must be importable, "
-            "so in the current folder, in a folder of PYTHONPATH, or installed."
+            f"{what} is {dotted!r}, but there is no module {error.name!r}: it must be in the "
+            "current folder, in a folder of PYTHONPATH, or installed."
         ) from None
     if not hasattr(module, name):
         close = difflib.get_close_matches(name, dir(module), n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
         raise Mistake(f"{what} is {dotted!r}, but module {path!r} has no {name!r}.{hint}")
-    found = getattr(module, name)
-    if not callable(found):
+    named = getattr(module, name)
+    if not callable(named):
         raise Mistake(
-            f"{what} is {dotted!r}, which is {type(found).__name__} {name!r} and cannot be called."
+            f"{what} is {dotted!r}, which is {type(named).__name__} {name!r} and cannot be called."
         )
-    return found
+    return named

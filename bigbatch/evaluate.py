@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from absl import flags
 
 from bigbatch import command_line
 from bigbatch.config import saved_config
 from bigbatch.data.feed import open_feed
-from bigbatch.job.devices import make_mesh
+from bigbatch.job.devices import make_mesh, pin_options
 from bigbatch.mistake import Mistake
 from bigbatch.storage import checkpoint
 from bigbatch.update import network
@@ -42,8 +41,7 @@ def evaluate_run(workdir: str | Path, data_dir: str = "") -> dict[str, Any]:
     config = saved_config(run)
     if data_dir:
         config.data.dir = data_dir
-    if config.dtype == "float64":
-        jax.config.update("jax_enable_x64", True)
+    pin_options(config.dtype)
     mesh, net = make_mesh(), network.build(config)
     seen = run["examples_seen"]
     fed = open_feed(config, mesh, (), (), seen, [seen])

@@ -1,15 +1,15 @@
-"""What a config will do, before it is run: its phases, the layout of its updates, the totals.
+"""Prints what a config will do: its phases, the layout of its updates, and the totals.
 
     python -m bigbatch.plan --config=cifar10.py:increase --devices=8
 
 or, where the package is installed, `bigbatch-plan` in the place of `python -m bigbatch.plan`.
-Needs neither an accelerator nor the data. `--format=json` prints the same for programs.
+Neither an accelerator nor the data are needed. `--format=json` prints the same as JSON.
 
     python -m bigbatch.plan --config=imagenet_resnet50.py --topology=v2-256,noise/10=v2-512
 
-compiles every program for these slices of Cloud TPU with the TPU's own compiler, on a machine that
-has none (`make .tpu/installed`): from the start on 256 cores, from the phase noise/10 on 512. Exit
-status 1 if a phase does not fit.
+also compiles every program with the TPU compiler (`make .tpu/installed`), on a machine without a
+TPU: here for a slice of 256 cores, and from the phase noise/10 on for one of 512. The exit status
+is 1 if a program does not fit into a device's memory.
 """
 
 import dataclasses
@@ -37,34 +37,35 @@ from bigbatch.watching.progress import format_seconds
 command_line.define_config()
 DEVICES = flags.DEFINE_integer("devices", None, "How many devices share an update.", lower_bound=1)
 TOPOLOGY = flags.DEFINE_string(
-    "topology", "", "A slice to compile for, as v2-256 or v2:8x16; SLICE,PHASE=SLICE,... to change."
+    "topology", "", "Slice to compile for: v2-256 or v2:8x16; SLICE,PHASE=SLICE,... to change it."
 )
 REMEMBERED = "~/.cache/bigbatch/plans"
 CACHE = flags.DEFINE_string(
-    "plan_cache", REMEMBERED, "Folder that remembers what compiling has shown; empty for none."
+    "plan_cache", REMEMBERED, "Folder that keeps the results of compiling; empty for none."
 )
 FORMAT = flags.DEFINE_enum("format", "table", ["table", "json"], "What to print.")
 
 
 def plan(config: ConfigDict, devices: int | Sequence[int]) -> dict[str, Any]:
-    """Everything that is known of a run before it starts, ready for JSON.
+    """The phases of a config, the layout of their updates, and the totals, as JSON values.
 
     Args:
         config: see `config.base_config`.
-        devices: how many share each update, in all phases or one number a phase; changes its
-            layout and nothing that is learned.
+        devices: how many devices share each update, in all phases or one number for each phase.
+            They change the layout, and nothing that is learned.
 
     Returns:
-        `phases` (the fields of `schedule.Phase`; `shift` in examples; `start_epoch`, `end_epoch`;
-        and the layout of an update: `devices`, `ghost_batches`, `microbatches`, `slots` a device
-        has in one pass, `idle_share`, and `fills_devices`, the largest power of 2 of devices that
-        leaves no padding slot), `total_updates`, `total_examples`, `total_epochs`, `parameters`,
-        `notes`, `constant_batch` (`batch_size` before any scale-up and the `updates` it would take
-        if it never changed, as under "decay"), and of the config `strategy`, `train_examples` and
-        `ghost_size`.
+        `strategy`, `train_examples` and `ghost_size` of the config; `total_updates`,
+        `total_examples`, `total_epochs`; `parameters`, the number of trainable ones; `notes`;
+        `constant_batch`, with the `batch_size` before any scale-up and the `updates` that a run
+        takes if this size never changes, as with the strategy "decay"; and `phases`, each with the
+        fields of `schedule.Phase`, its `shift` (examples), `start_epoch`, `end_epoch`, and the
+        layout of its updates: `devices`, `ghost_batches`, `microbatches`, `slots` (of a device in
+        one pass), `idle_share` (of padding slots), and `fills_devices`, the largest power of 2 of
+        devices without padding slots.
 
     Raises:
-        Mistake: for anything in the config that cannot be right.
+        Mistake: if a value in the config is not allowed.
     """
     check(config)
     phases = make_phases(config)
@@ -96,36 +97,36 @@ def plan(config: ConfigDict, devices: int | Sequence[int]) -> dict[str, Any]:
         "total_examples": last.end_example,
         "total_epochs": last.end_example / n,
         "parameters": count_parameters(config),
-        # With one batch size every phase ends on its multiples, so falls change no count.
+        # With one batch size every phase ends on a multiple of it, so falls change no count.
         "constant_batch": {"batch_size": batch, "updates": -(-last.nominal_end_example // batch)},
-        "notes": schedule.notes(make_recipe(config), phases),
+        "notes": schedule.notes(
+            make_recipe(config), phases, config.strategy, config.hybrid_falls),
     }
 
 
 def plan_for_slices(config: ConfigDict, topology_text: str, cache: str) -> dict[str, Any]:
-    """As `plan`, for slices of Cloud TPU, with what compiling for them shows.
+    """What `plan` returns for slices of Cloud TPU, and what compiling for them shows.
 
     Args:
         config: see `config.base_config`.
         topology_text: the slices; see `slices.parse`.
-        cache: folder that remembers what compiling has shown; "" for none.
+        cache: folder that keeps the results of compiling; "" for none.
 
     Returns:
         What `plan` returns, and `compiled`: see `slices.compile_for`.
 
     Raises:
-        Mistake: for anything in the config or the text that cannot be right, or if the TPU
-            compiler is not there.
+        Mistake: if a value in the config or the text is not allowed, or the TPU compiler is not
+            installed.
     """
-    from bigbatch.planning import (
-        slices,  # with the checkpoints' and logs' libraries, which take seconds
-    )
+    # Imported here, as its imports take seconds.
+    from bigbatch.planning import slices
 
     check(config)
     phases = make_phases(config)
-    found = slices.parse(topology_text, phases)
-    return plan(config, [one.devices for one in found]) | {"compiled": slices.compile_for(
-        config, phases, found, Path(cache).expanduser() if cache else None,
+    chosen = slices.parse(topology_text, phases)
+    return plan(config, [one.devices for one in chosen]) | {"compiled": slices.compile_for(
+        config, phases, chosen, Path(cache).expanduser() if cache else None,
         lambda text: print(text, file=sys.stderr, flush=True),
     )}
 
@@ -139,14 +140,14 @@ def _fills_devices(config: ConfigDict, phase: schedule.Phase) -> int:
 
 
 def count_parameters(config: ConfigDict) -> int:
-    """Trainable numbers of the config's network; traces it and computes nothing."""
+    """The number of trainable parameters of the config's network, which is only traced."""
     with jax.enable_x64(config.dtype == "float64"):
         params = network.build(config).params
     return int(parameter_overview.count_parameters(params))
 
 
 def as_text(planned: Mapping[str, Any]) -> str:
-    """What `plan` returned, for a person: lines of up to 100 columns."""
+    """The result of `plan` or `plan_for_slices` as text and tables."""
     phases, constant = planned["phases"], planned["constant_batch"]
     updates = planned["total_updates"]
     schedule_rows = [
@@ -199,7 +200,7 @@ def as_text(planned: Mapping[str, Any]) -> str:
 
 
 def _idle_paragraph(phases: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Which slices would have no padding slot, if some do."""
+    """The largest numbers of devices without padding slots; [] if no phase has padding slots."""
     idle = [phase for phase in phases if phase["idle_share"]]
     if not idle:
         return []
@@ -212,7 +213,7 @@ def _idle_paragraph(phases: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _compiled_paragraphs(compiled: Mapping[str, Any]) -> list[str]:
-    """What `slices.compile_for` returned, for a person."""
+    """The result of `slices.compile_for` as text and a table."""
     named = [*((str(index), row) for index, row in enumerate(compiled["phases"])),
              *(("evaluation", row) for row in compiled["evaluations"])]
     rows = [
@@ -251,12 +252,12 @@ def _rate(phase: Mapping[str, Any]) -> str:
 
 
 def _grouped(number: int) -> str:
-    """A whole number with its thousands apart: 80 000."""
+    """A whole number with a space between thousands: 80 000."""
     return f"{number:,}".replace(",", " ")
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Columns as wide as their widest entry, to the right; a title breaks at its last space."""
+    """A table with entries flush right, and each title on two lines, broken at its last space."""
     halves = [title.rpartition(" ") for title in titles]
     text = tabulate.tabulate(
         [[half[0] for half in halves], [half[2] for half in halves], *rows], tablefmt="plain",
@@ -265,13 +266,13 @@ def _table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Prints the plan of the command line's config."""
+    """Prints the plan of the config that the command line names."""
     topology.compile_elsewhere()
     config = command_line.config()
     if TOPOLOGY.value and DEVICES.value:
         raise Mistake(
-            f"--topology={TOPOLOGY.value} and --devices={DEVICES.value}: a slice says how many "
-            "devices it has; give one of the two."
+            f"--topology={TOPOLOGY.value} and --devices={DEVICES.value}: a slice has its own "
+            "number of devices; give only one of the two."
         )
     if TOPOLOGY.value:
         planned = plan_for_slices(config, TOPOLOGY.value, CACHE.value)

@@ -1,4 +1,8 @@
-"""The whole story of a run: how it begins, its loop, how it ends."""
+"""A run from its first line to its last.
+
+`train_and_evaluate` calls `set_goal` (what the config asks for), `begin` (opens everything, finds
+where the run stands) and `loop` (the updates), and reports the end.
+"""
 
 import contextlib
 import time
@@ -14,9 +18,9 @@ from ml_collections import ConfigDict
 
 from bigbatch import schedule
 from bigbatch.config import check, make_due, make_layouts, make_phases
-from bigbatch.data import feed
+from bigbatch.data.feed import Feed, open_feed
 from bigbatch.job import chips, preemption, processes
-from bigbatch.job.devices import make_mesh, place, replicated
+from bigbatch.job.devices import make_mesh, pin_options, place, replicated
 from bigbatch.mistake import Mistake
 from bigbatch.programs.dispatch import as_rates, take_update
 from bigbatch.programs.programs import Programs, Ready
@@ -32,39 +36,39 @@ from bigbatch.watching.log import Log
 
 
 class Preempted(Exception):
-    """The run was told to stop (SIGTERM, Ctrl-C) and did, with a checkpoint."""
+    """The run has stopped on SIGTERM or Ctrl-C. The next start continues from the same position."""
 
 
 class StoppedAfterPhase(Exception):
-    """The run stopped where it was asked to, with a checkpoint, before its end."""
+    """The run has saved a checkpoint and stopped after the phase that `stop_after_phase` names."""
 
 
 class NotFinite(ArithmeticError):
-    """The loss or a parameter is no longer a finite number."""
+    """Training diverged: the loss or a parameter is no longer a finite number."""
 
 
 def train_and_evaluate(
     config: ConfigDict, workdir_path: str | Path, stop_after_phase: str = "", show: bool = True,
     profile: str = "",
 ) -> update.State:
-    """Trains what `config` describes in `workdir_path`, from where it stands, to its end.
+    """Trains the network of `config`, or continues its training, to the end of the last phase.
 
     Args:
         config: see `config.base_config`.
-        workdir_path: a folder, or gs://bucket/path. Logs and checkpoints go there; a run that was
-            begun there is continued.
-        stop_after_phase: "", or the name or number of a phase to stop after.
+        workdir_path: a folder, or gs://bucket/path, for logs and checkpoints. If it holds a run,
+            that run is continued from its newest whole checkpoint.
+        stop_after_phase: the name or number of a phase to stop after; "" for none.
         show: whether to print progress.
-        profile: "", or START:COUNT, the updates to trace (see `profiling`).
+        profile: START:COUNT, the updates to trace (see `profiling`); "" for none.
 
     Returns:
-        The state at the end.
+        The state after the last update: parameters, batch statistics and optimizer state.
 
     Raises:
-        Mistake: for anything in the config or the workdir that cannot be right; nothing has been
-            compiled or written to the run's logs then.
-        StoppedAfterPhase, Preempted: the run stopped before its end, with a checkpoint.
-        NotFinite: naming the update at which training broke down.
+        Mistake: if the config, the workdir or the data are wrong. All is checked before anything is
+            compiled or logged, except streamed images, each of which is checked when it is read.
+        StoppedAfterPhase, Preempted: if the run stopped early, after saving a checkpoint.
+        NotFinite: if training diverged; the text names the update.
         WriteError: if a checkpoint or a log could not be written.
     """
     goal = set_goal(config, stop_after_phase, profile)
@@ -82,30 +86,30 @@ def train_and_evaluate(
 
 # --- begin ----------------------------------------------------------------------------------------
 class Goal(NamedTuple):
-    """What a run is to do, as its config says: independent of where it stands."""
+    """What a run is to do. It follows from config, flags and devices, and not from the workdir."""
 
     config: ConfigDict
     phases: tuple[Phase, ...]
-    last_phase: Phase  # to be run in this start
-    span: profiling.Span | None  # the updates to trace
+    last_phase: Phase  # the phase to stop after: the last one, or that of --stop_after_phase
+    span: profiling.Span | None  # the updates to trace; None for none
     mesh: Mesh
-    layouts: list[Layout]  # of the phases
+    layouts: list[Layout]  # one for each phase
     net: network.Network
 
 
 class Run(NamedTuple):
-    """What the loop works with."""
+    """All that `loop` needs beside the state and the position."""
 
     all_phases: tuple[Phase, ...]
-    phases: tuple[Phase, ...]  # still to run; the first may be under way
-    layouts: tuple[Layout, ...]  # of these
+    phases: tuple[Phase, ...]  # the phases still to run; the first may be under way
+    layouts: tuple[Layout, ...]  # one for each of `phases`
     programs: Programs
     take_update: Callable  # see `dispatch.take_update`
-    evaluate: Callable[[update.State], dict[str, float]]
-    fed: feed.Feed
-    rates: Callable  # (rate, momentum) -> both on the devices
-    is_due: Callable[[str, int, int], bool]
-    examples: int  # N, of an epoch
+    evaluate: Callable[[update.State], dict[str, float]]  # test loss and test accuracy
+    feed: Feed
+    rates: Callable  # (learning rate, momentum) -> both as arrays on the devices
+    is_due: Callable[[str, int, int], bool]  # see `schedule.due.make_due`
+    examples: int  # N, the examples of an epoch
     log: Log
     saves: Saves
     watch: preemption.Watch
@@ -113,18 +117,22 @@ class Run(NamedTuple):
 
 
 def set_goal(config: ConfigDict, stop_after_phase: str, profile: str) -> Goal:
-    """Refuses whatever can be told from the config alone to be wrong, before anything is written.
+    """Checks all that can be checked without the workdir and the data, and writes nothing.
+
+    Args:
+        config: see `config.base_config`.
+        stop_after_phase: see `train_and_evaluate`.
+        profile: see there.
 
     Raises:
-        Mistake: with what is wrong.
+        Mistake: if a config value, a phase name or the span of updates is wrong.
     """
     check(config)
     phases = make_phases(config)
     last_phase = phases[-1]
     if stop_after_phase:
         last_phase = schedule.find_phase(phases, stop_after_phase, "--stop_after_phase")
-    if config.dtype == "float64":
-        jax.config.update("jax_enable_x64", True)
+    pin_options(config.dtype)
     span = profiling.parse(profile, phases[-1].start_update + phases[-1].updates)
     mesh = make_mesh()
     return Goal(config, phases, last_phase, span, mesh, make_layouts(config, phases, mesh.size),
@@ -134,52 +142,53 @@ def set_goal(config: ConfigDict, stop_after_phase: str, profile: str) -> Goal:
 def begin(
     goal: Goal, workdir_path: str | Path, show: bool, at_end: contextlib.ExitStack
 ) -> tuple[Run, Position, update.State]:
-    """Opens the workdir, the data and the logs, and finds where the run stands.
+    """Opens the workdir, the data and the logs, and finds the position of the run.
 
     Args:
-        goal: what to do.
-        workdir_path: of the run.
-        show: whether to print progress.
-        at_end: gets what has to be closed.
+        goal: what the run is to do.
+        workdir_path: see `train_and_evaluate`.
+        show: see there.
+        at_end: receives a callback for each thing that has to be closed at the end of the run.
 
     Returns:
-        What the loop works with, where the run stands, and the state there: on the devices, or its
-        shapes for a new run, whose state is drawn once its programs are lowered.
+        All that the loop needs, the position, and the state at this position. The state is on the
+        devices. Of a new run only its shapes are returned, as its initial values are computed by a
+        program that `Programs.begin` compiles.
 
     Raises:
         Mistake: see `train_and_evaluate`.
     """
     config, mesh = goal.config, goal.mesh
     folder, mirror = at_end.enter_context(bucket.opened(workdir_path))
-    found = _find_newest(folder, mirror, at_end)
+    newest = _find_newest(folder, mirror, at_end)
     watch = preemption.Watch()
     at_end.callback(watch.close)
-    allowed_changes = _check_changes(goal, found, workdir_path)
-    at = continuing.position_of(found.run)
-    now = schedule.phase_at(goal.phases, at.examples_seen)
-    phases = goal.phases[now.index : goal.last_phase.index + 1] if now else ()
+    allowed_changes = _check_changes(goal, newest, workdir_path)
+    at = continuing.position_of(newest.run)
+    current = schedule.phase_at(goal.phases, at.examples_seen)
+    phases = goal.phases[current.index : goal.last_phase.index + 1] if current else ()
     layouts = tuple(goal.layouts[phase.index] for phase in phases)
     is_due = make_due(config, goal.phases[-1].end_example)
 
     # The data and the state, on the devices.
-    fed = feed.open_feed(
+    feed = open_feed(
         config, mesh, phases, layouts, at.examples_seen, _evaluations(at, phases, is_due))
-    at_end.callback(fed.close)
+    at_end.callback(feed.close)
     state = update.abstract_state(config, goal.net, mesh)
-    if found.path:
-        state = checkpoint.restore(folder / found.path, state, mirror)
+    if newest.path:
+        state = checkpoint.restore(folder / newest.path, state, mirror)
         state = place(state, replicated(mesh))
 
-    # The checkpoints to come and the logs, these cut back to where the run stands.
+    # Checkpoints and logs. The logs lose the events after the position.
     saves = Saves(
         folder, mirror, partial(continuing.describe_run, config, goal.phases),
         config.keep_checkpoints, {phase.end_example for phase in goal.phases}, at.examples_seen)
     peak = chips.peak_flops(mesh.devices.flat[0].device_kind, config.dtype)
     clock = Clock(peak and peak * mesh.size, at.updates)
-    log = _open_log(goal, folder, mirror, saves, at, show, clock, fed, at_end)
-    for text in [*found.faults, *(f"changed: {change}" for change in allowed_changes)]:
+    log = _open_log(goal, folder, mirror, saves, at, show, clock, feed, at_end)
+    for text in [*newest.faults, *(f"changed: {change}" for change in allowed_changes)]:
         log.notice(text, at.examples_seen)
-    if found.path:
+    if newest.path:
         log.line(f"continuing at epoch {at.examples_seen / config.data.train_examples:.2f}, "
                  f"update {at.updates}")
     log.line(f"{mesh.size} x {mesh.devices.flat[0].device_kind}")
@@ -189,14 +198,14 @@ def begin(
 
     dtype = jax.tree.leaves(state.params)[0].dtype
     programs = Programs(
-        config, goal.net, mesh, layouts, fed.resident, fed.test, counted=peak is not None)
+        config, goal.net, mesh, layouts, feed.resident, feed.test, counted=peak is not None)
     run = Run(
         goal.phases, phases, layouts, programs,
         partial(take_update, before_pass=watch.poll, before_reduction=watch.before_reduction),
         lambda state: evaluation.whole_test_set(
-            programs.evaluate(), state.params, state.batch_stats, fed, watch.before_reduction),
-        fed,
-        lru_cache(maxsize=1)(partial(as_rates, mesh, dtype)),  # the same for most of a phase
+            programs.evaluate(), state.params, state.batch_stats, feed, watch.before_reduction),
+        feed,
+        lru_cache(maxsize=1)(partial(as_rates, mesh, dtype)),  # constant but in a warm-up
         is_due, config.data.train_examples, log, saves, watch, tracer,
     )
     return run, at, state
@@ -205,9 +214,10 @@ def begin(
 def _find_newest(
     folder: Path, mirror: bucket.Mirror | None, at_end: contextlib.ExitStack
 ) -> checkpoint.Found:
-    """Takes the workdir for this job, and finds its newest whole checkpoint.
+    """Locks the workdir for this job and finds its newest whole checkpoint.
 
-    The first process looks, so that all agree.
+    Only the first process searches, and the others receive its answer, so that all start from the
+    same checkpoint.
     """
     def open_run() -> list[Any]:
         at_end.enter_context(mirror.held() if mirror else workdir.open_workdir(folder))
@@ -218,26 +228,26 @@ def _find_newest(
 
 
 def _check_changes(
-    goal: Goal, found: checkpoint.Found, workdir_path: str | Path
+    goal: Goal, newest: checkpoint.Found, workdir_path: str | Path
 ) -> list[str]:
-    """What differs from the saved run and may.
+    """The differences between the saved config and the present one, all of them allowed.
 
     Raises:
-        Mistake: if something differs that may not.
+        Mistake: if there is a difference that is not allowed; see `continuing`.
     """
-    if not found.path:
+    if not newest.path:
         return []
-    refused, allowed = continuing.changes(found.run, goal.config, goal.phases)
+    refused, allowed = continuing.changes(newest.run, goal.config, goal.phases)
     if refused:
         raise Mistake(
-            f"{workdir_path} holds a run of another config, which this cannot continue: "
-            f"{'; '.join(refused)}. Give this one another --workdir, or set the keys back."
+            f"{workdir_path} holds a run of another config, which this config cannot continue: "
+            f"{'; '.join(refused)}. Give another --workdir, or set these keys back."
         )
     return allowed
 
 
 def _evaluations(at: Position, phases: Sequence[Phase], is_due: Callable) -> list[int]:
-    """The examples seen at each evaluation still to come; a pending one comes before any update."""
+    """The examples seen at each evaluation to come. A pending evaluation precedes any update."""
     pending = [at.examples_seen] if at.pending_evaluation else []
     return pending + [end for start, end in schedule.spans(phases, at.examples_seen)
                       if is_due("eval", start, end)]
@@ -245,9 +255,9 @@ def _evaluations(at: Position, phases: Sequence[Phase], is_due: Callable) -> lis
 
 def _open_log(
     goal: Goal, folder: Path, mirror: bucket.Mirror | None, saves: Saves, at: Position, show: bool,
-    clock: Clock, fed: feed.Feed, at_end: contextlib.ExitStack,
+    clock: Clock, feed: Feed, at_end: contextlib.ExitStack,
 ) -> Log:
-    """The logs of the run, of which the first process alone writes any."""
+    """Opens the logs of the run. Only the first process writes to them."""
     config, writing = goal.config, jax.process_index() == 0
     names_what_fails = partial(checkpoint.names_what_fails, folder, mirror)
     write_board = None
@@ -260,7 +270,7 @@ def _open_log(
                 folder / "metrics.jsonl", at.examples_seen, at.pending_evaluation is not None)
             logs.cut_half_line(folder / "timing.jsonl")
         if config.tensorboard:
-            from bigbatch.watching import tensorboard  # see there why not above
+            from bigbatch.watching import tensorboard  # its docstring says why not above
 
             board = tensorboard.open_board(folder, at.examples_seen)
             at_end.callback(tensorboard.close_board, board)
@@ -278,7 +288,7 @@ def _open_log(
                 write_board(event)
 
     log = Log(write, display, clock, config.data.train_examples,
-              (lambda: fed.skipped) if config.data.streaming else None)
+              (lambda: feed.skipped) if config.data.streaming else None)
     log.timing(
         "start", at.examples_seen, devices=goal.mesh.size,
         device_kind=goal.mesh.devices.flat[0].device_kind, jax=jax.__version__, time=time.time())
@@ -287,29 +297,29 @@ def _open_log(
 
 # --- the loop -------------------------------------------------------------------------------------
 class InFlight(NamedTuple):
-    """An update that was dispatched and is not yet known to have ended well."""
+    """An update that was dispatched. It may still run, and may turn out not to be finite."""
 
-    start: int  # its first example
-    after: Position  # where the run stands once it has ended
+    start: int  # examples seen before the update
+    after: Position  # the position after the update
     measured: update.Metrics
-    # Its line of metrics.jsonl but for what was measured; None where none is due.
+    # The line of metrics.jsonl without what was measured; None if no line is due.
     event: dict[str, Any] | None
 
     def land(self, log: Log) -> dict[str, Any] | None:
-        """Waits until the update has ended; its event, complete.
+        """Waits for the update to end, and returns the complete line of metrics.jsonl, if due.
 
         Raises:
-            NotFinite: if training broke down in it, which timing.jsonl then says.
+            NotFinite: if training diverged in this update, after noting that in timing.jsonl.
         """
         with log.clock.spent_on("update"):
             finite = bool(self.measured.finite)
         if not finite:
             log.diverged(self.after.updates - 1, self.start)
             raise NotFinite(
-                f"update {self.after.updates} (from example {self.start}) left a loss of "
-                f"{float(self.measured.loss):g} and parameters that are not all finite; the last "
-                "checkpoint is from before it. A lower recipe.learning_rate or a warm-up usually "
-                "helps."
+                f"training diverged in update {self.after.updates} (from example {self.start}): "
+                f"its loss ({float(self.measured.loss):g}) or a parameter after it is not finite. "
+                "All checkpoints are from before it. A lower recipe.learning_rate or a warm-up "
+                "usually helps."
             )
         return self.event and self.event | {
             "train_loss": float(self.measured.loss),
@@ -318,17 +328,30 @@ class InFlight(NamedTuple):
 
 
 def loop(run: Run, at: Position, state: update.State) -> tuple[update.State, Position]:
-    """Trains from `at` to the end of the last phase of `run`. What is due follows from examples.
+    """Trains from the position `at` to the end of the last of `run.phases`.
 
-    One update is in flight: while it runs, the one before lands and is written down. A state is
-    evaluated or saved only when its own update has landed: one that is not finite never is.
+    An update is dispatched before the metrics of the one before it are read and logged, so that the
+    devices do not wait for this. A state is evaluated or saved only after the metrics of its own
+    update were read, so a state that is not finite never is.
+
+    Args:
+        run: see `begin`.
+        at: the position of `state`.
+        state: see `begin`.
+
+    Returns:
+        The state after the last update, and its position.
+
+    Raises:
+        Preempted, NotFinite, WriteError: see `train_and_evaluate`.
+        Mistake: if an image cannot be read or decoded.
     """
     log, saves, clock, watch, flight = run.log, run.saves, run.log.clock, run.watch, None
     try:
         log.line("compiling")
         with clock.spent_on("compile"):
             state, sums = run.programs.begin(state, watch)
-        if at.pending_evaluation:  # the last start was stopped inside it
+        if at.pending_evaluation:  # the run was stopped during this evaluation
             log.finished(at.pending_evaluation | _evaluate(run, state))
             at = at._replace(pending_evaluation=None)
         for phase, layout in zip(run.phases, run.layouts, strict=True):
@@ -339,12 +362,12 @@ def loop(run: Run, at: Position, state: update.State) -> tuple[update.State, Pos
                 step = StepTraceAnnotation("update", step_num=at.updates + 1)
                 with step, clock.spent_on("update"):
                     state, sums, measured, waited = run.take_update(
-                        ready.calls, state, sums, run.fed.resident,
-                        run.fed.update(phase, layout, start),
+                        ready.calls, state, sums, run.feed.resident,
+                        run.feed.update(phase, layout, start),
                         run.rates(rate, phase.momentum),
                         running=flight and flight.measured.loss)
                 clock.dispatched(waited)
-                if flight:  # it has ended, or does while this one runs
+                if flight:  # the update before this one
                     log.finished(flight.land(log))
 
                 at = Position(end, at.updates + 1)
@@ -352,17 +375,17 @@ def loop(run: Run, at: Position, state: update.State) -> tuple[update.State, Pos
                 flight = InFlight(
                     start, at, measured, _event(run, phase, rate, at) if due.log else None)
                 run.tracer.after(at.updates, state)
-                if number == 0:  # the one wait in a phase: for its first update, to know its time
+                if number == 0:  # waits, so that the first update of a phase is timed alone
                     flight.land(log)
                     log.timing(
                         "phase", start, phase=phase.name, compile_seconds=ready.compile_seconds,
                         waited_seconds=ready.waited_seconds, **clock.first_update())
 
-                if due.evaluation or due.save:  # nothing may be in flight
+                if due.evaluation or due.save:  # only of a state that is known to be finite
                     event, flight = flight.land(log), None
                     clock.idle()
                     if due.evaluation:
-                        at = at._replace(pending_evaluation=event)  # if it is stopped inside
+                        at = at._replace(pending_evaluation=event)  # what a stop here would save
                         event |= _evaluate(run, state)
                         at = at._replace(pending_evaluation=None)
                     log.finished(event)
@@ -370,10 +393,10 @@ def loop(run: Run, at: Position, state: update.State) -> tuple[update.State, Pos
                     saves.raise_failures()
                     if due.save:
                         log.saved(at, saves.start(state, at))
-    except (NotFinite, Mistake):  # the latter from an image that cannot be decoded
+    except (NotFinite, Mistake):  # a Mistake: an image that cannot be read or decoded
         saves.wait()
         raise
-    except preemption.Stop:  # agreed by all processes; `state` belongs to `at`
+    except preemption.Stop:  # all processes stop at this position; `state` is the state there
         _save_last(run, at, state, flight)
         raise Preempted(f"told to stop at example {at.examples_seen}") from None
     with clock.spent_on("checkpoint"):
@@ -382,9 +405,9 @@ def loop(run: Run, at: Position, state: update.State) -> tuple[update.State, Pos
 
 
 class _Due(NamedTuple):
-    """What an update brings with it."""
+    """What is to be done after an update."""
 
-    log: bool
+    log: bool  # a line of metrics.jsonl
     evaluation: bool
     save: bool
 
@@ -398,7 +421,7 @@ def _due(run: Run, phase: Phase, start: int, end: int) -> _Due:
 
 
 def _event(run: Run, phase: Phase, rate: float, after: Position) -> dict[str, Any]:
-    """The line of metrics.jsonl on an update, as far as it is known before the update has ended."""
+    """The line of metrics.jsonl for an update, without the metrics that the update returns."""
     return {
         "updates": after.updates, "examples_seen": after.examples_seen,
         "epoch": after.examples_seen / run.examples, "phase": phase.name,
@@ -408,7 +431,7 @@ def _event(run: Run, phase: Phase, rate: float, after: Position) -> dict[str, An
 
 
 def _enter(run: Run, phase: Phase, layout: Layout, at: Position) -> Ready:
-    """The programs of a phase that begins, or goes on; waits for the compiler where it has to."""
+    """Shows that a phase begins or continues, and returns its programs once they are compiled."""
     run.log.line(progress.describe(phase, run.all_phases))
     with run.log.clock.spent_on("compile"):
         ready = run.programs.wait_for(layout, run.watch, lambda: run.log.notice(

@@ -1,1 +1,1 @@
-"""Where the examples come from, in which order, and how they are augmented."""
+"""The path of the images from a data set to a microbatch on the devices."""

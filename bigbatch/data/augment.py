@@ -1,7 +1,7 @@
-"""Augmentation on the device: reflection pad, random crop, horizontal flip, normalisation.
+"""Augmentation on the device: reflection padding, random crop, horizontal flip, normalisation.
 
-An example's picture follows from its own key, so from the seed and its place in the run, and not
-from the batch, the device or the microbatch it is in.
+The random numbers of an example follow from the seed, the epoch and the example's position in the
+epoch. They do not depend on the batch size, the device or the microbatch.
 """
 
 import jax
@@ -11,25 +11,25 @@ import numpy as np
 from bigbatch.mistake import Mistake
 
 
-def example_keys(key: jax.Array, epoch_B: jax.Array, place_B: jax.Array) -> jax.Array:
-    """One random key an example: `key` with the epoch, then the place in it, folded in.
+def example_keys(key: jax.Array, epoch_B: jax.Array, position_B: jax.Array) -> jax.Array:
+    """One random key per example: `key` with the epoch, then the position in it, folded in.
 
     Args:
-        key: of the run, as jax.random.key(seed, impl="threefry2x32") with a tag folded in.
-        epoch_B: the epoch each example is seen in.
-        place_B: its place in that epoch's order.
+        key: of the run: jax.random.key(seed, impl="threefry2x32") with a tag folded in.
+        epoch_B: the epoch of each example.
+        position_B: the position of each example in its epoch.
     """
-    def one(epoch: jax.Array, place: jax.Array) -> jax.Array:
-        return jax.random.fold_in(jax.random.fold_in(key, epoch), place)
+    def one(epoch: jax.Array, position: jax.Array) -> jax.Array:
+        return jax.random.fold_in(jax.random.fold_in(key, epoch), position)
 
-    return jax.vmap(one)(epoch_B, place_B)
+    return jax.vmap(one)(epoch_B, position_B)
 
 
 def check_window(height: int, width: int, pad: int, crop: int) -> None:
-    """Refuses a pad and crop that images of `height` x `width` do not allow.
+    """Checks that `pad` and `crop` fit images of `height` x `width` pixels.
 
     Raises:
-        Mistake: one line with the values and what is allowed.
+        Mistake: if they do not fit, with the values and what is allowed.
     """
     named = f"config.data.augment has pad={pad} and crop={crop}"
     if pad < 0 or crop < 0:
@@ -56,19 +56,20 @@ def take_augmented(
     images_NxHxWxC: jax.Array, record_B: jax.Array, keys_B: jax.Array, pad: int, crop: int,
     flip: bool,
 ) -> jax.Array:
-    """The records, each reflected outwards by `pad`, cut at random and half of them mirrored.
+    """Takes images, pads them by reflection, crops them at random, and mirrors half of them.
 
-    The edge is not repeated: pixel -1 is pixel 1. One gather by indices that have the reflection
-    and the mirroring worked in, so nothing padded is ever made: 3 times as fast on CPU as padding,
-    slicing and flipping.
+    The reflection does not repeat the edge: pixel -1 is pixel 1. All of this is one gather, whose
+    indices include the reflection and the mirroring. No padded image is stored, which on CPU is 3
+    times as fast as padding, slicing and flipping.
 
     Args:
-        images_NxHxWxC: any type; the whole training set, or images gathered before.
-        record_B: which to take; jnp.arange(B) for images gathered before. Not checked.
-        keys_B: one a record, see `example_keys`.
-        pad: pixels added on each side; 0 where `crop` is 0.
-        crop: side of the square cut out, at most that of the image; 0: the image as it is.
-        flip: whether to mirror half of the examples left to right.
+        images_NxHxWxC: of any type; the whole training set, or the images of a microbatch.
+        record_B: the indices of the images to take; jnp.arange(B) for a microbatch. They are not
+            checked.
+        keys_B: one random key per example; see `example_keys`.
+        pad: pixels to add on each side; 0 if `crop` is 0.
+        crop: side of the square to cut out, at most that of the image; 0 keeps the whole image.
+        flip: whether to mirror each example left to right with probability 1/2.
 
     Returns:
         (B, crop, crop, C) of the images' type; (B, H, W, C) where `crop` is 0.
@@ -78,16 +79,17 @@ def take_augmented(
     """
     height, width = images_NxHxWxC.shape[1:3]
     check_window(height, width, pad, crop)
-    # Raw bits, whose values are the cipher's own: samplers built on them change with releases.
+    # Raw bits are fixed by the Threefry cipher; JAX's samplers may change with a release.
     bits_Bx3 = jax.vmap(lambda key: jax.random.bits(key, (3,), jnp.uint32))(keys_B)
 
     def lines(size: int, bits_B: jax.Array, mirrored_B: jax.Array) -> jax.Array:
+        """The row (or column) of the image that each row (or column) of the output shows."""
         cut = crop or size
-        places = size + 2 * pad - cut + 1
+        offsets = size + 2 * pad - cut + 1
         within = jnp.arange(cut, dtype=jnp.int32)
         within = jnp.where(mirrored_B[:, None], cut - 1 - within, within)
-        line = (bits_B % jnp.uint32(places)).astype(jnp.int32)[:, None] + within - pad
-        # Reflected at pixel 0, then at the last.
+        line = (bits_B % jnp.uint32(offsets)).astype(jnp.int32)[:, None] + within - pad
+        # Reflect at pixel 0, then at the last pixel.
         return size - 1 - jnp.abs(size - 1 - jnp.abs(line))
 
     upright_B = jnp.zeros(keys_B.shape, bool)
@@ -99,12 +101,12 @@ def take_augmented(
 
 
 def take_plain(images_NxHxWxC: jax.Array, record_B: jax.Array, crop: int) -> jax.Array:
-    """The records as evaluation sees them: the centre of side `crop`, or all where it is 0.
+    """Takes images for evaluation: the central square of side `crop`, or the whole if it is 0.
 
     Args:
         images_NxHxWxC: as in `take_augmented`.
         record_B: as in `take_augmented`.
-        crop: side of the square cut out. An odd margin leaves its extra pixel below and right.
+        crop: side of the square. If the margin is odd, its extra pixel is below and to the right.
 
     Raises:
         Mistake: if the crop is larger than the images.
@@ -119,12 +121,12 @@ def take_plain(images_NxHxWxC: jax.Array, record_B: jax.Array, crop: int) -> jax
 def normalise(
     images_BxHxWxC: jax.Array, mean: tuple[float, ...], std: tuple[float, ...], dtype: jnp.dtype
 ) -> jax.Array:
-    """(images - mean) / std by channel, computed in float32 (float64 for float64), as `dtype`.
+    """(images - mean) / std per channel, computed in float32 (float64 if `dtype` is float64).
 
     Args:
         images_BxHxWxC: uint8.
-        mean: one a channel, on the scale 0 to 255.
-        std: likewise.
+        mean: one value per channel, on the scale 0 to 255.
+        std: one value per channel, on the same scale.
         dtype: of the result.
     """
     wide = jnp.promote_types(dtype, jnp.float32)

@@ -1,12 +1,12 @@
-"""One encoded photograph becomes one square array: the crop is drawn, decoded and resized.
+"""Turns an encoded photograph into a square array: draws a crop, decodes it and resizes it.
 
-OpenCV decodes and resizes, the fastest per core of what was measured (experiments/speed). It reads
-JPEG, grey and CMYK JPEG, and the PNG files that ImageNet has under a JPEG's name. What cannot be
-told from the pixels, such as a truncated file, is refused from the bytes before decoding: libjpeg
-itself only prints a warning and fills the rest with grey.
+OpenCV decodes and resizes: it was the fastest per core of the libraries measured
+(experiments/speed). It reads JPEG, grey and CMYK JPEG, and the PNG files that ImageNet has under a
+JPEG's name. Faults that the pixels do not show, such as a truncated file, are found in the bytes
+before decoding, since libjpeg only prints a warning and fills the rest of the image with grey.
 
 Boxes are (left, top, width, height) in whole pixels of the full image. Flips and normalisation are
-the device's.
+done on the device (see `augment`).
 """
 
 import math
@@ -17,7 +17,7 @@ import numpy as np
 
 from bigbatch.mistake import Mistake
 
-# Tells the crops from everything else that follows from the same seed.
+# Part of the generator's key: no other random numbers of the same seed come from this stream.
 CROP_TAG = 0x63726F70
 
 RESAMPLE = {"bicubic": cv2.INTER_CUBIC, "bilinear": cv2.INTER_LINEAR}
@@ -28,28 +28,29 @@ REDUCED = {
     1: cv2.IMREAD_COLOR,
 }
 
-# Many images are decoded at once, one a core; a pool inside each call would only contend. It
-# changes no pixel. But bicubic pixels differ by a level between OpenCV's versions and between
-# instruction sets, so a streamed run keeps its bits on one version and kind of processor.
+# Many images are decoded at once, one per core, so threads inside each call would only compete for
+# the cores. Their number changes no pixel. But bicubic pixels differ by one level between versions
+# of OpenCV and between instruction sets, so a streamed run gives the same bits only with the same
+# version and kind of processor.
 cv2.setNumThreads(0)
 
 
-def uniforms(seed: int, epoch: int, place: int) -> Iterator[float]:
-    """The endless draws, uniform in [0, 1), for the example at `place` of `epoch`.
+def uniforms(seed: int, epoch: int, position: int) -> Iterator[float]:
+    """Yields random numbers, uniform in [0, 1), for one example, without end.
 
-    They follow from the example's place in the run and nothing else. From the raw stream of a
-    counter-based bit generator, which NumPy keeps fixed (NEP 19); its samplers may change.
+    They depend on nothing but the arguments. They come from the raw stream of a counter-based bit
+    generator, which NumPy keeps the same in all releases (NEP 19); its samplers may change.
 
     Args:
         seed: of the run, in [0, 2**32).
-        epoch: counted from 0.
-        place: in the epoch's order, counted from 0.
+        epoch: of the example, counted from 0.
+        position: of the example in its epoch, counted from 0.
     """
     key = np.array([CROP_TAG << 32 | seed, epoch], np.uint64)
-    # The lowest word counts the draws, so places must differ in a higher one.
-    stream = np.random.Philox(key=key, counter=np.array([0, place, 0, 0], np.uint64))
+    # The lowest word counts the draws, so the position is put into a higher one.
+    stream = np.random.Philox(key=key, counter=np.array([0, position, 0, 0], np.uint64))
     while True:
-        # An accepted first try takes four draws, and that is most images.
+        # Most boxes are accepted at the first try, which takes four draws.
         for raw in stream.random_raw(8).tolist():
             yield (raw >> 11) * 2.0**-53
 
@@ -61,17 +62,17 @@ def random_resized_crop_box(
     area: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> tuple[int, int, int, int]:
-    """A random part of the image, to be resized to a square.
+    """Draws a random box in the image, to be resized to a square.
 
-    Szegedy et al., "Going deeper with convolutions", section 6, as Goyal et al. train with it: the
-    share of the area is uniform, the aspect ratio uniform in its logarithm (so that lying and
-    standing are equally likely), both drawn again, up to 10 times, until the box fits. If none
-    does, the box is the largest in the centre whose ratio lies within the limits.
+    The method of Szegedy et al., "Going deeper with convolutions", section 6, as Goyal et al. use
+    it: the box's share of the area is uniform and its aspect ratio log-uniform (so that upright and
+    oblong boxes are equally likely). Both are drawn again until the box fits, up to 10 times. If no
+    box fits, the result is the largest centred box whose ratio is within the limits.
 
     Args:
         width, height: of the image, in pixels.
-        draws: uniform in [0, 1).
-        area: least and largest share of the image.
+        draws: random numbers, uniform in [0, 1).
+        area: least and largest share of the image's area.
         ratio: least and largest width/height.
     """
     least, span = math.log(ratio[0]), math.log(ratio[1] / ratio[0])
@@ -80,7 +81,7 @@ def random_resized_crop_box(
         shape = math.exp(least + next(draws) * span)
         w, h = round(math.sqrt(pixels * shape)), round(math.sqrt(pixels / shape))
         if 0 < w <= width and 0 < h <= height:
-            return _placed(width, height, w, h, draws)
+            return _randomly_positioned(width, height, w, h, draws)
     w = min(width, max(1, round(height * ratio[1])))
     h = min(height, max(1, round(width / ratio[0])))
     return (width - w) // 2, (height - h) // 2, w, h
@@ -94,19 +95,19 @@ def inception_crop_box(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     covered: float = 0.1,
 ) -> tuple[int, int, int, int]:
-    """The distorted crop that tf-slim trains Inception networks with.
+    """Draws the distorted crop with which tf-slim trains Inception networks.
 
-    As TensorFlow's `sample_distorted_bounding_box` does it, with the whole image for the object:
+    The method of TensorFlow's `sample_distorted_bounding_box`, with the whole image as the object:
     the aspect ratio is uniform, then the height is uniform among those that keep the area within
-    its limits and the box within the image. Up to 100 tries, then the whole image. Small boxes are
-    likelier than under `random_resized_crop_box`.
+    its limits and the box within the image. After 100 tries without a valid box the result is the
+    whole image. Small boxes are likelier than with `random_resized_crop_box`.
 
     Args:
         width, height: of the image, in pixels.
-        draws: uniform in [0, 1).
-        area: least and largest share of the image.
+        draws: random numbers, uniform in [0, 1).
+        area: least and largest share of the image's area.
         ratio: least and largest width/height.
-        covered: least share of the object that must be seen; a smaller box is drawn again.
+        covered: least share of the object that the box must cover.
     """
     pixels = width * height
     for _ in range(100):
@@ -118,19 +119,22 @@ def inception_crop_box(
         w = round(h * shape)
         fits = 0 < w <= width and 0 < h
         if fits and max(area[0], covered) * pixels <= w * h <= area[1] * pixels:
-            return _placed(width, height, w, h, draws)
+            return _randomly_positioned(width, height, w, h, draws)
     return 0, 0, width, height
 
 
 def eval_box(
     width: int, height: int, share: float, style: str
 ) -> tuple[int, int, int, int]:
-    """The part of the image a network is evaluated on, to be resized to a square.
+    """The central box of the image that is used in evaluation, to be resized to a square.
 
-    The image's centre. Style "goyal": `share` of the shorter side, a square; "resize the shorter
-    side to 256, crop the central 224" is a share of 0.875, with both folded into one step. Style
-    "inception": of each side, so the aspect ratio is not kept; tf-slim's central fraction is 0.875
-    too. Style "none": the whole image.
+    Args:
+        width, height: of the image, in pixels.
+        share: the box's share of a side.
+        style: "goyal": a square whose side is `share` of the shorter side. A share of 0.875 does
+            in one step what "resize the shorter side to 256, crop the central 224" does in two.
+            "inception": `share` of each side, so the aspect ratio is not kept; tf-slim's central
+            fraction is 0.875 too. "none": the whole image.
     """
     if style == "none":
         return 0, 0, width, height
@@ -140,10 +144,10 @@ def eval_box(
 
 
 def dimensions(encoded: bytes) -> tuple[int, int]:
-    """Width and height of a JPEG or PNG image, from its header.
+    """Width and height of a JPEG or PNG image in pixels, from its header.
 
     Raises:
-        Mistake: if it is neither, or it stops before its end.
+        Mistake: if the bytes are neither format or are truncated, or if a side of a JPEG is 0.
     """
     if encoded[:8] == b"\x89PNG\r\n\x1a\n":
         if encoded.rfind(b"IEND") < 24:
@@ -152,24 +156,24 @@ def dimensions(encoded: bytes) -> tuple[int, int]:
     if encoded[:3] != b"\xff\xd8\xff":
         raise Mistake(f"not a JPEG or PNG image: it starts with {encoded[:8]!r}")
     width = height = 0
-    place = 2
+    at = 2  # index in `encoded`
     while True:
-        # Segments up to the entropy-coded data. Like libjpeg, pass over bytes that belong to none.
-        place = encoded.find(b"\xff", place)
-        if place < 0 or place + 9 > len(encoded):
+        # The segments before the coded data. Bytes between segments are skipped, as by libjpeg.
+        at = encoded.find(b"\xff", at)
+        if at < 0 or at + 9 > len(encoded):
             raise Mistake("the image is truncated: a JPEG file that stops in its header")
-        marker = encoded[place + 1]
-        if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD8:  # stand alone, or are filling
-            place += 1
+        marker = encoded[at + 1]
+        if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD8:  # no segment follows
+            at += 1
             continue
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame
-            height = int.from_bytes(encoded[place + 5 : place + 7], "big")
-            width = int.from_bytes(encoded[place + 7 : place + 9], "big")
+            height = int.from_bytes(encoded[at + 5 : at + 7], "big")
+            width = int.from_bytes(encoded[at + 7 : at + 9], "big")
         if marker == 0xDA:  # start of scan
             break
-        place += 2 + int.from_bytes(encoded[place + 2 : place + 4], "big")
-    # Inside coded data 0xFF is always followed by 0x00, so this can only be the end of the image.
-    if encoded.rfind(b"\xff\xd9", place) < 0:
+        at += 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
+    # In coded data 0xFF is followed by 0x00 or a restart marker, so only the end has these bytes.
+    if encoded.rfind(b"\xff\xd9", at) < 0:
         raise Mistake("the image is truncated: a JPEG file without its end")
     if not width or not height:
         raise Mistake(f"a JPEG image of {width} x {height} pixels")
@@ -179,17 +183,17 @@ def dimensions(encoded: bytes) -> tuple[int, int]:
 def decode(
     encoded: bytes, box: tuple[int, int, int, int], size: int, resample: str
 ) -> np.ndarray:
-    """The pixels of `box`, resized: uint8 (size, size, 3), red first.
+    """Decodes the pixels of `box` and resizes them: uint8 (size, size, 3), red first.
 
-    Decoded no larger than needed: where the box is two, four or eight times `size`, libjpeg's
-    inverse transform makes an image smaller by that, and the box is rounded to its pixels. What is
-    left is a factor below two, and is resized without a low-pass filter, as TensorFlow and Torch7
-    do by default; half-pixel centres. An orientation in the EXIF data is not applied.
+    If both sides of the box are at least 2, 4 or 8 times `size`, libjpeg's inverse transform makes
+    an image that is smaller by that factor, and the box is rounded to whole pixels of it. The box
+    is then resized without a low-pass filter, as TensorFlow and Torch7 do by default, with
+    half-pixel centres. An orientation in the EXIF data is ignored.
 
     Args:
         encoded: a JPEG or PNG file.
         box: (left, top, width, height), inside the image.
-        size: of the output.
+        size: side of the output in pixels.
         resample: "bicubic" or "bilinear".
 
     Raises:
@@ -203,17 +207,17 @@ def decode(
     except cv2.error as error:
         raise Mistake(f"the image cannot be decoded: {error}") from error
     if image is None:
-        raise Mistake("the image cannot be decoded: OpenCV does not know its kind")
+        raise Mistake("the image cannot be decoded: OpenCV does not know its format")
     rows = slice(round(top / factor), round((top + height) / factor))
     columns = slice(round(left / factor), round((left + width) / factor))
     cropped = cv2.resize(image[rows, columns], (size, size), interpolation=RESAMPLE[resample])
     return cv2.cvtColor(cropped, cv2.COLOR_BGR2RGB)
 
 
-def _placed(
+def _randomly_positioned(
     width: int, height: int, w: int, h: int, draws: Iterator[float]
 ) -> tuple[int, int, int, int]:
-    """A box of w x h at a uniformly drawn place in the image."""
+    """A box of w x h pixels at a uniformly drawn position in the image."""
     left = int(next(draws) * (width - w + 1))
     top = int(next(draws) * (height - h + 1))
     return left, top, w, h

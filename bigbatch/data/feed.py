@@ -1,12 +1,13 @@
-"""What the compiled programs are fed: the microbatches of each update and of each evaluation.
+"""Feeds the compiled programs: the microbatches of each update and the batches of each evaluation.
 
-One place turns a position of the run (the examples seen), its phase and the devices into arrays on
-the devices. A resident data set lies there whole, and a microbatch is the numbers of its records.
-Streamed images come with it: each process reads those of its own devices' slots and no others.
+The examples of a microbatch follow from the position (examples seen), the phase and the layout. A
+resident data set is whole on every device, and a microbatch holds record numbers. If the data set
+is streamed, a microbatch holds images and labels too, and each process reads only those of its own
+devices' slots.
 
-A microbatch is on the devices, its copy on the host given up, when it is handed out. A caller that
-waits for the pass before the last one before it asks for the next therefore has two on the devices
-at most: one at work, one that was copied meanwhile.
+A streamed microbatch is on the devices, and its copy on the host is released, when it is yielded.
+So at most two microbatches are on the devices if the caller waits for pass k-1 before it asks for
+the microbatch of pass k+1, which is then copied while pass k runs.
 """
 
 import dataclasses
@@ -27,12 +28,15 @@ Arrays = dict[str, jax.Array]
 
 @dataclasses.dataclass
 class Feed:
-    """Feeds a run; see `open_feed`.
+    """The data of a run, as its programs take it; made by `open_feed`.
 
     Attributes:
-        resident: what lies whole on each device: the run's `seed`, and the training set's `images`
-            and `labels` unless each microbatch brings its own.
-        test: the same of the test set.
+        config: of the run.
+        mesh: the devices to feed.
+        resident: arrays replicated on the devices: the run's `seed` and, unless the data set is
+            streamed, the training set's `images` and `labels`.
+        test: the test set's `images` and `labels`, replicated; empty if the data set is streamed.
+        stream: the streamed microbatches; None for a resident data set.
     """
 
     config: ConfigDict
@@ -44,18 +48,18 @@ class Feed:
     def update(
         self, phase: Phase, layout: Layout, examples_seen: int
     ) -> Iterator[dict[str, jax.Array | np.ndarray]]:
-        """The microbatches of the update of `phase` that begins at `examples_seen`.
+        """Yields the microbatches of the update of `phase` that begins at `examples_seen`.
 
-        Streamed updates and evaluations are to be taken in the order `open_feed` was told. One
-        that is left halfway ends the run: the next start opens a feed at its first example.
+        A streamed feed yields updates and evaluations only in the order given to `open_feed`. It
+        cannot go back: an update that was not taken to its end needs a new feed.
 
         Yields:
-            `examples` as `lay_out_examples` makes them, and where it is streamed `images` and
-            `labels`, all cut over the devices. A single process leaves `examples` to the program
-            that is called with them, which is the sooner way there.
+            `examples` as `lay_out_examples` makes them and, if the data set is streamed, `images`
+            and `labels`, all cut over the devices. In a job of one process, `examples` stays a
+            NumPy array, which the program that is called with it transfers sooner.
 
         Raises:
-            Mistake: naming a record that cannot be read or decoded.
+            Mistake: if a record cannot be read or decoded; the message names the record.
         """
         records_Bx3 = order.records(
             self.config.seed, examples_seen, phase.batch_size, self.config.data.train_examples
@@ -64,45 +68,45 @@ class Feed:
             fed = {"examples": examples}
             if jax.process_count() > 1:
                 fed = place(fed, cut(self.mesh))
-            yield fed | self._place_next(True, examples_seen) if self.stream else fed
+            yield fed | self._put_next(True, examples_seen) if self.stream else fed
 
     def evaluation(self) -> Iterator[Arrays]:
-        """The batches of the whole test set, in order.
+        """Yields the batches of the whole test set, in order.
 
         Yields:
-            `record` (int32; -1 for a padding slot, and for an image that was skipped), and where
-            it is streamed `images` and `labels`, all cut over the devices.
+            `record` (int32; -1 for padding and for a skipped image) and, if the data set is
+            streamed, `images` and `labels`, all cut over the devices.
 
         Raises:
-            Mistake: naming a record that cannot be read or decoded.
+            Mistake: if a record cannot be read or decoded; the message names the record.
         """
         for record_DxS in _test_records(self.config, self.mesh.size):
             if self.stream:
-                yield self._place_next(False, 0, record_DxS[_own_devices(self.mesh)].reshape(-1))
+                yield self._put_next(False, 0, record_DxS[_own_devices(self.mesh)].reshape(-1))
             else:
                 yield place({"record": record_DxS.reshape(-1)}, cut(self.mesh))
 
     @property
     def skipped(self) -> int:
-        """How many images were of no use and were skipped by this process, in all."""
+        """How many images this process has skipped so far; see `streaming.Stream`."""
         return self.stream.skipped if self.stream else 0
 
     def close(self) -> None:
-        """Ends the threads or processes that read."""
+        """Stops the threads or processes that read images."""
         if self.stream:
             self.stream.close()
 
-    def _place_next(self, train: bool, start: int, record_S: np.ndarray | None = None) -> Arrays:
-        """The stream's next microbatch, each process's part on its devices; with `record` if given.
+    def _put_next(self, train: bool, start: int, record_S: np.ndarray | None = None) -> Arrays:
+        """Puts this process's part of the stream's next microbatch, with `record`, on its devices.
 
-        Returns when all of it is there, so that the host's copy goes before the next one is made.
+        Returns after the transfer, so that the host's copy is released before the next is made.
         """
         taken = next(self.stream, None)
         if taken is None or taken[:2] != (train, start):
             raise RuntimeError(
                 f"the stream is at {taken[:2] if taken else 'its end'} and was asked for "
-                f"{(train, start)}, as (train, position): updates and evaluations must be taken as "
-                "open_feed was told."
+                f"{(train, start)}, as (train, position): updates and evaluations must be taken in "
+                "the order given to open_feed."
             )
         own = {"images": taken.images_SxHxWxC, "labels": taken.labels_S}
         if record_S is not None:
@@ -121,21 +125,20 @@ def open_feed(
     config: ConfigDict, mesh: Mesh, phases: Sequence[Phase], layouts: Sequence[Layout],
     examples_seen: int, evaluated_at: Sequence[int],
 ) -> Feed:
-    """Loads the data set, or begins to stream it, from `examples_seen` on.
+    """Loads the data set, or opens it for streaming from `examples_seen` on.
 
     Args:
-        config: of the run. `data.streaming` says which, and then the keys are read that
-            `streaming.make_reader` names, `data.workers` and `data.read_threads`.
+        config: of the run. `data.streaming` decides between the two.
         mesh: the devices to feed.
-        phases: still to run, in order; the first one may be under way.
-        layouts: of these phases.
-        examples_seen: where the run stands.
-        evaluated_at: the examples seen when the test set is evaluated, rising; `examples_seen`
-            itself where that comes before the next update. Only read for streaming.
+        phases: the phases still to run, in order; the first may be under way.
+        layouts: the layouts of these phases.
+        examples_seen: the position at which the run starts or continues.
+        evaluated_at: the positions at which the test set is evaluated, ascending; they include
+            `examples_seen` if an evaluation precedes the next update. Used for streaming only.
 
     Raises:
-        Mistake: if the data is not what the config says; nothing has been decoded but a
-            resident data set.
+        Mistake: if the data does not agree with the config. A data set that is streamed is checked
+            without decoding an image.
     """
     seed = {"seed": np.uint32(config.seed)}
     if config.data.streaming:
@@ -154,19 +157,19 @@ def open_feed(
 def update_shapes(
     config: ConfigDict, mesh: Mesh, slots_each: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of what `Feed.update` yields, to compile for.
+    """The shapes of what `Feed.update` yields, for the compiler.
 
     Args:
         config: of the run.
-        mesh: the devices that are fed.
-        slots_each: ghost batches a device takes in one pass.
+        mesh: the devices to feed.
+        slots_each: slots of a device in one pass.
     """
     rows = mesh.size * slots_each * config.ghost_size
     return _shapes(config, mesh, rows) | {"examples": _shape((rows, 4), np.int32, mesh)}
 
 
 def evaluation_shapes(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of what `Feed.evaluation` yields, to compile for."""
+    """The shapes of what `Feed.evaluation` yields, for the compiler."""
     rows = _test_records(config, mesh.size)[0].size
     return _shapes(config, mesh, rows) | {"record": _shape((rows,), np.int32, mesh)}
 
@@ -174,9 +177,10 @@ def evaluation_shapes(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtyp
 def resident_shapes(
     config: ConfigDict, mesh: Mesh
 ) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
-    """The shapes of `Feed.resident` and `Feed.test`, as far as a config without its data tells.
+    """The shapes of `Feed.resident` and `Feed.test`, as far as the config alone determines them.
 
-    Images that are cropped are taken to have the size that is cut out.
+    The config does not state the size of images before they are cropped, so the size of the crop is
+    assumed.
     """
     seed = {"seed": jax.ShapeDtypeStruct((), np.uint32, sharding=replicated(mesh))}
     if config.data.streaming:
@@ -208,7 +212,7 @@ def _shape(shape: tuple[int, ...], dtype: type, mesh: Mesh) -> jax.ShapeDtypeStr
 
 
 def _own_devices(mesh: Mesh) -> list[int]:
-    """The places in the mesh of this process's devices; not in one run on every machine."""
+    """The indices of this process's devices in the mesh, which need not be consecutive."""
     return [
         at for at, device in enumerate(mesh.devices.flat)
         if device.process_index == jax.process_index()
@@ -216,9 +220,10 @@ def _own_devices(mesh: Mesh) -> list[int]:
 
 
 def _test_records(config: ConfigDict, devices: int) -> np.ndarray:
-    """The test set's records in order, int32 (batch, device, slot); -1 fills the last batch up.
+    """The record numbers of the test set in order, int32 (batches, devices, examples).
 
-    `eval_batch_size` slots on each device, or no more than its share of the test set.
+    A device takes `eval_batch_size` examples, or its share of the test set if that is less. The
+    last batch is padded with -1.
     """
     examples = config.data.test_examples
     each = min(config.eval_batch_size, -(-examples // devices))
@@ -231,7 +236,7 @@ def _open_stream(
     config: ConfigDict, mesh: Mesh, phases: Sequence[Phase], layouts: Sequence[Layout],
     examples_seen: int, evaluated_at: Sequence[int],
 ) -> streaming.Stream:
-    """All that this process reads in the run: updates, cut where the test set comes between."""
+    """Opens the stream of all that this process reads: updates, with evaluations between them."""
     train_records, test_records = sources.open_records(config.data)
     train = streaming.make_reader(train_records, config.data, True, config.seed)
     test = streaming.make_reader(test_records, config.data, False, config.seed)
@@ -243,8 +248,8 @@ def _open_stream(
     due = set(evaluated_at)
     stretches = [evaluation] if examples_seen in due else []
     for phase, layout in zip(phases, layouts, strict=True):
-        places, after = examples_by_slot(layout, config.ghost_size)
-        slots_MxDxS = np.where(after >= 0, places, -1)[:, own]
+        positions, after = examples_by_slot(layout, config.ghost_size)
+        slots_MxDxS = np.where(after >= 0, positions, -1)[:, own]
         slots_MxS = slots_MxDxS.reshape(layout.microbatches, -1)
         start = max(phase.start_example, examples_seen)
         between = [position for position in evaluated_at if start < position < phase.end_example]

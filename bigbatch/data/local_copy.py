@@ -1,8 +1,8 @@
-"""A TFDS data set in a bucket, brought down to this machine's disk once.
+"""Copies a TFDS data set from a bucket to this machine's disk, once.
 
-ArrayRecord's own reader does take gs:// paths. But it opens a request for the rest of the file at
-every record and gives it up after that record (one request and one broken connection for each of
-40 random records of CIFAR-10), and an absent file it takes for one without records.
+ArrayRecord's own reader accepts gs:// paths. But for every record it requests the rest of the file
+and breaks the connection off after that record (40 random records of CIFAR-10 took 40 requests and
+40 broken connections), and it reads an absent file as a file without records.
 """
 
 import fcntl
@@ -17,17 +17,20 @@ from bigbatch.storage import bucket
 
 
 def bring_down(builder: Any, splits: tuple[str, ...]) -> Any:
-    """A TFDS builder of the same data set, with the files of `splits` on this machine.
+    """Copies the files of `splits` to this machine, unless they are there already.
 
-    They lie under `bigbatch/data` in $XDG_CACHE_HOME (by default ~/.cache), where the next start
-    finds them. The processes of a host share them: one brings them down, the others wait.
+    The copies are under `bigbatch/data` in $XDG_CACHE_HOME (by default ~/.cache), where the next
+    start finds them. The processes of a host share them: one copies while the others wait.
 
     Args:
-        builder: of a data set in a bucket.
-        splits: as 'train' or 'train[:90%]'; one that is not there is passed over.
+        builder: the TFDS builder of a data set in a bucket.
+        splits: such as 'train' or 'train[:90%]'; a split that does not exist is ignored.
+
+    Returns:
+        A TFDS builder of the same data set that reads the copies.
 
     Raises:
-        Mistake: if they do not fit on the disk, or cannot be read.
+        Mistake: if the files do not fit on the disk, or cannot be read or written.
     """
     from tensorflow_datasets.core.read_only_builder import builder_from_directory
 
@@ -59,7 +62,7 @@ def bring_down(builder: Any, splits: tuple[str, ...]) -> Any:
                 if part.stat().st_size != missing[name]:
                     raise Mistake(
                         f"{url}/{name} has {missing[name]} bytes, of which "
-                        f"{part.stat().st_size} came: start again."
+                        f"{part.stat().st_size} were copied: start again."
                     )
                 part.replace(folder / name)
     except OSError as error:
@@ -71,17 +74,16 @@ def bring_down(builder: Any, splits: tuple[str, ...]) -> Any:
 
 
 def _wanted(files: Any, root: str, builder: Any, splits: tuple[str, ...]) -> dict[str, int]:
-    """The sizes of the data set's files, without those of other splits; by name."""
+    """The sizes in bytes, by name, of the shards of `splits` and of the metadata files."""
     shards = set()
     for split in splits:
         try:
             instructions = builder.info.splits[split].file_instructions
-        except (ValueError, KeyError):  # it is refused by name where its records are asked for
+        except (ValueError, KeyError):  # `sources.tfds_records` refuses it by name
             continue
         shards |= {os.path.basename(instruction.filename) for instruction in instructions}
     found = files.find(root, maxdepth=1, detail=True)
     sizes = {path.removeprefix(root + "/"): entry["size"] for path, entry in found.items()}
-    # What is no shard is metadata.
     return {name: size for name, size in sizes.items()
             if name in shards or name.endswith((".json", ".txt"))}
 

@@ -1,7 +1,7 @@
-"""Where images and labels come from: the digits, a TFDS data set, or a function of the user's.
+"""Opens data sets: scikit-learn's digits, a TFDS data set, or the arrays of a user's function.
 
-TFDS data sets are read from ArrayRecord files, without TensorFlow and prepared beforehand. Opening
-them is shared with streaming input; `load` decodes everything, to live in device memory.
+TFDS data sets are read without TensorFlow, from ArrayRecord files that were prepared beforehand.
+`load` decodes a whole data set, for device memory; `open_records` opens one to be streamed.
 """
 
 import difflib
@@ -21,9 +21,9 @@ from bigbatch.dotted import is_dotted, resolve
 from bigbatch.mistake import Mistake
 from bigbatch.storage import bucket
 
-# How Pillow names the channels a TFDS image may have.
+# Pillow's modes, by the number of channels that a TFDS image may have.
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-READ_AT_ONCE = 1000
+READ_AT_ONCE = 1000  # records
 
 Records = Sequence[Mapping[str, Any]]  # see `tfds_records`
 
@@ -38,10 +38,10 @@ class Dataset(NamedTuple):
 
 
 def load(data: ConfigDict) -> Dataset:
-    """The whole data set that `data` (config.data) names.
+    """Loads the whole data set that `data` (config.data) names.
 
     Raises:
-        Mistake: one message that says what is wrong with the name or the data, and what to do.
+        Mistake: if the name or the data is wrong; the message says how and what to change.
     """
     if data.name == "digits":
         return _digits(data)
@@ -50,7 +50,7 @@ def load(data: ConfigDict) -> Dataset:
     builder = open_tfds(data)
     channels = builder.info.features["image"].shape[-1]
     splits = (data.train_split, data.test_split)
-    # Both before either is decoded, so that a wrong name shows at once.
+    # Open both splits before decoding either, so that a wrong name is reported at once.
     sources = [tfds_records(builder, data.name, split) for split in splits]
     train, test = (
         _decode_all(source, f"split {split!r} of {data.name}", channels)
@@ -60,12 +60,12 @@ def load(data: ConfigDict) -> Dataset:
 
 
 def open_records(data: ConfigDict) -> tuple[Records, Records]:
-    """The records of both splits that `data` (config.data) names, to be streamed: (train, test).
+    """Opens both splits that `data` (config.data) names, to be streamed: (train, test) records.
 
-    They are what the config was planned with, as far as can be told without decoding them.
+    Checks that they agree with the config, as far as is possible without decoding images.
 
     Raises:
-        Mistake: one message with the key to change, or what is wrong with the data.
+        Mistake: if they do not, or cannot be read; the message has the key to change.
     """
     if data.name == "digits" or is_dotted(data.name):
         raise Mistake(
@@ -89,10 +89,10 @@ def open_records(data: ConfigDict) -> tuple[Records, Records]:
 
 
 def check(dataset: Dataset, data: ConfigDict) -> None:
-    """Refuses a data set that is not what the config was planned with.
+    """Checks that a data set agrees with `data` (config.data).
 
     Raises:
-        Mistake: one line with the key to change and what to set it to.
+        Mistake: if it does not, with the key to change and the value to set.
     """
     train, test = dataset.train_images, dataset.test_images
     _check_sizes(data, len(train), len(test), train.shape[1:])
@@ -101,7 +101,7 @@ def check(dataset: Dataset, data: ConfigDict) -> None:
 def _check_sizes(
     data: ConfigDict, train: int, test: int, image_shape: tuple[int, int, int]
 ) -> None:
-    """Refuses counts of examples, or images (height, width, channels), that do not fit `data`."""
+    """Checks numbers of examples and an image shape (height, width, channels) against `data`."""
     for key, split, found in (
         ("train_examples", data.train_split, train), ("test_examples", data.test_split, test),
     ):
@@ -115,7 +115,7 @@ def _check_sizes(
         if len(data[key]) != channels:
             raise Mistake(
                 f"config.data.{key} is {tuple(data[key])}, but the images of {data.name} "
-                f"have {channels} channel{'s'[: channels != 1]}: one value a channel is needed."
+                f"have {channels} channel{'s'[: channels != 1]}: set one value per channel."
             )
     if not all(value > 0 for value in data.std):
         raise Mistake(f"config.data.std is {tuple(data.std)}; its values must be over 0.")
@@ -131,21 +131,24 @@ def _check_sizes(
         cut = f"cropped to {crop}x{crop}" if crop else f"{height}x{width}, uncropped"
         raise Mistake(
             f"config.data.image_size is {data.image_size}, but the images of {data.name} are "
-            f"{cut}: set --config.data.image_size={side}, or --config.data.augment.crop to what is "
-            "meant."
+            f"{cut}: set --config.data.image_size={side}, or change --config.data.augment.crop."
         )
 
 
 def open_tfds(data: ConfigDict) -> Any:
-    """The read-only TFDS builder of `data.name`, prepared as ArrayRecord files in `data.dir`.
+    """Opens the TFDS data set `data.name`, prepared as ArrayRecord files in `data.dir`.
 
-    Nothing is prepared (`tfds.data_source` would begin to, where it is absent), and the data set's
-    own code is not needed: everything is in the folder's metadata. From a bucket (gs://) the files
-    are copied first, once; see `local_copy`.
+    An absent data set is not prepared, as `tfds.data_source` would do. The data set's own code is
+    not needed, since the folder's metadata describes the data set completely. Files in a bucket
+    (gs://) are first copied, once; see `local_copy`.
+
+    Returns:
+        A read-only TFDS builder.
 
     Raises:
-        Mistake: if it is unknown, not prepared, or in another file format, with the command
-            that prepares it; or if it holds no images with labels, or of other classes.
+        Mistake: if the data set is unknown, not prepared, or prepared in another file format, with
+            the command that prepares it; if it is not a data set of labelled images; or if its
+            number of classes is not `data.num_classes`.
     """
     from etils import epath
     from tensorflow_datasets.core import constants
@@ -168,8 +171,8 @@ def open_tfds(data: ConfigDict) -> Any:
     if "array_record" not in formats:
         raise Mistake(
             f"{data.name} in {builder.data_path} is prepared as {' and '.join(sorted(formats))}; "
-            "only array_record can be read in any order and without TensorFlow. Prepare it once "
-            "more, in another folder, and set --config.data.dir to that:\n"
+            "only array_record can be read in any order and without TensorFlow. Prepare it again "
+            "in another folder, and set --config.data.dir to that folder:\n"
             + _how_to_prepare(data.name, "FOLDER", str(folder / "downloads"))
         )
     _check_features(builder, data)
@@ -179,7 +182,7 @@ def open_tfds(data: ConfigDict) -> Any:
 
 
 def tfds_records(builder: Any, name: str, split: str) -> Records:
-    """The records of a split by number: `image` (bytes, still encoded) and `label` (int).
+    """Opens a split: its records by number, each with `image` (encoded bytes) and `label` (int).
 
     Args:
         builder: from `open_tfds`.
@@ -187,7 +190,7 @@ def tfds_records(builder: Any, name: str, split: str) -> Records:
         split: a TFDS split, such as 'train' or 'train[:90%]'.
 
     Raises:
-        Mistake: if there is no such split, or nothing in it.
+        Mistake: if there is no such split, or if it is empty.
     """
     import tensorflow_datasets as tfds
 
@@ -204,12 +207,12 @@ def tfds_records(builder: Any, name: str, split: str) -> Records:
 
 
 def decode(encoded: bytes, channels: int) -> np.ndarray:
-    """The pixels of a JPEG or PNG: uint8 (height, width, channels).
+    """Decodes a JPEG or PNG image: uint8 (height, width, channels).
 
-    By Pillow, and not by whichever decoder TFDS finds installed: they differ in the last bits.
+    Pillow decodes, not whichever decoder TFDS finds installed: decoders differ in the last bits.
 
     Raises:
-        Mistake: if the bytes are no whole image.
+        Mistake: if the bytes are not a whole image.
     """
     try:
         with Image.open(io.BytesIO(encoded)) as image:
@@ -223,15 +226,15 @@ def decode(encoded: bytes, channels: int) -> np.ndarray:
 
 
 def _read(records: Records, numbers: Sequence[int], what: str) -> list[Mapping[str, Any]]:
-    """The records with these numbers, still encoded."""
+    """Reads the records with these numbers, still encoded."""
     try:
         return records.__getitems__(list(numbers))
-    except RuntimeError as error:  # ArrayRecord's, for absent or broken files
+    except RuntimeError as error:  # from ArrayRecord, for absent or broken files
         raise Mistake(f"{what} cannot be read: {error}") from error
 
 
 def _decode_all(source: Records, what: str, channels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels of a split: CIFAR-10 takes about 7 seconds, and no less with threads."""
+    """Decodes a split: images and labels. CIFAR-10 takes about 7 seconds, also with threads."""
     images, labels = np.empty((0,), np.uint8), np.empty(len(source), np.int64)
     for start in range(0, len(source), READ_AT_ONCE):
         stop = min(start + READ_AT_ONCE, len(source))
@@ -255,7 +258,7 @@ def _decode_all(source: Records, what: str, channels: int) -> tuple[np.ndarray, 
 
 
 def _check_features(builder: Any, data: ConfigDict) -> None:
-    """Refuses a TFDS data set without uint8 images and whole-number labels, or of other classes."""
+    """Checks that a TFDS data set has uint8 images, and integer labels of the config's classes."""
     import tensorflow_datasets as tfds
 
     features = builder.info.features
@@ -272,8 +275,8 @@ def _check_features(builder: Any, data: ConfigDict) -> None:
     ):
         has = re.sub(r"\s+", " ", repr(features))
         raise Mistake(
-            f"{data.name} is no data set of labelled images: it needs the features 'image' (an "
-            f"Image of type uint8) and 'label' (one whole number), and has {has}."
+            f"{data.name} is no data set of labelled images: it must have the features 'image' (an "
+            f"Image of type uint8) and 'label' (one whole number), but it has {has}."
         )
     if isinstance(label, tfds.features.ClassLabel) and label.num_classes != data.num_classes:
         raise Mistake(
@@ -283,11 +286,11 @@ def _check_features(builder: Any, data: ConfigDict) -> None:
 
 
 def _not_prepared(name: str, folder: PurePath) -> str:
-    """What to say of a TFDS name that is not in the folder."""
+    """The message for a TFDS data set that is not in `folder`."""
     import tensorflow_datasets as tfds
 
     base = re.split(r"[/:]", name)[0]
-    # Folders are NAME/VERSION or NAME/CONFIG/VERSION; this is how a config writes them.
+    # The folders are NAME/VERSION or NAME/CONFIG/VERSION, written NAME:VERSION in a config.
     versions = sorted(
         path.parent.relative_to(folder)
         for pattern in ("*/*/features.json", "*/*/*/features.json")
@@ -302,18 +305,18 @@ def _not_prepared(name: str, folder: PurePath) -> str:
         hint = f" Did you mean {close[0]}?" if close else ""
         return (
             f"config.data.name is {name!r}; it must be 'digits', the name of a TFDS data set, or "
-            f"the dotted path of a function. TFDS knows none of that name, and none is in {folder} "
-            f"({there}).{hint}"
+            f"the dotted path of a function. TFDS has no data set of this name, and {folder} has "
+            f"none either ({there}).{hint}"
         )
     return (
         f"{name} is not in {folder} ({there}). If it is elsewhere, set --config.data.dir to the "
-        f"folder that holds {base}/. Else prepare it once, with a Python environment of its own:\n"
+        f"folder that holds {base}/. Otherwise prepare it once, in a separate Python environment:\n"
         + _how_to_prepare(name, str(folder))
     )
 
 
 def _how_to_prepare(name: str, folder: str, downloads: str = "") -> str:
-    """Two commands. `tfds build` would need more packages than TFDS installs."""
+    """The two shell commands for it. `tfds build` would need more packages than TFDS installs."""
     reused = f"download_dir={downloads!r}" if downloads else ""
     return (
         "    python -m pip install tensorflow tensorflow-datasets array_record &&\n"
@@ -323,7 +326,7 @@ def _how_to_prepare(name: str, folder: str, downloads: str = "") -> str:
 
 
 def _digits(data: ConfigDict) -> Dataset:
-    """scikit-learn's 1 797 digits, 8x8: every fifth is for testing."""
+    """Loads scikit-learn's 1 797 digits of 8x8 pixels; every fifth is in the test set."""
     from sklearn.datasets import load_digits
 
     if (data.train_split, data.test_split) != ("train", "test"):
@@ -341,7 +344,7 @@ def _digits(data: ConfigDict) -> Dataset:
 
 
 def _from_function(data: ConfigDict) -> Dataset:
-    """What the user's function returns for `data`: a Dataset, four arrays, or a dict of them."""
+    """Calls the user's function, which returns a Dataset, four arrays, or a dict of them."""
     function = resolve(data.name, "config.data.name")
     arrays = function(data)
     fields = Dataset._fields
@@ -360,7 +363,7 @@ def _from_function(data: ConfigDict) -> Dataset:
 
 
 def _checked(dataset: Dataset, who: str, classes: int) -> Dataset:
-    """The data set with int32 labels, or the first thing that is wrong with it."""
+    """The data set with int32 labels; raises Mistake for the first fault that it has."""
     for split, images, labels in (
         ("train", dataset.train_images, dataset.train_labels),
         ("test", dataset.test_images, dataset.test_labels),

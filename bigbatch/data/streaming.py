@@ -1,14 +1,15 @@
-"""The images of each microbatch, read and decoded in the background, in the run's own order.
+"""Reads and decodes the images of each microbatch in the background, in the order of the run.
 
-Which record stands at a position of the run follows from the position alone (`order`), so the whole
-stream of a run is known ahead as a closed form, over every change of batch size and every
-evaluation. Grain reads and decodes blocks of it, in threads or in worker processes, and hands them
-over in order; they are cut into microbatches here. (Grain's own batches could not change their
-size, and batches made in workers would come in another order.) How it is cut into blocks or dealt
-to workers changes no image. One stream serves training and evaluation, so that workers start once
-and the bound below holds across an evaluation.
+The record at a position of the run follows from the position alone (`schedule.order`). So all that
+a run reads is known in advance in closed form, across changes of the batch size and evaluations.
+Grain reads and decodes blocks of examples, in threads or in worker processes, and returns them in
+order; this module cuts them into microbatches. (The size of Grain's own batches cannot change, and
+batches made in workers would come in another order.) The size of the blocks and the number of
+workers change no image. One stream serves training and evaluation, so that workers start only once
+and the bound below also holds during an evaluation.
 
-The host holds two microbatches of images at most: those decoded ahead, and the one being filled.
+The host holds at most two microbatches of images: the examples decoded ahead, and the microbatch
+that is being filled.
 """
 
 import atexit
@@ -38,9 +39,10 @@ from bigbatch.mistake import Mistake
 from bigbatch.schedule import order
 
 CROPS = {"goyal": decode.random_resized_crop_box, "inception": decode.inception_crop_box}
-# More in a block would make them wait for one another, fewer cost more to hand over.
+# Examples in a block. In a larger one they wait longer for one another; a smaller one costs more
+# time per example to transfer.
 LARGEST_BLOCK = 16
-NO_LABEL = -1
+NO_LABEL = -1  # of a padding slot and of a skipped image
 SHARED_MEMORY = Path("/dev/shm")
 
 _open_streams = weakref.WeakSet()
@@ -48,18 +50,18 @@ _open_streams = weakref.WeakSet()
 
 @atexit.register
 def _close_streams() -> None:
-    """Before the interpreter takes itself apart, when Grain can no longer do it."""
+    """Closes all streams before the interpreter shuts down, since Grain cannot do so later."""
     for stream in list(_open_streams):
         stream.close()
 
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """Makes the examples of a split: each an image, cropped to size, and its label."""
+    """Reads the examples of a split: an image, cropped and resized to a square, and its label."""
 
     records: Sequence[Mapping[str, Any]]  # `image` (encoded) and `label`, as `sources.tfds_records`
     split: str  # for messages
-    train: bool  # False: in the order of the records, cropped for evaluation
+    train: bool  # False: the test set, in the order of its records
     seed: int
     classes: int
     size: int
@@ -69,20 +71,23 @@ class Reader:
     skip: bool
 
     def read(self, position: int) -> tuple[np.ndarray, int, str]:
-        """The example at `position` of the run: uint8 (size, size, 3), its label, "".
+        """Reads the example at `position`, of the run or (for evaluation) of the test set.
 
-        Where it is of no use and is to be skipped: zeros, NO_LABEL and the reason.
+        Returns:
+            The image, uint8 (size, size, 3), its label, and "". For an image that is to be skipped:
+            zeros, NO_LABEL, and the reason.
 
         Raises:
-            Mistake: naming a record that cannot be read or decoded.
+            Mistake: if the record cannot be read, or if its image or label is faulty and it is not
+                to be skipped; the message names the record.
         """
-        record, epoch, place = position, 0, position
+        record, epoch, epoch_position = position, 0, position
         if self.train:
             found = order.records(self.seed, position, 1, len(self.records))
-            record, epoch, place = found[0].tolist()
+            record, epoch, epoch_position = found[0].tolist()
         try:
             example = self.records[record]
-        except RuntimeError as error:  # ArrayRecord's, for absent or broken files
+        except RuntimeError as error:  # from ArrayRecord, for absent or broken files
             raise Mistake(
                 f"record {record} of split {self.split!r} cannot be read: {error}"
             ) from error
@@ -90,7 +95,7 @@ class Reader:
         try:
             if not 0 <= label < self.classes:
                 raise Mistake(f"the label is {label}, outside [0, {self.classes})")
-            box = self._box(*decode.dimensions(encoded), epoch, place)
+            box = self._box(*decode.dimensions(encoded), epoch, epoch_position)
             return decode.decode(encoded, box, self.size, self.resample), label, ""
         except Mistake as error:
             reason = f"record {record}{_name(example)} of split {self.split!r}: {error}"
@@ -100,21 +105,25 @@ class Reader:
                 f"{reason}. Repair it, or set --config.data.on_bad_image=skip to go on without it."
             ) from None
 
-    def _box(self, width: int, height: int, epoch: int, place: int) -> tuple[int, int, int, int]:
+    def _box(
+        self, width: int, height: int, epoch: int, epoch_position: int
+    ) -> tuple[int, int, int, int]:
         if not self.train or self.style == "none":
             return decode.eval_box(width, height, self.eval_share, self.style)
-        return CROPS[self.style](width, height, decode.uniforms(self.seed, epoch, place))
+        draws = decode.uniforms(self.seed, epoch, epoch_position)
+        return CROPS[self.style](width, height, draws)
 
 
 def make_reader(
     records: Sequence[Mapping[str, Any]], data: ConfigDict, train: bool, seed: int
 ) -> Reader:
-    """The reader of one of config.data's splits.
+    """Makes the reader of one split of a data set.
 
     Args:
-        records: of that split, from `sources.open_records`.
-        data: config.data. Its `crop_style` is "goyal", "inception" or "none": see `decode`.
-        train: with random crops and in the run's order; else in the order of the records.
+        records: of the split, from `sources.open_records`.
+        data: config.data. Its `crop_style` is "goyal", "inception" or "none"; see `decode`.
+        train: whether the split is the training set, read in the run's order with random crops;
+            otherwise it is the test set, read in the order of its records.
         seed: of the run.
     """
     return Reader(
@@ -126,50 +135,54 @@ def make_reader(
 
 @dataclasses.dataclass(frozen=True)
 class Stretch:
-    """Updates of one batch size, and which of their examples this process feeds."""
+    """Consecutive updates of one batch size, and the examples that this process reads of them.
+
+    An evaluation is one such update, whose batch is the test set.
+    """
 
     reader: Reader
     start: int  # position of the first update's first example
     updates: int
     batch_size: int
-    # The example's place in the batch, for each slot of each microbatch; -1 for a padding slot.
+    # Positions in the batch of the examples of each microbatch, in the order of this process's
+    # slots; -1 in padding slots.
     slots_MxS: np.ndarray
 
     @functools.cached_property
     def needed(self) -> np.ndarray:
-        """The places in the batch that this process reads, in the order of their use."""
+        """Positions in the batch of the examples that this process reads, in the order of use."""
         return self.slots_MxS[self.slots_MxS >= 0]
 
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """What Grain reads: the stream, `block` examples at a time."""
+    """The data source for Grain: item i is the i-th `block` examples that this process reads."""
 
     stretches: tuple[Stretch, ...]
     block: int
 
     @functools.cached_property
     def ends(self) -> np.ndarray:
-        """How many examples this process has read by the end of each stretch."""
+        """The number of examples that this process has read at the end of each stretch."""
         return np.cumsum([stretch.updates * len(stretch.needed) for stretch in self.stretches])
 
     def __len__(self) -> int:
         return -(-int(self.ends[-1]) // self.block)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """Images uint8 (block, size, size, 3), labels int32 (block,), reasons of `Reader.read`."""
+        """Block `index`: images uint8 (block, size, size, 3), labels int32 (block,), reasons."""
         first = index * self.block
         examples = range(first, min(first + self.block, int(self.ends[-1])))
         size = self.stretches[0].reader.size
         images = np.empty((len(examples), size, size, 3), np.uint8)
         labels, reasons = np.empty(len(examples), np.int32), []
-        for place, example in enumerate(examples):
-            images[place], labels[place], reason = self.read(example)
+        for row, example in enumerate(examples):
+            images[row], labels[row], reason = self.read(example)
             reasons.append(reason)
         return images, labels, reasons
 
     def read(self, index: int) -> tuple[np.ndarray, int, str]:
-        """Example `index` of this process's stream, as `Reader.read`."""
+        """Reads example `index` of those that this process reads; see `Reader.read`."""
         at = int(np.searchsorted(self.ends, index, side="right"))
         stretch = self.stretches[at]
         before = int(self.ends[at - 1]) if at else 0
@@ -180,33 +193,34 @@ class Blocks:
 
 
 class Microbatch(NamedTuple):
-    """What this process feeds of a microbatch, in the order of its slots."""
+    """The part of a microbatch that this process reads, in the order of its slots."""
 
     train: bool
-    start: int  # position of its update's first example
-    images_SxHxWxC: np.ndarray  # uint8; black in a padding slot and for a skipped image
-    labels_S: np.ndarray  # int32; NO_LABEL there
+    start: int  # position of the first example of its update
+    images_SxHxWxC: np.ndarray  # uint8; zeros in a padding slot and for a skipped image
+    labels_S: np.ndarray  # int32; NO_LABEL in both cases
 
 
 class Stream:
-    """Iterates over the microbatches of all stretches; each is read while others are used.
+    """Iterates over the microbatches of all stretches, and reads ahead in the background.
 
-    Drop a microbatch before asking for the next, or the host holds three.
+    Release a microbatch before you ask for the next; otherwise the host holds three.
 
     Attributes:
-        skipped: images that were of no use and were skipped, in all.
+        skipped: the number of images skipped so far, because they could not be decoded or their
+            label is not a class.
     """
 
     def __init__(self, stretches: Sequence[Stretch], workers: int, threads: int):
-        """Begins when the first microbatch is asked for.
+        """Prepares the stream; reading begins when the first microbatch is asked for.
 
         Args:
-            stretches: what to read, in order; of one size of image.
-            workers: processes that decode; 0 for threads in this one.
-            threads: that decode in each process.
+            stretches: what to read, in order; all with the same image size.
+            workers: the number of processes that decode; with 0, threads of this process decode.
+            threads: the number of threads that decode in each process.
 
         Raises:
-            Mistake: if what the workers pass on does not fit into shared memory.
+            Mistake: if the images on their way from the workers do not fit into shared memory.
         """
         self.skipped = 0
         self._microbatches = (
@@ -236,17 +250,17 @@ class Stream:
         return Microbatch(reader.train, start, images, labels)
 
     def close(self) -> None:
-        """Ends the threads or processes; the stream is over then."""
+        """Stops the threads or processes, and ends the stream."""
         if self._blocks is not None:
             self._blocks.close()
         self._blocks = self._examples = None
         self._microbatches = iter(())
-        gc.collect()  # Grain's shared memory is freed with its objects, and they form cycles
+        gc.collect()  # Grain's shared memory is freed with its objects, which form reference cycles
         _wait_for_freeing()
 
 
 def _one_by_one(blocks: Iterator[tuple]) -> Iterator[tuple[np.ndarray, int, str]]:
-    """The examples of the blocks; each block is let go before the next is taken."""
+    """Yields the examples of the blocks; releases each block before it takes the next."""
     while True:
         yield from zip(*next(blocks), strict=True)
 
@@ -254,27 +268,27 @@ def _one_by_one(blocks: Iterator[tuple]) -> Iterator[tuple[np.ndarray, int, str]
 def _background(
     stretches: tuple[Stretch, ...], workers: int, threads: int, ahead: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray, list[str]]]:
-    """Grain's iterator over the blocks, which holds `ahead` images at most.
+    """Grain's iterator over the blocks, which holds at most `ahead` images.
 
-    Where `ahead` has no room for all workers or threads there are fewer.
+    Fewer workers or threads than asked for are started if all of them would hold more.
     """
     if not stretches:
         return (block for block in ())
     if workers:
-        # In each process one block a thread and one that waits to be sent; then one in the pipe,
-        # and in this process one received and one that waits to be. And one being cut up.
+        # Blocks of each worker: one in each of its threads, one waiting to be sent, one in the
+        # pipe, and in this process one received and one waiting to be. One more is in use.
         each = threads + 4
         running, wanted, key = max(1, min(workers, (ahead - 1) // each)), workers, "workers"
         in_flight, read_ahead = running * each + 1, threads
     else:
-        # Two blocks a thread and the one being cut up.
+        # Two blocks for each thread, and one in use.
         read_ahead = max(1, min(2 * threads, ahead - 1))
         running, wanted, key = min(threads, read_ahead), threads, "read_threads"
         in_flight, threads = read_ahead + 1, running
     if running < wanted:
         logging.warning(
-            "%d of %d config.data.%s read and decode: a microbatch of %d images has no room for "
-            "more.", running, wanted, key, ahead,
+            "Only %d of %d config.data.%s read and decode: all of them would hold more than a "
+            "microbatch of %d images.", running, wanted, key, ahead,
         )
     _allow_open_files()
     blocks = Blocks(stretches, max(1, min(LARGEST_BLOCK, ahead // in_flight)))
@@ -283,7 +297,7 @@ def _background(
     )
     if workers:
         _check_shared_memory(in_flight * blocks.block * 3 * stretches[0].reader.size**2, running)
-        if not flags.FLAGS.is_parsed():  # Grain reads its flags, also where there is no main.py
+        if not flags.FLAGS.is_parsed():  # Grain reads absl flags, which only the commands parse
             flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=running, per_worker_buffer_size=1),
@@ -293,7 +307,7 @@ def _background(
 
 
 def _check_shared_memory(wanted: int, workers: int) -> None:
-    """Refuses workers whose images do not fit where Linux passes them: overflowing it kills."""
+    """Checks that the workers' images fit into shared memory, since overflow kills a process."""
     free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else wanted
     if free < wanted:
         raise Mistake(
@@ -304,16 +318,19 @@ def _check_shared_memory(wanted: int, workers: int) -> None:
 
 
 def _allow_open_files() -> None:
-    """As many as the system lets: each shard of a data set stays open, and ImageNet has a thousand,
-    where the usual limit of a process is 1024."""
+    """Raises this process's limit of open files as far as the system allows.
+
+    Each shard of a data set stays open. ImageNet has a thousand shards, and the usual limit of a
+    process is 1024 files.
+    """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _wait_for_freeing() -> None:
-    """Until this process maps no shared memory any more, or a second has passed.
+    """Waits until this process maps no shared memory, for one second at most.
 
-    Grain frees it in a thread, and where a process leaves at once Python would report it as leaked.
+    Grain frees the memory in a thread. If the process exits earlier, Python reports a leak.
     """
     maps, until = Path("/proc/self/maps"), time.monotonic() + 1.0
     while maps.exists() and "/psm_" in maps.read_text() and time.monotonic() < until:
@@ -321,11 +338,11 @@ def _wait_for_freeing() -> None:
 
 
 def _begin_worker(index: int, count: int) -> None:
-    """Lets a worker live exactly as long as the process that trains.
+    """Makes a worker live exactly as long as the training process.
 
-    SIGTERM and Ctrl-C reach a whole job at once, and the process that trains goes on until it has
-    saved: it ends its workers itself. Where it is killed, nobody tells them, and Grain's loop would
-    wait for ever.
+    SIGTERM and Ctrl-C often reach all processes at once, but the training process goes on until it
+    has saved a checkpoint and then stops its workers itself. So a worker ignores both signals. If
+    the training process is killed, a thread ends the worker, since Grain's loop would not.
     """
     _allow_open_files()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -340,7 +357,7 @@ def _begin_worker(index: int, count: int) -> None:
 
 
 def _name(example: Mapping[str, Any]) -> str:
-    """What the data set itself calls an example, in brackets, or ""."""
+    """The name that the data set gives an example, in brackets; "" if it gives none."""
     for key in ("file_name", "id", "tfds_id"):
         if key in example:
             name = example[key]

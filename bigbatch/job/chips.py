@@ -1,7 +1,7 @@
-"""One table of the chips that are known: their peaks, memory, clocks and names. Plain Python.
+"""A table of known chips: peak FLOP/s, memory, clocks and names. Plain Python.
 
-`topology` compiles for the TPUs in it, a run holds its operations against the peaks, and `launch/`
-creates slices by the names in it.
+`planning.topology` compiles for these TPUs, a run divides its FLOP/s by the peak, and `launch/`
+creates slices by these names.
 """
 
 from typing import NamedTuple
@@ -10,26 +10,26 @@ GIB = 2**30
 
 
 class Tpu(NamedTuple):
-    """A generation of TPU. A device is what JAX calls one: a core of v2 and v3, else a chip."""
+    """A generation of TPU. As in JAX, a device is one core of v2 and v3, and one chip of others."""
 
     device_kind: str  # as JAX spells it
-    peak_flops: float  # of a device, dense, in bfloat16; Google's published figure
+    peak_flops: float  # FLOP/s of a device, dense, in bfloat16, as Google publishes it
     version: str  # as libtpu spells it
     dimensions: int  # of the network between chips
-    numbered_by: str  # what the number in a name counts: cores (v2-8), chips (v5litepod-8)
+    numbered_by: str  # the number in a slice's name counts cores (v2-8) or chips (v5litepod-8)
     cores_a_chip: int
     devices_a_chip: int  # the two cores of v4 and v5p work as one
-    # What the published peak gives with the size and number of the matrix units, as
-    # 22.5e12 / (2 x 128 x 128) for v2.
+    # Computed from the published peak and the size and number of the matrix units, for v2 as
+    # 22.5e12 / (2 x 128 x 128).
     clock_hertz: float
-    memory_bytes: int  # of a device; what the compiler says a program may use
+    memory_bytes: int  # of a device, as much as the compiler lets a program use
     runtime_version: str  # of Cloud TPU machines: https://cloud.google.com/tpu/docs/runtimes
-    gke_label: str = ""  # GKE's name; "" where the scripts of launch/ know none
-    chip_config: str = ""  # as libtpu spells it, where its default is not what JAX runs on
+    gke_label: str = ""  # GKE's name; "" where launch/ has no script for GKE
+    chip_config: str = ""  # as libtpu spells it; "" where JAX runs on libtpu's default
 
     @property
     def units_a_chip(self) -> int:
-        """What a chip adds to the number in a slice's name."""
+        """How much each chip adds to the number in a slice's name."""
         return self.cores_a_chip if self.numbered_by == "cores" else 1
 
 
@@ -48,8 +48,8 @@ TPUS = {
                "v2-alpha-tpuv6e", "tpu-v6e-slice"),
 }
 
-# Of a GPU by the type that its matrix units multiply, dense; NVIDIA's data sheets of the SXM
-# boards. The PCIe boards of the H100 and H200 are clocked lower and are left unknown.
+# Peak FLOP/s of a GPU, dense, by the type that its matrix units multiply; from NVIDIA's data
+# sheets of the SXM boards. The PCIe boards of the H100 and H200 have lower clocks and are left out.
 _A100 = {"bfloat16": 312e12, "tf32": 156e12}
 _HOPPER = {"bfloat16": 989e12, "tf32": 494.7e12}
 GPU_PEAKS = {
@@ -61,14 +61,14 @@ TPU_PEAKS = {tpu.device_kind: tpu.peak_flops for tpu in TPUS.values()}
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
-    """The most floating-point operations a second of one device; None where that is not known.
+    """The peak floating-point operations per second of one device; None if it is unknown.
 
-    At JAX's default precision float32 is multiplied in one pass of bfloat16 on TPUs and as tf32 on
-    these GPUs, so these are the peaks taken for it. In float64 none is taken.
+    At JAX's default precision TPUs multiply float32 in one bfloat16 pass, and these GPUs multiply
+    it as tf32. So the peaks of those types stand for float32. For float64 there is none.
 
     Args:
         device_kind: as JAX spells it.
-        dtype: that the network computes in, as `config.dtype`.
+        dtype: `config.dtype`, in which the network computes.
     """
     if dtype not in ("bfloat16", "float32"):
         return None

@@ -1,4 +1,4 @@
-"""The mesh of devices and how the host's arrays get onto it."""
+"""The mesh of devices, and how arrays of the host are put on it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,9 +11,35 @@ from jax.sharding import PartitionSpec as P
 AXIS = "data"  # the mesh's one axis
 
 
+# JAX's options that a curve depends on, as every run has them. Each may be set otherwise by a
+# variable of the environment, and a run is its config and its workdir.
+PINNED = {
+    "jax_default_matmul_precision": None,
+    "jax_default_prng_impl": "threefry2x32",
+    "jax_numpy_dtype_promotion": "standard",
+    "jax_numpy_rank_promotion": "allow",
+    "jax_random_seed_offset": 0,
+    "jax_softmax_custom_jvp": False,
+    "jax_threefry_partitionable": True,
+}
+
+
+def pin_options(dtype: str) -> None:
+    """Sets JAX's options that a curve depends on, whatever the environment says.
+
+    Args:
+        dtype: that the network computes in; 64-bit arrays are on for float64, and off otherwise.
+    """
+    jax.config.update("jax_enable_x64", dtype == "float64")
+    for name, value in PINNED.items():
+        if jax.config.values.get(name, value) != value:  # not every version of JAX has all of them
+            jax.config.update(name, value)
+
+
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The devices on one axis, in an order that suits the network between them; by default all of
-    all processes.
+    """A mesh with one axis over `devices`, by default all devices of all processes.
+
+    JAX chooses their order for the network between them.
     """
     devices = jax.devices() if devices is None else devices
     return jax.make_mesh(
@@ -22,17 +48,17 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The whole array on each device."""
+    """The sharding that has the whole array on each device."""
     return NamedSharding(mesh, P())
 
 
 def cut(mesh: Mesh) -> NamedSharding:
-    """The leading axis cut over the devices."""
+    """The sharding that cuts the leading axis over the devices."""
     return NamedSharding(mesh, P(AXIS))
 
 
 def place(tree: Any, sharding: NamedSharding) -> Any:
-    """NumPy arrays, the same on every process, as arrays on the devices."""
+    """Puts a tree of NumPy arrays, which is the same on every process, on the devices."""
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
 
@@ -44,14 +70,14 @@ def place(tree: Any, sharding: NamedSharding) -> Any:
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str] | None:
-    """What XLA is told in compiling for these devices, beyond its defaults."""
+    """The XLA options for compiling for this mesh, where they differ from the defaults."""
     if mesh.devices.flat[0].platform == "cpu":
-        # YNNPACK takes sums several times sooner than XLA's own code, but by default it is given
-        # products and convolutions too, which take it longer.
+        # YNNPACK computes sums several times faster than XLA's own code, but matrix products and
+        # convolutions, which XLA gives it by default, more slowly.
         return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
     return None
 
 
 def shape_of(array: jax.Array) -> jax.ShapeDtypeStruct:
-    """What a program needs to know of an array to be compiled for it."""
+    """The shape, type and sharding of `array`, for which a program can be compiled."""
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)

@@ -1,9 +1,10 @@
-"""All that is taken from JAX's private modules, so that an upgrade of JAX breaks one file.
+"""All uses of JAX's private modules, so that an upgrade of JAX can break only this file.
 
-- `job_state`: the job's key-value store, and which process this is. JAX has no public way to them.
-- `running_in_cloud_tpu_vm`: whether the platform says by itself who belongs to the job.
-- `decompress_executable`: whether an entry of the compilation cache is whole.
-- `analyse_cost`: XLA's cost analysis of a program for another platform than its own.
+- `job_state`: the job's key-value store, and the number of this process, for which JAX has no
+  public API (`jax.process_index` would initialise the devices).
+- `running_in_cloud_tpu_vm`: whether this is a Cloud TPU host, where JAX finds the job's processes.
+- `decompress_executable`: raises if an entry of the compilation cache is incomplete.
+- `analyse_cost`: XLA's cost analysis of a program by another platform than its own.
 """
 
 from typing import Any
@@ -17,7 +18,7 @@ job_state = distributed.global_state
 
 
 def analyse_cost(client: Any, module: Any) -> dict[str, float]:
-    """XLA's cost analysis of an HLO module by a client's rules."""
+    """XLA's cost analysis of an HLO module for the platform of `client`."""
     return _jax.hlo_module_cost_analysis(client, module)
 
 

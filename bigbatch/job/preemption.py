@@ -1,10 +1,11 @@
-"""Stopping in good order: SIGTERM (or Ctrl-C) to any process ends at one position on all.
+"""Stopping on SIGTERM or Ctrl-C, sent to any process of a job, at one position for all processes.
 
-Programs with a reduction need every process, so all must dispatch the same ones. Each is counted
-(`before_reduction`). When one process is told to stop, all freeze and publish their counts; those
-behind run on to the largest, and there everyone stops. Counts are frozen by a thread of their own,
-so that a process held up in a program that waits for another's is not waited for in turn. Work
-without a reduction (a pass of an unfinished update) is abandoned at once.
+A program with a reduction needs every process, so all processes must dispatch the same ones. Each
+process counts the reductions that it dispatches (`before_reduction`). After a signal every process
+freezes its count and publishes it. Those behind continue to the largest count, and there all stop.
+A separate thread freezes the count, so a process whose main thread waits inside a reduction for
+another process still publishes its count. Work without a reduction (a pass of an unfinished update)
+is abandoned at once.
 """
 
 import signal
@@ -18,26 +19,27 @@ import jax
 from bigbatch.job.jax_private import job_state
 
 LISTEN_SECONDS = 0.1
-_STOP, _COUNT = "bigbatch/stop", "bigbatch/reductions"  # folders of the key-value store
+_STOP, _COUNT = "bigbatch/stop", "bigbatch/reductions"  # directories of the key-value store
 
 
 class Stop(BaseException):
-    """Raised where the processes agreed to stop; not an error, so no `except Exception` eats it."""
+    """Raised where all processes stop. No Exception, so that no `except Exception` catches it."""
 
 
 class Watch:
-    """Listens for SIGTERM and Ctrl-C, here and on the other processes of the job."""
+    """Listens for SIGTERM and Ctrl-C, to this process and to the others of the job."""
 
     def __init__(self, agreement_seconds: float = 10.0):
-        """`agreement_seconds`: how long to wait for another process's count.
+        """Installs the signal handlers. Warns outside the main thread, where Python allows none.
 
-        Warns if signals cannot be heard, which Python gives to the main thread alone.
+        Args:
+            agreement_seconds: how long to wait for the count of another process.
         """
-        self._told = threading.Event()  # here, by a signal
-        self._stopping = threading.Event()  # all of the job; this one's count is frozen
-        self._lock = threading.Lock()  # over the count and its freezing
+        self._signalled = threading.Event()  # this process has received a signal
+        self._stopping = threading.Event()  # the job is to stop; this process's count is frozen
+        self._lock = threading.Lock()  # guards the count until it is frozen
         self._reductions = 0
-        self._last: int | None = None  # the reduction all stop after, once agreed
+        self._last: int | None = None  # the count at which all processes stop, once agreed
         self._wait_milliseconds = int(1000 * agreement_seconds)
         self._client = job_state.client if jax.process_count() > 1 else None
         self._closed = threading.Event()
@@ -45,7 +47,7 @@ class Watch:
             threading.Thread(target=self._listen, name="preemption", daemon=True).start()
         self._handles = threading.current_thread() is threading.main_thread()
         if self._handles:
-            signal.set_wakeup_fd(-1)  # whoever followed signals by it (job.join) no longer does
+            signal.set_wakeup_fd(-1)  # ends what `processes.join` does on SIGTERM
             self._previous = {
                 number: signal.signal(number, self._on_signal)
                 for number in (signal.SIGTERM, signal.SIGINT)
@@ -53,21 +55,22 @@ class Watch:
         else:
             warnings.warn(
                 "SIGTERM is not handled: it ends this process without a checkpoint, since training "
-                "was not called from the main thread.", stacklevel=3,
+                "was not called from the main thread.", stacklevel=4,
             )
 
     def close(self) -> None:
-        """Gives the signals back to whoever had them."""
+        """Restores the previous signal handlers."""
         self._closed.set()
         if self._handles:
             for number, handler in self._previous.items():
                 signal.signal(number, handler)
 
     def poll(self) -> None:
-        """To be called wherever it is safe to stop.
+        """To be called wherever stopping is safe.
 
         Raises:
             Stop: if all processes are to stop here.
+            jax.errors.JaxRuntimeError: if another process has not published its count in time.
         """
         if not self._stopping.is_set():
             return
@@ -77,7 +80,7 @@ class Watch:
             raise Stop
 
     def before_reduction(self) -> None:
-        """To be called before a program that needs all processes; may raise Stop as `poll`."""
+        """To be called before each program with a reduction; raises what `poll` raises."""
         with self._lock:
             if not self._stopping.is_set():
                 self._reductions += 1
@@ -86,7 +89,7 @@ class Watch:
         self._reductions += 1
 
     def wait(self, done: Callable[[], bool]) -> None:
-        """Waits until `done()`, polling."""
+        """Polls until `done()` is true; raises what `poll` raises."""
         pause = 0.001
         while not done():
             self.poll()
@@ -94,17 +97,17 @@ class Watch:
             pause = min(2 * pause, 0.05)
 
     def _on_signal(self, number: int, frame: object) -> None:
-        if number == signal.SIGINT:  # a second Ctrl-C does not wait for a save
+        if number == signal.SIGINT:  # a second Ctrl-C ends the process at once
             signal.signal(number, self._previous[number])
-        # No lock here: the main thread, which runs this, may hold it.
-        self._told.set()
+        # The main thread runs this handler and may hold the lock already, so it must not be taken.
+        self._signalled.set()
         if self._client is None:
             self._stopping.set()
 
     def _listen(self) -> None:
-        """Passes a signal on to the other processes and theirs to this one."""
+        """Announces a signal to the other processes, waits for theirs, and freezes the count."""
         while not self._closed.wait(LISTEN_SECONDS):
-            if self._told.is_set():
+            if self._signalled.is_set():
                 self._client.key_value_set(f"{_STOP}/told", "1", allow_overwrite=True)
             elif not self._client.key_value_dir_get(_STOP):
                 continue
@@ -115,7 +118,7 @@ class Watch:
             return
 
     def _agree(self) -> int:
-        """The largest count of reductions any process has dispatched."""
+        """The largest of the counts that the processes have published."""
         if self._client is None:
             return self._reductions
         return max(

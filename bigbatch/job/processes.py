@@ -1,4 +1,4 @@
-"""The processes of a job: how they find one another, let the first decide, and end."""
+"""The processes of a job: how they connect, adopt a decision of the first one, and end."""
 
 import contextlib
 import itertools
@@ -19,39 +19,40 @@ from bigbatch.job import statuses
 from bigbatch.job.jax_private import job_state, running_in_cloud_tpu_vm
 from bigbatch.mistake import Mistake
 
-# Another process may be slower to start: to read and check a checkpoint, say.
+# How long to wait for the first process, which may have large checkpoints to check.
 DECISION_SECONDS = 600
 LAST_SECONDS = 3
-# In the texts of what JAX raises when a process it needs is gone: gRPC's codes, gloo's words.
+# JAX's error texts contain one of these when a process is lost: gRPC's codes and gloo's messages.
 LOST_PEER = r"UNAVAILABLE|DEADLINE_EXCEEDED|CANCELLED|gloo|connection|heartbeat"
-# How long the first process waits for the others at the end, and then for their exits.
+# How long the first process waits at the end for the others to arrive, and then for them to exit.
 END_SECONDS = 30
 AFTER_YOU_SECONDS = 1
-# The firewall rule that Google makes for a TPU pod opens 8476 between its hosts, and not the 8482
-# that JAX takes since 0.8.1 (https://github.com/jax-ml/jax/issues/35905).
+# Google's firewall rule for a TPU pod opens port 8476 between its hosts, but not port 8482, the one
+# that JAX uses since 0.8.1 (https://github.com/jax-ml/jax/issues/35905).
 TPU_COORDINATOR_PORT = 8476
 
 _decisions = itertools.count()
 
 
 def join(coordinator: str, processes: int, process: int, dead_peer_seconds: int) -> None:
-    """Makes this process one of the job's; to be called once, before anything touches JAX.
+    """Connects this process to its job. To be called once, before any other use of JAX.
+
+    Leave the first three at "", 0 and -1 for a job of one process, and where JAX finds the
+    processes itself: on Cloud TPU, with port 8476 unless JAX_COORDINATOR_PORT is set.
 
     Args:
-        coordinator: host:port of the first process; "" where the platform knows (Cloud TPU, where
-            the port is then 8476 unless JAX_COORDINATOR_PORT says another), and for a job of one
-            process.
-        processes: how many there are; 0 where the platform knows.
-        process: which one this is, from 0; -1 where the platform knows.
-        dead_peer_seconds: how long a process may be silent before the others end.
+        coordinator: host:port of the first process.
+        processes: the number of processes.
+        process: the number of this process, from 0.
+        dead_peer_seconds: the other processes end when one was silent for so long.
 
     Raises:
-        Mistake: if only some of the three are given, or they do not fit together, or the
+        Mistake: if only some of the first three are given, they contradict each other, or the
             coordinator has no port.
     """
     _leave_on_sigterm()
-    # JAX's own handling would swallow a SIGTERM that arrives before training listens, and it agrees
-    # on a step, where a stop inside an evaluation has to be agreed on too.
+    # JAX's preemption service would swallow a SIGTERM that arrives before training listens. It also
+    # stops only between updates, whereas a run has to stop inside an evaluation too.
     jax.config.update("jax_enable_preemption_service", False)
     given = (bool(coordinator), processes > 0, process >= 0)
     options = {"heartbeat_timeout_seconds": dead_peer_seconds}
@@ -64,6 +65,8 @@ def join(coordinator: str, processes: int, process: int, dead_peer_seconds: int)
                 "all three are needed, on every host the same coordinator (the first process's "
                 "host:port) and number, and a process from 0 to below the number."
             )
+        if processes == 1:
+            _expect_no_others()
         jax.distributed.initialize(coordinator, processes, process, **options)
         return
     if running_in_cloud_tpu_vm:
@@ -73,7 +76,8 @@ def join(coordinator: str, processes: int, process: int, dead_peer_seconds: int)
     except ValueError as error:
         if "coordinator_address should be defined" not in str(error):
             raise
-        # No platform that knows: a job of one.
+        # The platform does not name any processes, so this one is a job of its own.
+        _expect_no_others()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -82,11 +86,18 @@ def join(coordinator: str, processes: int, process: int, dead_peer_seconds: int)
         )
 
 
-def _leave_on_sigterm() -> None:
-    """Until training listens for itself there is nothing to save.
+def _expect_no_others() -> None:
+    """Leaves out gloo, which reduces between processes on CPU: it looks up the machine's own name,
+    which not every container can resolve.
+    """
+    jax.config.update("jax_cpu_collectives_implementation", None)
 
-    A thread reads of the signal from a socket, since a Python handler would not run while JAX waits
-    for other processes. `preemption.Watch` takes the signal over.
+
+def _leave_on_sigterm() -> None:
+    """Makes SIGTERM end the process with status 42 until `preemption.Watch` handles the signal.
+
+    Before that there is nothing to save. A thread learns of the signal through a socket, because a
+    Python signal handler does not run while JAX waits for other processes.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
@@ -94,7 +105,7 @@ def _leave_on_sigterm() -> None:
     signal.set_wakeup_fd(writer.fileno())
 
     def follow() -> None:
-        with writer:  # kept open
+        with writer:  # keeps the socket open
             while reader.recv(1)[0] != signal.SIGTERM:
                 pass
         os._exit(statuses.AGAIN)
@@ -103,15 +114,14 @@ def _leave_on_sigterm() -> None:
 
 
 def decided_by_first(what: str, decide: Callable[[], Any]) -> Any:
-    """What `decide` returns on the first process, on all of them.
+    """Returns on every process what `decide` returns on the first one.
 
     Args:
-        what: names the decision. All processes ask for the same ones in the same order.
-        decide: called on the first process only; returns what JSON can hold.
+        what: a name for the decision. All processes must make the same calls in the same order.
+        decide: called on the first process only; its result must be valid JSON.
 
     Raises:
-        Mistake: on every process, if `decide` raises one, or if the processes have no way to
-            tell one another.
+        Mistake: on every process, if `decide` raises one, or if the processes were not joined.
     """
     if jax.process_count() == 1:
         return decide()
@@ -119,7 +129,7 @@ def decided_by_first(what: str, decide: Callable[[], Any]) -> Any:
     if client is None:
         raise Mistake(
             f"JAX sees {jax.process_count()} processes, but they were never joined, so they cannot "
-            "agree on where the run stands: start them with python -m bigbatch.main, or call "
+            "agree on the position of the run: start them with python -m bigbatch.main, or call "
             "jax.distributed.initialize() in each, before anything else that touches JAX."
         )
     key = f"bigbatch/{what}/{next(_decisions)}"
@@ -131,17 +141,17 @@ def decided_by_first(what: str, decide: Callable[[], Any]) -> Any:
             raise
         client.key_value_set(key, json.dumps({"decision": decision}))
         return decision
-    told = json.loads(client.blocking_key_value_get(key, 1000 * DECISION_SECONDS))
-    if "refused" in told:
-        raise Mistake(told["refused"])
-    return told["decision"]
+    answer = json.loads(client.blocking_key_value_get(key, 1000 * DECISION_SECONDS))
+    if "refused" in answer:
+        raise Mistake(answer["refused"])
+    return answer["decision"]
 
 
 def explain(error: jax.errors.JaxRuntimeError) -> tuple[int, str]:
-    """(exit status, one line) on what JAX's runtime could not do, with what to change if known.
+    """The exit status for an error of JAX's runtime, and one line that says what to change.
 
-    The status is 42 where only another process or the way to it was lost: started again, the same
-    command goes on.
+    The status is 42 if another process or the connection to it was lost: the same command,
+    started again on all hosts, continues the run.
     """
     text = str(error).strip().partition("\n")[0]
     if "RESOURCE_EXHAUSTED" in text:
@@ -151,19 +161,19 @@ def explain(error: jax.errors.JaxRuntimeError) -> tuple[int, str]:
     if jax.process_count() > 1 and re.search(LOST_PEER, text, re.IGNORECASE):
         return statuses.AGAIN, (
             f"another process of the job has ended or is out of reach ({text}). Start all of them "
-            "again; the run goes on from its newest checkpoint."
+            "again; the run continues from its newest checkpoint."
         )
     return statuses.FAILED, text
 
 
 def leave(status: int, text: str = "", together: bool = False) -> None:
-    """Ends the process at once, without waiting for programs still being compiled.
+    """Ends the process at once, without waiting for programs that are still being compiled.
 
     Args:
-        status: for the system.
-        text: printed as one line first.
-        together: wait for the other processes to come to the same point, so that the first, which
-            holds the job together, does not go before them.
+        status: the exit status.
+        text: printed as one line first; "" for nothing.
+        together: whether to wait for the other processes to end too. When the first process ends,
+            the connections of the job end, and JAX aborts all processes that are left.
     """
     if text:
         print(f"bigbatch: {' '.join(text.split())}", file=sys.stderr)
@@ -172,18 +182,19 @@ def leave(status: int, text: str = "", together: bool = False) -> None:
     if together and job_state.num_processes > 1:
         _end_together(job_state.client, job_state.process_id, job_state.num_processes)
     elif job_state.process_id == 0 and job_state.num_processes > 1:
-        # The job's connections go with this process, and JAX then aborts the others: first let them
-        # hear of the same mistake, and end with a word of their own.
+        # The connections of the job end with this process, and JAX then aborts the others. First
+        # they get time to receive the same Mistake and to end with their own message.
         time.sleep(LAST_SECONDS)
     os._exit(status)
 
 
 def _end_together(client: Any, process: int, processes: int) -> None:
-    """Returns once all have come here; on the first, when the others have gone or are overdue.
+    """Lets the first process end last: the others wait for it to call this, and then it for them.
 
-    Not JAX's own shutdown, in which a process that dies now would take the others' status with it.
+    The first process waits at most `END_SECONDS`. JAX's own shutdown is not used, because there a
+    process that dies now would change the exit status of the others.
     """
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # of one that died after its last save
+    with contextlib.suppress(jax.errors.JaxRuntimeError):  # one died after its last save
         if process:
             client.blocking_key_value_get("bigbatch/end/0", 1000 * DECISION_SECONDS)
             client.key_value_set(f"bigbatch/end/{process}", "")

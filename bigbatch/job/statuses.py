@@ -1,13 +1,13 @@
-"""The exit statuses of the programs here, and of the jobs that `launch/` starts. Plain Python."""
+"""The exit statuses of the commands, and of the jobs that `launch/` starts. Plain Python."""
 
 FINISHED = 0
-FAILED = 1  # also of a plan that does not fit on its slices
-MISTAKE = 2  # in what was asked
-STOPPED_AFTER_PHASE = 3  # as --stop_after_phase asked
-AGAIN = 42  # start the same command again; GKE's and xpk's restart rules take this number
-INTERRUPTED = 128 + 2  # by a second Ctrl-C, which waits for nothing
-# A process of which nothing is known any more, as after a restart of its machine, counts as killed.
+FAILED = 1  # an error, or a plan that does not fit on its slices
+MISTAKE = 2  # the command line, the config or the data are wrong
+STOPPED_AFTER_PHASE = 3  # the run stopped where --stop_after_phase says
+AGAIN = 42  # the same command is to be started again; the restart rules of GKE and xpk use 42
+INTERRUPTED = 128 + 2  # a second Ctrl-C ended the process without a checkpoint
+# The status of a process is unknown, as after a restart of its machine. It counts as killed.
 LOST = 128 + 9
-# How JAX ends a process whose job has fallen apart: a consequence, the cause is another process's.
+# JAX aborts a process when another one of its job is lost. The cause is the other process's.
 ABORTED = 128 + 6
 SUCCESS = (FINISHED, STOPPED_AFTER_PHASE)

@@ -1,1 +1,1 @@
-"""Networks, one architecture a file, and the two layers that know of ghost batches."""
+"""Networks, one architecture per file, with ghost batch normalisation and per-example dropout."""

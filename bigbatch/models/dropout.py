@@ -1,4 +1,4 @@
-"""Dropout with one key an example: the masks do not depend on how a batch is cut up."""
+"""Dropout with one random key per example: masks do not depend on how a batch is cut up."""
 
 import jax
 import jax.numpy as jnp
@@ -7,17 +7,21 @@ from bigbatch.mistake import Mistake
 
 
 def dropout(inputs: jax.Array, rate: float, keys_B: jax.Array, train: bool, tag: int) -> jax.Array:
-    """Sets a share `rate` of each example's features to zero and scales up the others.
+    """Sets each feature to zero with probability `rate` and divides the others by 1 - rate.
 
-    `flax.nnx.Dropout` draws one mask a call, so an example's mask would change with the
-    microbatch it lands in; here it follows from the example's own key.
+    `flax.nnx.Dropout` draws one mask per call, so an example's mask would depend on its microbatch.
+    Here the mask follows from the example's own key.
 
     Args:
         inputs: (batch, ...).
-        rate: share dropped, in [0, 1).
-        keys_B: one random key an example.
-        train: outside training the inputs are returned as they are.
-        tag: tells this place in the network from the others that draw from the same keys.
+        rate: probability of dropping a feature, in [0, 1).
+        keys_B: one random key per example.
+        train: if False, the inputs are returned unchanged.
+        tag: a number that differs for each dropout layer of the network, since all of them draw
+            from the same keys.
+
+    Raises:
+        Mistake: if the rate is out of its range.
     """
     if not 0.0 <= rate < 1.0:
         raise Mistake(f"dropout: rate is {rate}; it must lie in [0, 1).")

@@ -2,13 +2,13 @@
 
 Szegedy, Ioffe, Vanhoucke, Alemi, "Inception-v4, Inception-ResNet and the Impact of Residual
 Connections on Learning", AAAI 2017, with the stem and the widths of tf-slim's
-`inception_resnet_v2`, which are not those of the article's figures. 55 813 192 parameters for 1000
-classes.
+`inception_resnet_v2`, which differ from those of the article's figures. It has 55 813 192
+parameters for 1000 classes.
 
-The stages below are written as in the literature: `|` stands between parallel branches, whose
-outputs are concatenated; f@k is a convolution to f features with a kxk kernel (f@hxw: h rows by w
-columns), /2 its stride, V padding VALID instead of SAME. Each convolution is conv-BN-ReLU. maxpool
-is 3x3/2 VALID; avgpool 3x3/1 SAME, over the pixels inside the map only.
+The notation of the stages below: `|` separates parallel branches, whose outputs are concatenated;
+f@k is a convolution to f features with a kxk kernel (f@hxw: h rows by w columns); /2 is its stride;
+V is VALID padding instead of SAME. Each convolution is followed by BN and ReLU. maxpool is 3x3/2
+VALID; avgpool is 3x3/1 SAME and averages over the pixels inside the map only.
 """
 
 import re
@@ -32,13 +32,13 @@ MIXED_7A = "256@1 384@3/2V | 256@1 288@3/2V | 256@1 288@3 320@3/2V | maxpool"
 BLOCK8 = "192@1 | 192@1 224@1x3 256@3x1"
 CONV_7B = "1536@1"
 
-# The attributes that hold them, in the order in which an image passes through them.
+# The attributes that hold the stages, in the order of the forward pass.
 STAGES = ("stem", "mixed_5b", "block35", "mixed_6a", "block17", "mixed_7a", "block8", "conv_7b")
 
 EPSILON = 1e-3  # of the normalisation, tf-slim's
-SMALLEST = 75  # side of an image of which one pixel is left after mixed_7a
-SMALLEST_AUXILIARY = 107  # side of an image of which the auxiliary head's pooling leaves one pixel
-DIVISORS = (1, 2, 4, 8, 16)  # those of all widths above
+SMALLEST = 75  # side of an image that mixed_7a reduces to one pixel
+SMALLEST_AUXILIARY = 107  # side of an image that the auxiliary head's pooling reduces to one pixel
+DIVISORS = (1, 2, 4, 8, 16)  # the common divisors of all widths above
 
 
 def _max_pool(x: jax.Array, train: bool) -> jax.Array:
@@ -53,7 +53,7 @@ _POOLS = {"maxpool": _max_pool, "avgpool": _average_pool}
 
 
 class ConvBN(nnx.Module):
-    """conv-BN-ReLU, of a layer such as "384@3/2V"."""
+    """A convolution with BN and ReLU, described in the notation above, as "384@3/2V"."""
 
     def __init__(
         self, inputs: int, layer: str, divisor: int,
@@ -74,7 +74,7 @@ class ConvBN(nnx.Module):
 
 
 class Mixed(nnx.Module):
-    """Parallel branches of convolutions and poolings, concatenated."""
+    """Parallel branches of convolutions and poolings, whose outputs are concatenated."""
 
     def __init__(
         self, inputs: int, branches: str, divisor: int,
@@ -104,7 +104,7 @@ class Mixed(nnx.Module):
 
 
 class Residual(nnx.Module):
-    """relu(x + scale up(branches(x))); `up` is a 1x1 convolution with a bias and without BN."""
+    """relu(x + scale * up(branches(x))); `up` is a 1x1 convolution with a bias and without BN."""
 
     def __init__(
         self, inputs: int, branches: str, scale: float, mixed: Callable[..., Mixed],
@@ -120,7 +120,7 @@ class Residual(nnx.Module):
 
 
 class Residuals(nnx.Module):
-    """Residual blocks one after the other."""
+    """A sequence of residual blocks."""
 
     def __init__(self, blocks: list[Residual]):
         self.blocks = nnx.List(blocks)
@@ -132,8 +132,11 @@ class Residuals(nnx.Module):
 
 
 class AuxiliaryHead(nnx.Module):
-    """A second classifier behind block17: average pooling 5x5/3 VALID, 128@1, a convolution to 768
-    features that covers the whole map, dense."""
+    """A second classifier after block17.
+
+    Average pooling 5x5/3 VALID, 128@1, a convolution to 768 features whose kernel covers the whole
+    map, and a dense layer.
+    """
 
     def __init__(
         self, inputs: int, image_size: int, mixed: Callable[..., Mixed],
@@ -152,8 +155,8 @@ class AuxiliaryHead(nnx.Module):
 class InceptionResNetV2(nnx.Module):
     """Inception-ResNet-V2 for images of 299x299, or of any other size from 75x75 upwards.
 
-    Convolutions and dense layers begin as tf-slim's do, by its default initialiser: Glorot &
-    Bengio's uniform one (2010), biases at 0.
+    Convolutions and dense layers have tf-slim's default initialiser, Glorot & Bengio's uniform one
+    (2010); biases begin at 0.
     """
 
     def __init__(
@@ -178,19 +181,20 @@ class InceptionResNetV2(nnx.Module):
         rngs: Flax's random streams; `params` is used.
         ghost_size: examples in a ghost batch.
         channels: of the images.
-        bn_decay: what remains of a running statistic after one ghost batch; tf-slim's.
-        bn_scale: whether normalisation learns a scale (30 272 parameters more).
-        dropout_rate: before the dense layer; tf-slim keeps 0.8.
-        auxiliary_weight: of the auxiliary head's loss; 0: there is no such head. tf-slim's is 0.4,
-            of 3 366 760 parameters at 299x299.
+        bn_decay: the share of a running statistic that remains after one ghost batch; by default
+            tf-slim's.
+        bn_scale: whether the normalisation learns a scale (30 272 more parameters).
+        dropout_rate: of the dropout before the dense layer; tf-slim keeps a share of 0.8.
+        auxiliary_weight: of the auxiliary head's loss, in tf-slim 0.4; 0 leaves the head out. The
+            head has 3 366 760 parameters at 299x299.
         image_size: side of the images in training. Read only by the auxiliary head, whose last
             convolution is as large as its map.
-        blocks: how often block35, block17 and block8 stand one after the other. The last block8
-            adds its branches unscaled and has no ReLU.
-        divisor: of all widths: 1, or 2, 4, 8 or 16 for a smaller network of the same form.
+        blocks: the numbers of block35, block17 and block8. The last block8 adds its branches
+            unscaled and has no ReLU.
+        divisor: divides all widths; 1, or 2, 4, 8 or 16 for a smaller network of the same form.
 
         Raises:
-            Mistake: for blocks, a divisor or an image size that make no such network.
+            Mistake: if `blocks`, `divisor`, `auxiliary_weight` or `image_size` is out of its range.
         """
         if len(blocks) != 3 or not all(isinstance(n, int) and n >= 1 for n in blocks):
             raise Mistake(
@@ -250,8 +254,8 @@ class InceptionResNetV2(nnx.Module):
         In training with the auxiliary head: (logits, [(auxiliary_weight, auxiliary logits)]).
 
         Raises:
-            Mistake: for images of another number of channels, smaller than 75x75, or, where the
-                auxiliary head is used, not of `image_size`.
+            Mistake: if the images have another number of channels or are smaller than 75x75, or if
+                the auxiliary head is used and they are not of `image_size`.
         """
         height, width, channels = images_BxHxWxC.shape[1:]
         if channels != self.channels:
@@ -261,8 +265,8 @@ class InceptionResNetV2(nnx.Module):
             )
         if min(height, width) < SMALLEST:
             raise Mistake(
-                f"Inception-ResNet-V2 got images of {height}x{width}; the smallest that its "
-                f"unpadded convolutions leave a pixel of are {SMALLEST}x{SMALLEST}."
+                f"Inception-ResNet-V2 got images of {height}x{width}; the smallest allowed are "
+                f"{SMALLEST}x{SMALLEST}, since convolutions without padding shrink them."
             )
         with_auxiliary = train and self.auxiliary is not None
         if with_auxiliary and (height, width) != (self.image_size, self.image_size):

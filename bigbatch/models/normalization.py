@@ -1,4 +1,4 @@
-"""Ghost batch normalisation, with running statistics that count examples and not updates.
+"""Ghost batch normalisation, with running statistics averaged over examples, not over updates.
 
 Hoffer, Hubara, Soudry, "Train longer, generalize better", NeurIPS 2017, section 4.
 """
@@ -17,12 +17,12 @@ from bigbatch.mistake import Mistake
 class GhostBatchNorm(nnx.Module):
     """Normalises each ghost batch (`ghost_size` consecutive examples) by its own statistics.
 
-    In training the layer does not average: it leaves `mean` and `var` holding one row for each
-    ghost batch it saw (ghosts x features). Which rows count, and in which order they enter the
-    running statistics, depends on the whole update, of which a layer sees a part; the update folds
-    them (see `fold_weights`). In evaluation `mean` and `var` are the running statistics (features).
+    In evaluation `mean` and `var` are the running statistics (features). In training the layer does
+    not update the running statistics: it sets `mean` and `var` to the statistics of each of its
+    ghost batches (ghosts x features). The update folds these rows into the running statistics (see
+    `fold_weights`), since their weights depend on the whole update, of which a layer sees a part.
 
-    Sums are taken in float32, or in float64 where that is what the network computes in.
+    Sums are computed in float32, or in float64 if `dtype` is float64.
     """
 
     def __init__(
@@ -40,12 +40,15 @@ class GhostBatchNorm(nnx.Module):
         """Args:
         num_features: size of the last axis.
         ghost_size: examples in a ghost batch.
-        decay: what remains of a running statistic after one ghost batch.
+        decay: the share of a running statistic that remains after one ghost batch, in (0, 1).
         epsilon: added to the variance.
         use_scale: whether to learn a scale (gamma); the bias (beta) is always learned.
         scale_init: initialiser of the scale.
         dtype: of the output. Parameters and statistics are float32, or float64 for float64.
         rngs: Flax's random streams (for `scale_init`).
+
+        Raises:
+            Mistake: if the decay is out of its range.
         """
         if not 0.0 < decay < 1.0:
             raise Mistake(f"GhostBatchNorm: decay is {decay}; it must lie between 0 and 1.")
@@ -59,7 +62,7 @@ class GhostBatchNorm(nnx.Module):
             if use_scale
             else None
         )
-        # What the update has to know of a statistic goes with it.
+        # Metadata that `update.network.build` reads.
         known = {"decay": decay, "ghost_size": ghost_size}
         self.mean = nnx.BatchStat(jnp.zeros((num_features,), param_dtype), **known)
         self.var = nnx.BatchStat(jnp.ones((num_features,), param_dtype), **known)
@@ -68,7 +71,7 @@ class GhostBatchNorm(nnx.Module):
         """Normalises `inputs` (batch, ..., features).
 
         Raises:
-            Mistake: in training, when the batch is no whole number of ghost batches.
+            Mistake: in training, if the batch is not a whole number of ghost batches.
         """
         if train and len(inputs) % self.ghost_size:
             raise Mistake(
@@ -80,30 +83,30 @@ class GhostBatchNorm(nnx.Module):
             None if train else (self.mean[...], self.var[...]), self.ghost_size, self.epsilon,
         )
         if train:
-            # `[...] =` would keep the shape; these gain the axis of ghosts.
+            # `[...] =` would keep the old shape; the new values have an axis of ghost batches.
             self.mean.set_value(mean)
             self.var.set_value(var)
         return outputs.astype(self.dtype)
 
 
-# Jitted so that it is traced once for all layers of a shape. Inline, since with calls left in the
-# program the TPU's compiler fuses less (an update of ResNet-50 takes 1.15 times as long by its
-# word).
+# Jitted so that it is traced once for all layers of a shape. Inlined, since the TPU's compiler
+# fuses less across calls (it then estimates 1.15 times the time for an update of ResNet-50).
 @partial(jax.jit, static_argnames=("ghost_size", "epsilon"), inline=True)
 def _normalise(
     inputs: jax.Array, scale: jax.Array | None, bias: jax.Array,
     running: tuple[jax.Array, jax.Array] | None, ghost_size: int, epsilon: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The outputs, in the type of the bias, and the mean and variance: those `running`, or where
-    there are none of each ghost batch (ghosts x features).
+    """The normalised inputs, in the type of the bias, with the mean and variance that were used.
+
+    These are `running` (features), or if it is None those of each ghost batch (ghosts x features).
     """
     batch, features = inputs.shape[0], inputs.shape[-1]
     x_BxPxC = inputs.astype(bias.dtype)
     pixels = tuple(range(1, inputs.ndim - 1))
 
-    # XLA on CPU takes one long sum an order of magnitude more slowly than one over pixels and one
-    # over examples. And only these small sums are viewed by ghost batch: were activations, it would
-    # work out what made them (a block's sum) once more for each that reads them.
+    # On CPU, XLA computes one long sum ten times more slowly than a sum over pixels and one over
+    # examples. Only these small sums are reshaped by ghost batch: if the activations were, XLA
+    # would compute them (a block's sum) again for each operation that reads them.
     def over_ghosts(x_BxPxC: jax.Array) -> jax.Array:
         return x_BxPxC.mean(pixels).reshape(-1, ghost_size, features).mean(axis=1)
 
@@ -113,7 +116,8 @@ def _normalise(
 
     if running is None:
         mean = over_ghosts(x_BxPxC)
-        # One pass over the activations; the clamp only meets rounding on constant features.
+        # This form reads the activations once. The maximum only removes rounding errors of constant
+        # features.
         var = jnp.maximum(over_ghosts(jnp.square(x_BxPxC)) - jnp.square(mean), 0.0)
     else:
         mean, var = running
@@ -123,22 +127,23 @@ def _normalise(
     shift = bias - mean * gain
     if running is None:
         gain, shift = to_examples(gain), to_examples(shift)
-    # One multiplication and one addition an activation. That it rounds at the size of the mean
-    # matters less than that the variance does.
+    # One multiplication and one addition per activation. Their rounding error is relative to the
+    # mean, which matters less than the same in the variance.
     return x_BxPxC * gain + shift, mean, var
 
 
 def fold_weights(ghosts_after_G: jax.Array, decay: float, dtype: jnp.dtype) -> jax.Array:
-    """How much each ghost batch of an update adds to a running statistic.
+    """The weight of each ghost batch of an update in a running statistic.
 
-    Folding k ghost batches one after the other, r <- d r + (1-d) s, is in closed form
-    r <- d^k r + sum_i (1-d) d^(k-1-i) s_i with i the ghost batch's place in the global batch.
+    Folding k ghost batches one after the other, r <- d r + (1-d) s, has the closed form
+    r <- d^k r + sum_i (1-d) d^(k-1-i) s_i, where i is the ghost batch's position in the global
+    batch.
 
     Args:
-        ghosts_after_G: k-1-i for each ghost batch; negative for a padding slot, which adds nothing.
-        decay: d, per ghost batch.
+        ghosts_after_G: k-1-i for each ghost batch; negative for a padding slot, whose weight is 0.
+        decay: d, the share of the statistic that remains after one ghost batch.
         dtype: of the weights.
     """
-    # Through the logarithm taken in double precision: d^k with a rounded d loses digits with k.
+    # By the logarithm, computed in double precision: d^k of a rounded d loses digits as k grows.
     weights = (1.0 - decay) * jnp.exp(ghosts_after_G.astype(dtype) * math.log(decay))
     return jnp.where(ghosts_after_G >= 0, weights, 0.0)

@@ -16,11 +16,11 @@ from flax import nnx
 from bigbatch.mistake import Mistake
 from bigbatch.models.normalization import GhostBatchNorm
 
-# He et al. 2015, a plain normal. Goyal et al. do not say by which fan; Caffe2, which they trained
-# with, counts the outputs' (its MSRAFill).
+# He et al. 2015, a normal distribution that is not truncated. Goyal et al. do not state the fan;
+# Caffe2, with which they trained, uses the fan-out (its MSRAFill).
 he_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 
-BLOCKS = {  # in each of the four groups
+BLOCKS = {  # their number in each of the four groups, by depth
     18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3),
 }
 BOTTLENECK_FROM = 50  # the depth from which blocks are bottlenecks
@@ -29,8 +29,8 @@ BOTTLENECK_FROM = 50  # the depth from which blocks are bottlenecks
 class Block(nnx.Module):
     """relu(shortcut + convolutions): 3x3 twice, or (bottleneck) 1x1, 3x3, 1x1 to 4 times the width.
 
-    BN behind each convolution, ReLU between them. The shortcut is the input, or its strided 1x1
-    projection with BN where its shape changes.
+    Each convolution is followed by BN, with ReLU between them. The shortcut is the input, or its
+    strided 1x1 projection with BN if the shape changes.
     """
 
     def __init__(
@@ -44,8 +44,8 @@ class Block(nnx.Module):
         self.outputs = layers[-1][0]
         self.convs, self.norms = nnx.List([]), nnx.List([])
         features = inputs
-        for place, (outputs, size, step) in enumerate(layers, start=1):
-            last = place == len(layers)
+        for number, (outputs, size, step) in enumerate(layers, start=1):
+            last = number == len(layers)
             self.convs.append(conv(features, outputs, size, step))
             self.norms.append(norm(
                 outputs, scale_init=nnx.initializers.zeros if last else nnx.initializers.ones
@@ -57,8 +57,8 @@ class Block(nnx.Module):
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         y = x
-        for place, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
-            y = norm(conv(nnx.relu(y) if place else y), train)
+        for index, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            y = norm(conv(nnx.relu(y) if index else y), train)
         shortcut = x if self.project is None else self.project_norm(self.project(x), train)
         return nnx.relu(shortcut + y)
 
@@ -88,12 +88,13 @@ class ResNet(nnx.Module):
         width: features of the stem and of the first group's 3x3 convolutions; they double with
             each group.
         channels: of the images.
-        bn_decay: what remains of a running statistic after one ghost batch.
-        space_to_depth: computes the first convolution over 2x2 patches of 12 channels, for TPUs,
-            whose matrix units 3 channels leave mostly idle. Parameters and results are the same.
+        bn_decay: the share of a running statistic that remains after one ghost batch.
+        space_to_depth: whether to compute the first convolution over 2x2 patches of 12 channels,
+            since 3 channels leave a TPU's matrix units mostly idle. Parameters and results are
+            the same.
 
         Raises:
-            Mistake: for a depth or width there is no such network of.
+            Mistake: if there is no network of this depth or width.
         """
         if depth not in BLOCKS:
             raise Mistake(
@@ -106,7 +107,7 @@ class ResNet(nnx.Module):
                        rngs=rngs)
 
         def conv(inputs: int, outputs: int, size: int, stride: int) -> nnx.Conv:
-            # The same padding on both sides: SAME would put a stride's odd pixel on one.
+            # Equal padding on both sides: with a stride, SAME would pad one side by a pixel more.
             return nnx.Conv(inputs, outputs, (size, size), strides=stride, padding=size // 2,
                             use_bias=False, kernel_init=he_normal, dtype=dtype,
                             param_dtype=param_dtype, rngs=rngs)
@@ -116,8 +117,8 @@ class ResNet(nnx.Module):
         self.blocks = nnx.List([])
         features = width
         for group, count in enumerate(BLOCKS[depth]):
-            for place in range(count):
-                stride = 2 if group > 0 and place == 0 else 1
+            for index in range(count):
+                stride = 2 if group > 0 and index == 0 else 1
                 self.blocks.append(Block(features, width * 2**group, stride,
                                          depth >= BOTTLENECK_FROM, conv, norm))
                 features = self.blocks[-1].outputs
@@ -149,12 +150,12 @@ def patch_stem(images_BxHxWxC: jax.Array, kernel_7x7xCxF: jax.Array) -> jax.Arra
     """The 7x7 convolution with stride 2 and padding 3, as a 4x4 one with stride 1 over patches.
 
     Output row i reads image rows 2i-3 to 2i+3. A kernel with a row of zeros before it reads 2i-4 to
-    2i+3, which are the patches i-2 to i+1: hence a padding of 2 patches before and 1 behind. The
-    parameter stays the plain kernel, so training and checkpoints do not know which is computed.
+    2i+3, which are the patches i-2 to i+1: hence a padding of 2 patches before and 1 after. The
+    parameter remains the 7x7 kernel, so checkpoints are the same as those of the plain convolution.
 
     Args:
-        images_BxHxWxC: of any size; an odd one gains a row or column of zeros, as padding would.
-        kernel_7x7xCxF: of the plain convolution; taken as the images' type.
+        images_BxHxWxC: of any size; an odd side gains a row or column of zeros, as from padding.
+        kernel_7x7xCxF: of the plain convolution; converted to the type of the images.
     """
     height, width = images_BxHxWxC.shape[1:3]
     images = jnp.pad(images_BxHxWxC, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
@@ -165,14 +166,14 @@ def patch_stem(images_BxHxWxC: jax.Array, kernel_7x7xCxF: jax.Array) -> jax.Arra
 
 
 def patch_kernel(kernel_7x7xCxF: jax.Array) -> jax.Array:
-    """The plain stem's kernel as the 4x4x4CxF one that gives the same over 2x2 patches."""
+    """The 4x4x4CxF kernel that gives over 2x2 patches what this 7x7 kernel gives over pixels."""
     *_, channels, features = kernel_7x7xCxF.shape
     kernel_8x8xCxF = jnp.pad(kernel_7x7xCxF, ((1, 0), (1, 0), (0, 0), (0, 0)))
     return _patches(kernel_8x8xCxF.transpose(3, 0, 1, 2)).transpose(1, 2, 3, 0)
 
 
 def _patches(images_BxHxWxC: jax.Array) -> jax.Array:
-    """Each 2x2 patch as one pixel of 4C channels, (row, column, channel) slowest to fastest."""
+    """Each 2x2 patch as one pixel of 4C channels, ordered by (row, column, channel)."""
     batch, height, width, channels = images_BxHxWxC.shape
     patches = images_BxHxWxC.reshape(batch, height // 2, 2, width // 2, 2, channels)
     return patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // 2, width // 2, 4 * channels)

@@ -15,12 +15,12 @@ from bigbatch.mistake import Mistake
 from bigbatch.models.dropout import dropout
 from bigbatch.models.normalization import GhostBatchNorm
 
-# He et al. 2015, fan-in, a plain normal.
+# He et al. 2015, fan-in, a normal distribution that is not truncated.
 he_normal = nnx.initializers.variance_scaling(2.0, "fan_in", "normal")
 
 
 class Block(nnx.Module):
-    """BN-ReLU-conv3-BN-ReLU-conv3 added to the input, or to its strided 1x1 projection."""
+    """BN-ReLU-conv3-BN-ReLU-conv3, added to the input or to its strided 1x1 projection."""
 
     def __init__(
         self, inputs: int, outputs: int, stride: int, rate: float, tag: int,
@@ -30,7 +30,7 @@ class Block(nnx.Module):
         self.conv1 = conv(inputs, outputs, 3, stride)
         self.norm2 = norm(outputs)
         self.conv2 = conv(outputs, outputs, 3)
-        # Where the width stays, so does the stride: the first group starts at stride 1.
+        # A block that keeps the width has stride 1, so its shortcut is the input itself.
         self.project = conv(inputs, outputs, 1, stride) if inputs != outputs else None
         self.rate, self.tag = rate, tag
 
@@ -68,10 +68,13 @@ class WideResNet(nnx.Module):
         width: k, the factor on the 16, 32, 64 features of the groups.
         channels: of the images.
         first_features: of the first convolution; 16 in the paper.
-        bn_decay: what remains of a running statistic after one ghost batch.
-        dropout_rate: between a block's two convolutions.
-        same_padding: True for the network of version 0.1, whose convolutions of stride 2 padded
-            (0, 1); only so that its runs can go on.
+        bn_decay: the share of a running statistic that remains after one ghost batch.
+        dropout_rate: of the dropout between a block's two convolutions.
+        same_padding: True only to continue runs of version 0.1, whose convolutions of stride 2
+            had a padding of (0, 1).
+
+        Raises:
+            Mistake: if there is no network of this depth or width.
         """
         if depth < 10 or (depth - 4) % 6:
             raise Mistake(
@@ -85,8 +88,8 @@ class WideResNet(nnx.Module):
                        rngs=rngs)
 
         def conv(inputs: int, outputs: int, size: int, strides: int = 1) -> nnx.Conv:
-            # As many pixels on both sides, as the paper's own code pads: SAME would put the odd
-            # pixel of a stride of 2 on one side, which is another network.
+            # Equal padding on both sides, as in the paper's own code. With a stride of 2, SAME
+            # would pad one side by a pixel more, which is another network.
             padding = "SAME" if same_padding else size // 2
             return nnx.Conv(inputs, outputs, (size, size), strides=strides, padding=padding,
                             use_bias=False, kernel_init=he_normal, dtype=dtype,
@@ -97,8 +100,8 @@ class WideResNet(nnx.Module):
         features = first_features
         self.blocks = nnx.List([])
         for group, outputs in enumerate((16 * width, 32 * width, 64 * width)):
-            for place in range(blocks):
-                stride = 2 if group > 0 and place == 0 else 1
+            for index in range(blocks):
+                stride = 2 if group > 0 and index == 0 else 1
                 tag = len(self.blocks)
                 self.blocks.append(Block(features, outputs, stride, dropout_rate, tag, conv, norm))
                 features = outputs

@@ -1,1 +1,1 @@
-"""What a config needs of slices that are not there."""
+"""What a config needs on TPU slices, found without them by compiling for them."""

@@ -1,4 +1,4 @@
-"""What compiling a program for a slice shows: memory, operations, collectives, estimated time."""
+"""What compiling a program for a slice shows: memory, FLOP, collectives and estimated time."""
 
 import contextlib
 import hashlib
@@ -21,31 +21,34 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
 
 
 class Measured(NamedTuple):
-    """One device's part of a program, as the compiler made it."""
+    """What the compiler says of one device's part of a program."""
 
-    fits: bool  # False: the compiler refused it for want of memory
+    fits: bool  # False: the compiler refused the program for want of memory
     compile_seconds: float
-    argument_bytes: int
-    # Beyond its arguments: temporaries, code, and results that are not written over arguments. All
-    # the compiler said it needs where it does not fit.
+    argument_bytes: int  # 0 if the program does not fit
+    # Memory beside the arguments: temporaries, code, and results that are not written over
+    # arguments. If the program does not fit, all the memory that the compiler says it needs.
     extra_bytes: int
     flops: float
-    seconds: float | None  # the compiler's estimate; without what collectives take
-    collectives: dict[str, list[int]]  # by kind: how many, and the bytes of their results
+    seconds: float | None  # the compiler's estimate of one call, without collectives
+    collectives: dict[str, list[int]]  # {kind: [how many, bytes of their results]}
 
 
 def measure(lowered: jax.stages.Lowered, kind: Tpu, mesh: Mesh, folder: Path | None) -> Measured:
-    """Compiles a program lowered for `mesh`, of devices of this kind; or remembers what it was.
+    """Compiles a program and returns what the compiler says of it, or reads that from `folder`.
 
-    What was measured is remembered, and not the program: JAX cannot load programs that were
-    compiled for absent devices back from its cache.
+    The folder keeps these results and not the program, because JAX cannot load a program that was
+    compiled for absent devices from its compilation cache.
 
     Args:
-        folder: where to remember; None for nowhere.
+        lowered: the program, lowered for `mesh`.
+        kind: of the devices of `mesh`.
+        mesh: the devices.
+        folder: for the results; None to keep none.
     """
-    told = kind.version, kind.chip_config, kind.clock_hertz
-    about = "\n".join((jax.__version__, version(mesh), repr(told), lowered.as_text()))
-    file = folder and folder / f"{hashlib.sha256(about.encode()).hexdigest()}.json"
+    settings = kind.version, kind.chip_config, kind.clock_hertz
+    key = "\n".join((jax.__version__, version(mesh), repr(settings), lowered.as_text()))
+    file = folder and folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
     if file and file.exists():
         return Measured(**json.loads(file.read_text(encoding="utf-8")))
     began = time.perf_counter()
@@ -70,14 +73,14 @@ def measure(lowered: jax.stages.Lowered, kind: Tpu, mesh: Mesh, folder: Path | N
             collectives=collectives(text),
         )
     if file:
-        with contextlib.suppress(OSError):  # to remember is a help, never a condition
+        with contextlib.suppress(OSError):  # a result that is not kept is only compiled again
             folder.mkdir(parents=True, exist_ok=True)
             replace_text(file, json.dumps(measured._asdict()))
     return measured
 
 
 def memory_bytes(program: jax.stages.Compiled) -> int:
-    """The bytes a device needs while a compiled program runs."""
+    """The bytes that a compiled program needs on each device, with its arguments."""
     memory = program.memory_analysis()
     return memory.argument_size_in_bytes + _extra_bytes(memory)
 
@@ -88,12 +91,12 @@ def _extra_bytes(memory: Any) -> int:
 
 
 def version(mesh: Mesh) -> str:
-    """The version of the compiler for a mesh's devices."""
+    """The version of the compiler for the devices of `mesh`."""
     return " ".join(mesh.devices.flat[0].client.platform_version.split())
 
 
 def collectives(text: str) -> dict[str, list[int]]:
-    """The collectives of a compiled program's text: {kind: [how many, bytes of their results]}."""
+    """The collectives in the HLO text of a compiled program: see `Measured.collectives`."""
     found: dict[str, list[int]] = {}
     kinds = "|".join(COLLECTIVES)
     # An instruction is "%name = shape opcode(operands)"; asynchronous ones end in -start and -done.
@@ -104,7 +107,7 @@ def collectives(text: str) -> dict[str, list[int]]:
 
 
 def shape_bytes(shape: str) -> int:
-    """The bytes of a shape as the compiler writes it, as f32[8,128]{1,0} or a tuple of such."""
+    """The bytes of a shape in HLO text, such as f32[8,128]{1,0}, or of a tuple of shapes."""
     arrays = re.findall(r"\b(pred|bf16|[suf]\d+)\w*\[([\d,]*)\]", shape)
     return sum(
         math.prod(map(int, filter(None, sides.split(","))))
@@ -114,18 +117,23 @@ def shape_bytes(shape: str) -> int:
 
 
 def estimated_seconds(text: str, clock_hertz: float) -> float | None:
-    """The compiler's estimate of one call of a program, from its text; None where it made none.
+    """The compiler's estimate of the seconds of one call of a program; None if it made none.
 
-    The cycles of the entry computation's instructions. What is not in it: collectives, passes of a
-    loop after the first, anything outside the device. XLA's other figure, `optimal_seconds`, is no
-    bound: on v6e it gives a matrix product three times its time.
+    The estimate is the sum of cycles over the instructions of the entry computation. It leaves out
+    collectives, iterations of a loop after the first, and everything outside the device. XLA's
+    other estimate, `optimal_seconds`, is no lower bound: for a matrix product on v6e it is three
+    times the real time.
+
+    Args:
+        text: the HLO text of the compiled program.
+        clock_hertz: the device's clock.
     """
     entry = text[text.index("\nENTRY "):]
-    cycles = [int(found) for found in re.findall(r'"estimated_cycles":"(\d+)"', entry)]
+    cycles = [int(number) for number in re.findall(r'"estimated_cycles":"(\d+)"', entry)]
     return sum(cycles) / clock_hertz if cycles else None
 
 
 def _needed(error: str) -> int:
-    """The bytes that a program needed, of the compiler's refusal."""
+    """The bytes that a program needs, by the error with which the compiler refused it."""
     amount = re.search(r"(?:required[^()]*\(|Used )([\d.]+)([KMGT]?)", error)
     return int(float(amount[1]) * UNITS[amount[2]]) if amount else 0

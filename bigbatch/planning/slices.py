@@ -1,4 +1,4 @@
-"""What a config's programs need of the TPU slices that a plan names, told by the TPU compiler."""
+"""What the programs of a config need on TPU slices, by compiling them with the TPU compiler."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,10 +22,14 @@ from bigbatch.update import network, update
 
 
 def parse(text: str, phases: Sequence[Phase]) -> list[topology.Slice]:
-    """The slice of each phase, from "slice" or "slice,phase=slice,...": each from its phase on.
+    """The slice of each phase, by the text of --topology.
+
+    Args:
+        text: "slice", or "slice,phase=slice,...", where each slice is used from its phase on.
+        phases: of the config.
 
     Raises:
-        Mistake: if there is no such slice or phase.
+        Mistake: if `text` has another form, or names an unknown slice or phase.
     """
     first, *changes = text.split(",")
     slices = [topology.parse(first)] * len(phases)
@@ -33,8 +37,8 @@ def parse(text: str, phases: Sequence[Phase]) -> list[topology.Slice]:
         name, separator, slice_name = change.partition("=")
         if not separator:
             raise Mistake(
-                f"--topology has {change!r} after its first slice; write from which phase on, as "
-                f"{phases[-1].name}={change}."
+                f"--topology has {change!r} after its first slice; write the phase from which it "
+                f"is used, for example {phases[-1].name}={change}."
             )
         start = schedule.find_phase(phases, name, "--topology").index
         slices[start:] = [topology.parse(slice_name)] * (len(phases) - start)
@@ -45,22 +49,23 @@ def compile_for(
     config: ConfigDict, phases: Sequence[Phase], slices: Sequence[topology.Slice],
     folder: Path | None, show: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Compiles the programs of every phase for its slice.
+    """Compiles the programs of each phase and of the evaluation for their slices.
 
     Args:
         config: see `config.base_config`.
         phases: of the config.
-        slices: one a phase.
-        folder: where results are remembered; None for nowhere.
-        show: told what is being compiled, since that takes minutes.
+        slices: one for each phase.
+        folder: see `compiled.measure`.
+        show: called with the name of each program before it is compiled, which can take minutes.
 
     Returns:
-        `phases`, of each what `_describe` returns; `evaluations`, how many there are on each slice
-        and what one needs; `seconds_at_least` the run takes by the compiler's estimates (None where
-        it made none) and `chip_hours_at_least`; `fits`; `compiler`, its version.
+        `phases`: for each phase what `_Compiler._describe` returns for an update. `evaluations`:
+        for each slice the same for one evaluation, with `slice` and their `count`.
+        `seconds_at_least` and `chip_hours_at_least` of the run, by the compiler's estimates, or
+        None if it made none. `fits`: whether all programs fit. `compiler`: its version.
 
     Raises:
-        Mistake: if the TPU compiler is not there, or knows no such slice.
+        Mistake: if the TPU compiler is not installed, or does not know a slice.
     """
     with jax.enable_x64(config.dtype == "float64"):
         layouts = [make_layouts(config, [phase], found.devices)[0]
@@ -109,7 +114,9 @@ class _Compiler:
         self, config: ConfigDict, net: network.Network, found: topology.Slice,
         folder: Path | None, show: Callable[[str], None], accumulates: bool,
     ):
-        """`accumulates`: whether a phase on this slice keeps sums; the rest as in `compile_for`."""
+        """`accumulates`: whether any phase on this slice takes several passes. `found` is the
+        slice, and the other arguments are those of `compile_for`.
+        """
         self.config, self.net, self.slice = config, net, found
         self.folder, self.show, self.accumulates = folder, show, accumulates
         self.mesh = topology.make_mesh(found)
@@ -118,25 +125,25 @@ class _Compiler:
         self.known: dict[Program, Measured] = {}
 
     def measure(self, program: Program) -> Measured:
-        """A program, compiled."""
+        """What the compiler says of a program; each is compiled once."""
         if program not in self.known:
             self.show(f"{self.slice.name}: {program}")
-            # No device hears of another in a pass that only accumulates, so its program is the same
-            # on all slices of a kind, and compiled once for all.
-            silent = program.kind is Kind.ACCUMULATE
-            mesh = topology.make_mesh(self.slice.one_host) if silent else self.mesh
+            # A pass that only accumulates has no communication, so its program is the same on all
+            # slices of one kind. It is compiled for one host, and `folder` then has it for all.
+            local = program.kind is Kind.ACCUMULATE
+            mesh = topology.make_mesh(self.slice.one_host) if local else self.mesh
             sharding = replicated(mesh)
-            whole = jax.tree.map(
+            shapes = jax.tree.map(
                 lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
                 (self.state, self.resident, self.test),
             )
-            lower = lowering.lowering(self.config, self.net, mesh, *whole)
+            lower = lowering.lowering(self.config, self.net, mesh, *shapes)
             self.known[program] = compiled.measure(
                 lower(program), self.slice.kind, mesh, self.folder)
         return self.known[program]
 
     def memory(self, program: Program) -> int:
-        """Bytes on a device while the program runs: its own, and what else the run keeps there."""
+        """The bytes on a device while a program runs: its own, and the other arrays of the run."""
         measured = self.measure(program)
         if not measured.fits:
             return measured.extra_bytes
@@ -149,17 +156,17 @@ class _Compiler:
             beside += _bytes(self.resident)
         if kind in (Kind.UPDATE, Kind.EVALUATE) and self.accumulates:
             beside += _bytes(update.abstract_sums(self.state, self.mesh)) // self.mesh.size
-        if kind in (Kind.UPDATE, Kind.ACCUMULATE):  # the next microbatch is there before its turn
+        if kind in (Kind.UPDATE, Kind.ACCUMULATE):  # the next microbatch is on the device already
             shapes = feed.update_shapes(self.config, self.mesh, program.slots)
             beside += _bytes(shapes) // self.mesh.size
         return measured.argument_bytes + measured.extra_bytes + beside
 
     def fits(self, program: Program) -> bool:
-        """Whether the program and what the run keeps beside it have room on a device."""
+        """Whether a program and the other arrays of the run fit into a device's memory."""
         return self.measure(program).fits and self.memory(program) <= self.slice.kind.memory_bytes
 
     def describe(self, layout: Layout) -> dict[str, Any]:
-        """Of an update: see `_describe`; with `advice` where it does not fit."""
+        """`_describe` for an update with this layout, and `advice` if it does not fit."""
         programs = programs_of(layout)
         times = [layout.microbatches if program.kind is Kind.ACCUMULATE else 1
                  for program in programs]
@@ -169,7 +176,7 @@ class _Compiler:
         return described
 
     def describe_evaluation(self) -> dict[str, Any]:
-        """Of one evaluation of the whole test set: see `_describe`; with `advice`."""
+        """`_describe` for one evaluation of the test set, and `advice` if it does not fit."""
         rows = feed.evaluation_shapes(self.config, self.mesh)["record"].shape[0]
         batches = -(-self.config.data.test_examples // rows)
         described = self._describe([EVALUATE], [batches])
@@ -179,21 +186,22 @@ class _Compiler:
         return described
 
     def _describe(self, programs: Sequence[Program], times: Sequence[int]) -> dict[str, Any]:
-        """Programs that are run so many times in a row, of one device's part.
+        """What a device needs to call each program the given number of times.
 
         Returns:
             `slice`, its `devices` and `chips`; `fits`, `memory_bytes` (the most at any time) and
-            `memory_limit_bytes`; of all runs together `flops`, `seconds` (the compiler's estimate),
-            `collectives` {kind: [how many, bytes]}; `compile_seconds`, `programs`.
+            `memory_limit_bytes`; summed over all calls `flops`, `seconds` (the compiler's estimate,
+            None if it made none) and `collectives` {kind: [how many, bytes]}; `compile_seconds` of
+            all programs, and their names, `programs`.
         """
-        runs = [(self.measure(program), count)
-                for program, count in zip(programs, times, strict=True)]
-        reduced: dict[str, list[int]] = {}
-        for measured, count in runs:
+        calls = [(self.measure(program), count)
+                 for program, count in zip(programs, times, strict=True)]
+        total: dict[str, list[int]] = {}
+        for measured, count in calls:
             for kind, (number, size) in measured.collectives.items():
-                had = reduced.get(kind, [0, 0])
-                reduced[kind] = [had[0] + count * number, had[1] + count * size]
-        known = all(measured.seconds is not None for measured, _ in runs)
+                before = total.get(kind, [0, 0])
+                total[kind] = [before[0] + count * number, before[1] + count * size]
+        known = all(measured.seconds is not None for measured, _ in calls)
         return {
             "slice": self.slice.name,
             "devices": self.slice.devices,
@@ -201,15 +209,16 @@ class _Compiler:
             "fits": all(map(self.fits, programs)),
             "memory_bytes": max(map(self.memory, programs)),
             "memory_limit_bytes": self.slice.kind.memory_bytes,
-            "flops": sum(count * measured.flops for measured, count in runs),
-            "seconds": sum(count * measured.seconds for measured, count in runs) if known else None,
-            "collectives": reduced,
-            "compile_seconds": sum(measured.compile_seconds for measured, _ in runs),
+            "flops": sum(count * measured.flops for measured, count in calls),
+            "seconds": (
+                sum(count * measured.seconds for measured, count in calls) if known else None),
+            "collectives": total,
+            "compile_seconds": sum(measured.compile_seconds for measured, _ in calls),
             "programs": list(map(str, programs)),
         }
 
     def _advice(self, layout: Layout) -> str:
-        """The smallest changes under which an update would fit: more passes, or a larger slice."""
+        """The smallest changes that make an update fit: more passes, or a larger slice."""
         ghost = self.config.ghost_size
         changes = []
         if slots := self._most_slots(Kind.ACCUMULATE, layout):
@@ -218,7 +227,7 @@ class _Compiler:
             setting = (f"--config.microbatches={passes}" if self.config.microbatches
                        else f"--config.max_per_device_batch={slots * ghost}")
             changes.append(f"{setting} fits ({passes} passes an update)")
-        # As each device of that slice takes it, at once.
+        # With one pass on each device of the larger slice.
         if slots := self._most_slots(Kind.UPDATE, layout):
             changes.append(f"a slice of {-(-layout.ghosts // slots)} devices or more fits")
         return ", or ".join(changes) or (
@@ -227,9 +236,9 @@ class _Compiler:
         )
 
     def _most_slots(self, kind: Kind, layout: Layout) -> int:
-        """The most slots in a pass, below those of `layout`, with which a program fits; or 0."""
+        """The most slots, fewer than those of `layout`, with which a program fits; 0 for none."""
         needed = max(map(self.memory, programs_of(layout)))
-        # As if memory grew with the slots; then one by one.
+        # Starts from an estimate, memory in proportion to the slots, and then tries one by one.
         slots = min(layout.slots - 1,
                     layout.slots * self.slice.kind.memory_bytes // max(needed, 1))
         while slots > 0 and not self.fits(Program(kind, slots)):
@@ -242,7 +251,7 @@ class _Compiler:
 def _count_evaluations(
     config: ConfigDict, phases: Sequence[Phase], chosen: Sequence[bool]
 ) -> int:
-    """How often a run evaluates, in those of its phases that are `chosen`."""
+    """The number of evaluations in those phases whose entry in `chosen` is True."""
     is_due = make_due(config, phases[-1].end_example)
     return sum(
         is_due("eval", start, end)

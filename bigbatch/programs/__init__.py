@@ -1,1 +1,1 @@
-"""From functions to compiled programs under way."""
+"""The compiled XLA programs of a run: lowered, compiled in the background, and dispatched."""

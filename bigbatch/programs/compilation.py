@@ -1,10 +1,11 @@
-"""The phases' programs, compiled ahead of need.
+"""Compiles the programs of all phases in the background, before they are needed.
 
-A program belongs to its shapes, not to a phase: two phases whose devices take the same number of
-ghost batches in a pass share one. All are lowered at the start (tracing holds the interpreter, so
-it would slow training down later) and compiled in a background thread, each as soon as it is
-lowered. Training waits for what it begins with and for the largest microbatch, so that running out
-of memory shows at once; the others follow, in the order in which they are needed, while it goes on.
+A program is identified by its shapes and not by a phase: two phases with the same number of slots
+share one program. All programs are lowered at the start, because tracing holds Python's interpreter
+lock and would slow training down later. A background thread compiles each one as soon as it is
+lowered. Training waits only for the programs of its first phase, of the evaluation and of the
+largest microbatch, with which it would run out of memory if it ever does. The others are compiled
+during training, in the order in which they are needed.
 """
 
 import atexit
@@ -26,20 +27,20 @@ from bigbatch.schedule.layout import Layout
 
 
 class Kind(enum.Enum):
-    """What a program does."""
+    """The kinds of programs."""
 
-    INIT = "init"  # draws the state of a new run
+    INIT = "init"  # computes the initial state of a new run
     UPDATE = "update"  # a whole update, in one pass
-    ACCUMULATE = "accumulate"  # one pass of several
+    ACCUMULATE = "accumulate"  # one of several passes of an update
     APPLY = "apply"  # the reduction and the optimizer, after the passes
     EVALUATE = "evaluate"  # one batch of the test set
 
 
 class Program(NamedTuple):
-    """A program of a run."""
+    """What identifies a program of a run."""
 
     kind: Kind
-    slots: int = 0  # ghost batches a device takes in it; of UPDATE and ACCUMULATE
+    slots: int = 0  # slots a device in one pass, for UPDATE and ACCUMULATE
 
     def __str__(self) -> str:
         return f"{self.kind.value} {self.slots}" if self.slots else self.kind.value
@@ -49,55 +50,57 @@ INIT, APPLY, EVALUATE = Program(Kind.INIT), Program(Kind.APPLY), Program(Kind.EV
 
 
 def programs_of(layout: Layout) -> tuple[Program, ...]:
-    """The programs an update with this layout runs."""
+    """The programs that an update with this layout calls."""
     if layout.microbatches == 1:
         return (Program(Kind.UPDATE, layout.slots),)
     return (Program(Kind.ACCUMULATE, layout.slots), APPLY)
 
 
 class Compiled(NamedTuple):
-    """A program ready to call."""
+    """A compiled program."""
 
     call: Any
-    seconds: float  # its compilation took
-    flops: float | None  # see `count_flops`; None where they were not asked for
+    seconds: float  # that compiling took
+    flops: float | None  # see `count_flops`; None if they were not counted
 
 
 def compile_ahead(
     lower: Callable[[Program], jax.stages.Lowered], order: Sequence[Program], counted: bool = False,
     before_each: Callable[[], None] = lambda: None,
 ) -> dict[Program, Future]:
-    """Lowers programs in `order` and compiles them in the background; returns when all are lowered.
+    """Lowers all programs, and compiles them in a background thread.
 
     Args:
-        lower: lowers a program.
-        order: the programs.
+        lower: lowers one program.
+        order: the programs, in the order in which they are to be compiled.
         counted: whether to count their operations, which takes a part of a second each.
-        before_each: called before each is lowered; what it raises passes through.
+        before_each: called before each program is lowered; its exceptions pass through.
 
     Returns:
-        A future of `Compiled` by program. What the compiler raises is raised by its `result`.
+        A future of `Compiled` for each program, once all are lowered. Its `result` raises the
+        compiler's errors.
     """
     futures = {program: Future() for program in order}
     lowered: queue.SimpleQueue[tuple[Program, jax.stages.Lowered] | None] = queue.SimpleQueue()
     ended = threading.Event()
 
     def compile_all() -> None:
-        while (taken := lowered.get()) and not ended.is_set():
-            program, low = taken
+        while (item := lowered.get()) and not ended.is_set():
+            program, one_lowered = item
             started = time.perf_counter()
             try:
-                compiled = low.compile()
+                compiled = one_lowered.compile()
                 program_cache.seal()
                 seconds = time.perf_counter() - started
-                flops = count_flops(low) if counted else None
+                flops = count_flops(one_lowered) if counted else None
             except BaseException as error:
                 futures[program].set_exception(error)
             else:
                 futures[program].set_result(Compiled(compiled, seconds, flops))
 
-    # A daemon: a run that stops does not wait for programs it no longer needs. Where Python itself
-    # ends (a script, a notebook) it has to, as a thread stopped inside the compiler aborts it.
+    # A daemon thread, so that a run that stops does not wait for programs it no longer needs. But
+    # when Python itself ends (a script, a notebook), `end` waits for the program being compiled, as
+    # ending a thread inside the compiler would abort the process.
     thread = threading.Thread(target=compile_all, name="compile", daemon=True)
     thread.start()
 
@@ -108,7 +111,7 @@ def compile_ahead(
 
     atexit.register(end)
     collecting = gc.isenabled()
-    gc.disable()  # what tracing makes stays too long: to look through it takes a sixth of the time
+    gc.disable()  # garbage collection would take a sixth of the time, as tracing's objects persist
     try:
         for program in order:
             before_each()
@@ -123,11 +126,14 @@ def compile_ahead(
 def compile_order(
     layouts: Sequence[Layout], begins: bool = False
 ) -> tuple[list[Program], list[Program]]:
-    """Which programs to compile before the first update, and which later, in order.
+    """Which programs to compile before the first update, and which later.
 
     Args:
-        layouts: of the phases still to run, in order; none where only an evaluation is.
-        begins: whether the run has no state yet.
+        layouts: one for each phase still to run, in order; empty if no update is left.
+        begins: whether the run is new, so that INIT is needed.
+
+    Returns:
+        (the programs to wait for before the first update, the others), each in order.
     """
     in_order = list(dict.fromkeys(itertools.chain(*map(programs_of, layouts))))
     first = [EVALUATE]
@@ -140,17 +146,17 @@ def compile_order(
 
 
 def count_flops(lowered: jax.stages.Lowered) -> float | None:
-    """The floating-point operations of one device's part of a program; None if not to be had.
+    """The floating-point operations of one device's part of a program; None if JAX has no CPU.
 
-    By XLA's cost analysis of the program as it is before any compiler works on it, which is the
-    same on every platform. That of the compiled program leaves out, on GPUs, all that became a call
-    of cuBLAS or cuDNN (https://github.com/jax-ml/jax/issues/22249); on CPU and TPU the two agree to
-    1 % for networks of some size. A convolution's products with its padding are not counted, as
-    they are in the usual figures of multiply-adds.
+    The count is XLA's cost analysis of the program before it is compiled, which is the same on
+    every platform. The analysis of a compiled program omits, on GPUs, everything that became a call
+    of cuBLAS or cuDNN (https://github.com/jax-ml/jax/issues/22249). On CPU and TPU the two agree to
+    1 % except for very small networks. Unlike the usual counts of multiply-adds, this one leaves
+    out a convolution's products with its padding.
     """
     try:
         platform = jax.local_devices(backend="cpu")[0].client
-    except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+    except RuntimeError:  # JAX_PLATFORMS excludes the CPU
         return None
     module = lowered.compiler_ir("hlo").as_hlo_module()
     return jax_private.analyse_cost(platform, module)["flops"]
@@ -160,8 +166,8 @@ def update_flops(programs: Sequence[Compiled], layout: Layout) -> float | None:
     """The floating-point operations of an update on all devices; None where they were not counted.
 
     Args:
-        programs: of `programs_of(layout)`.
-        layout: of the update. What is computed for padding slots is not counted.
+        programs: those of `programs_of(layout)`, compiled.
+        layout: of the update. Operations in padding slots are not counted.
     """
     flops = [program.flops for program in programs]
     if None in flops:

@@ -1,4 +1,4 @@
-"""One update on its way to the devices."""
+"""Dispatches the programs of one update to the devices."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,44 +18,51 @@ def take_update(
     before_pass: Callable[[], None] = lambda: None,
     before_reduction: Callable[[], None] = lambda: None, running: jax.Array | None = None,
 ) -> tuple[update.State, update.Sums | None, update.Metrics, float]:
-    """Dispatches one update: one program, or a pass for each microbatch and the reduction.
+    """Dispatches one update: one program, or one for each microbatch and then the reduction.
 
     Args:
-        calls: the programs of `compilation.programs_of`, or functions that do the same.
-        state: is donated.
-        sums: see `room_for_sums`; donated, where there are several passes.
+        calls: the compiled programs of `compilation.programs_of`, or equivalent functions.
+        state: before the update; its arrays are donated.
+        sums: see `room_for_sums`; their arrays are donated if there are several passes.
         resident: see `feed.Feed`.
         batches: the update's microbatches.
         rates: learning rate and momentum; see `as_rates`.
-        before_pass: called before each of several passes; what it raises passes through.
+        before_pass: called before each of several passes; its exceptions pass through.
         before_reduction: the same, before the program with the reduction.
-        running: something of the update before, to wait for: the devices hold two microbatches.
+        running: an output of the previous update, or None. After each of several passes is
+            dispatched, the program before it is waited for, so that the devices hold two
+            microbatches at most.
 
     Returns:
         The new state, sums and metrics, and an upper bound on the seconds that the devices were
         idle for want of input.
     """
-    fed = _Input(batches, running)
+    microbatches = _Input(batches, running)
     if len(calls) == 1:
-        batch = fed.next()
+        batch = microbatches.next()
         before_reduction()
         state, measured = calls[0](state, resident, batch, *rates)
-        return state, sums, measured, fed.waited
+        return state, sums, measured, microbatches.waited
     accumulate, apply = calls
     first = True
-    while (batch := fed.next()) is not None:
+    while (batch := microbatches.next()) is not None:
         before_pass()
         sums, done = accumulate(state, sums, resident, batch, np.bool_(first))
-        if fed.running is not None:
-            fed.running.block_until_ready()
-        fed.running, first = done, False
+        if microbatches.running is not None:
+            microbatches.running.block_until_ready()
+        microbatches.running, first = done, False
     before_reduction()
     state, measured = apply(state, sums, *rates)
-    return state, sums, measured, fed.waited
+    return state, sums, measured, microbatches.waited
 
 
 class _Input:
-    """Microbatches, and how long the devices were idle while one was made."""
+    """The microbatches of an update, and the seconds that the devices were idle for want of one.
+
+    Attributes:
+        running: an output of the program dispatched last; None if there is none.
+        waited: upper bound on these seconds.
+    """
 
     def __init__(self, batches: Iterator[Mapping], running: jax.Array | None):
         self._batches, self.running, self.waited = batches, running, 0.0
@@ -71,13 +78,13 @@ class _Input:
 def as_rates(
     mesh: Mesh, dtype: np.dtype, learning_rate: float, momentum: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Learning rate and momentum on the devices, in the parameters' type."""
+    """Learning rate and momentum as arrays on the devices, of the parameters' type `dtype`."""
     number = dtype.type
     return place((number(learning_rate), number(momentum)), replicated(mesh))
 
 
 def room_for_sums(state: update.State, mesh: Mesh) -> update.Sums:
-    """What the passes of an update add up in, on each device."""
+    """Zero arrays in which the passes of an update accumulate their sums, one set a device."""
     shapes = update.abstract_sums(state, mesh)
     return jax.jit(
         lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes),

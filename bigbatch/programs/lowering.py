@@ -1,4 +1,4 @@
-"""A run's programs, lowered for their shapes but not yet compiled."""
+"""Lowers the programs of a run for the shapes of their inputs, without compiling them."""
 
 from collections.abc import Callable, Mapping
 
@@ -17,15 +17,15 @@ def lowering(
     config: ConfigDict, net: network.Network, mesh: Mesh, state: update.State,
     resident: Mapping, test: Mapping, prepare: Callable | None = None,
 ) -> Callable[[Program], jax.stages.Lowered]:
-    """A function that lowers a program.
+    """Returns a function that lowers any program of a run.
 
     Args:
         config: of the run.
         net: its network.
-        mesh: the devices; they may be those of a topology that is not there.
-        state: shapes of the state, as `update.abstract_state` gives them.
-        resident: shapes of what `feed.Feed.resident` holds.
-        test: the same of `feed.Feed.test`.
+        mesh: the devices, which may be those of an absent TPU slice.
+        state: shapes of the state; see `update.abstract_state`.
+        resident: shapes of `feed.Feed.resident`.
+        test: shapes of `feed.Feed.test`.
         prepare: see `update.make_update`.
     """
     functions = update.make_update(config, net, mesh, prepare)
@@ -46,15 +46,15 @@ def lower_update(
     functions: update.Update, kind: Kind, mesh: Mesh, state: update.State, resident: Mapping,
     batch: Mapping,
 ) -> jax.stages.Lowered:
-    """One of the three programs of an update, for shapes (or arrays that have them).
+    """Lowers one of the three programs of an update.
 
     Args:
-        functions: of the update.
+        functions: see `update.make_update`.
         kind: UPDATE, ACCUMULATE or APPLY.
         mesh: the devices.
-        state: before the update.
-        resident: see `update.make_update`.
-        batch: a microbatch; not read for APPLY.
+        state: shapes of the state, or arrays.
+        resident: the same of `feed.Feed.resident`.
+        batch: the same of a microbatch; not read for APPLY.
     """
     def scalar(dtype: np.dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((), dtype, sharding=replicated(mesh))

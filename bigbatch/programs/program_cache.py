@@ -1,9 +1,9 @@
-"""Compiled programs kept on disk between starts, and only whole ones.
+"""Keeps compiled programs on disk between starts, and makes sure that their files are complete.
 
 JAX writes an entry of its compilation cache in place and never replaces one, so an entry that a
-kill cut short would fail to load at every later start. Here each whole entry gets a seal, a file
-beside it with its checksum; at the next start what has none, or another checksum, is removed, which
-costs one compilation.
+kill cut short would fail to load at every later start. Here each complete entry gets a seal, a file
+beside it with its checksum. The next start removes entries without a seal, or with another
+checksum, and compiles their programs again.
 """
 
 import hashlib
@@ -20,13 +20,13 @@ SEAL = ".whole"
 
 
 def keep(folder: str) -> None:
-    """Keeps compiled programs in `folder` from now on, after removing what is not whole there.
+    """Makes JAX keep compiled programs in `folder`, after removing its incomplete entries.
 
-    Another process may be writing there at the same time. What it has not sealed yet may be removed
-    too; it goes on unharmed, and that entry is compiled once more at the next start.
+    Another process may use the folder at the same time. Entries that it has not sealed yet may be
+    removed too, which does not disturb it; their programs are compiled again at the next start.
 
     Raises:
-        Mistake: if the folder cannot be made or written.
+        Mistake: if the folder cannot be created or written.
     """
     path = Path(os.path.expanduser(folder))
     try:
@@ -47,7 +47,7 @@ def keep(folder: str) -> None:
 
 
 def seal() -> None:
-    """Seals the entries that a finished compilation has left. A cache is never worth an error."""
+    """Seals all complete entries. Raises nothing, as training can do without the cache."""
     folder = jax.config.jax_compilation_cache_dir
     if not folder:
         return
@@ -57,9 +57,9 @@ def seal() -> None:
             if sealed.exists():
                 continue
             content = entry.read_bytes()
-            decompress_executable(content)  # raises where another process is still writing, or died
+            decompress_executable(content)  # raises if the entry is incomplete
             sealed.write_text(hashlib.sha256(content).hexdigest(), encoding="utf-8")
-        except Exception:  # whatever the decompressor in use raises
+        except Exception:  # OSError, or an error of the decompressor in use
             continue
 
 

@@ -1,4 +1,4 @@
-"""A run's programs: what it begins with, then each phase's as the phase is entered."""
+"""The programs of a run: first those that it begins with, then those of each phase in turn."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,12 +20,12 @@ from bigbatch.update import network, update
 
 
 class Ready(NamedTuple):
-    """The programs of a phase's updates, ready to call."""
+    """The compiled programs for the updates of a phase."""
 
     calls: list[Callable]  # for `dispatch.take_update`
-    compile_seconds: list[float]  # of each
-    waited_seconds: float  # for the compiler
-    flops: float | None  # of an update on all devices; None where they were not counted
+    compile_seconds: list[float]  # one for each of `calls`
+    waited_seconds: float  # how long training waited for them
+    flops: float | None  # of an update on all devices; None if they were not counted
 
 
 class Programs:
@@ -39,10 +39,10 @@ class Programs:
         config: of the run.
         net: its network.
         mesh: the devices.
-        layouts: of the phases still to run, in order.
+        layouts: one for each phase still to run, in order.
         resident: see `feed.Feed`.
         test: see there.
-        counted: whether to count operations.
+        counted: whether to count floating-point operations.
         """
         self._config, self._net, self._mesh = config, net, mesh
         self._layouts, self._resident, self._test = layouts, resident, test
@@ -52,14 +52,17 @@ class Programs:
     def begin(
         self, state: update.State, watch: Watch
     ) -> tuple[update.State, update.Sums | None]:
-        """Lowers all, and waits until those that the run begins with are compiled.
+        """Lowers all programs, and waits until those that the run begins with are compiled.
 
         Args:
-            state: on the devices; for a new run its shapes, and the state is then drawn.
-            watch: polled meanwhile.
+            state: on the devices; for a new run its shapes, from which its initial state is made.
+            watch: polled while waiting.
 
         Returns:
-            The state, and room for the sums of several passes where a phase has them.
+            The state, and `dispatch.room_for_sums`, which is None if no phase has several passes.
+
+        Raises:
+            preemption.Stop: see `Watch.poll`.
         """
         is_new = isinstance(jax.tree.leaves(state)[0], jax.ShapeDtypeStruct)
         shapes = jax.tree.map(shape_of, (state, self._resident, self._test))
@@ -69,8 +72,8 @@ class Programs:
             lower, first + later, self._counted, watch.poll)
         if is_new:
             watch.wait(self._futures[INIT].done)
-            drawn = self._futures[INIT].result().call(np.uint32(self._config.seed))
-            state = place(jax.tree.map(np.asarray, drawn), replicated(self._mesh))
+            initial = self._futures[INIT].result().call(np.uint32(self._config.seed))
+            state = place(jax.tree.map(np.asarray, initial), replicated(self._mesh))
         several = any(layout.microbatches > 1 for layout in self._layouts)
         sums = dispatch.room_for_sums(state, self._mesh) if several else None
         watch.wait(lambda: all(self._futures[program].done() for program in first))
@@ -81,12 +84,15 @@ class Programs:
     def wait_for(
         self, layout: Layout, watch: Watch, say: Callable[[], None] = lambda: None
     ) -> Ready:
-        """The programs of updates with this layout, once they are compiled.
+        """Waits for the programs of updates with this layout, and returns them.
 
         Args:
             layout: of the phase that begins.
-            watch: polled meanwhile.
-            say: called first if there is something to wait for.
+            watch: polled while waiting.
+            say: called before a wait, if there is one.
+
+        Raises:
+            preemption.Stop: see `Watch.poll`.
         """
         began = time.perf_counter()
         futures = [self._futures[program] for program in compilation.programs_of(layout)]
@@ -102,5 +108,5 @@ class Programs:
         )
 
     def evaluate(self) -> Callable:
-        """The program of an evaluation; see `evaluation.whole_test_set`."""
+        """The compiled program for `evaluation.whole_test_set`; call `begin` first."""
         return self._futures[EVALUATE].result().call

@@ -1,10 +1,14 @@
-"""What is done when: pure Python and NumPy, without JAX and without the rest of the package."""
+"""The schedule of a run: its phases, the order of its examples, and their layout on devices.
+
+Pure Python and NumPy. Nothing here imports JAX, nor any other part of the package but `mistake`.
+"""
 
 from bigbatch.schedule.phases import (
     STRATEGIES,
     Limits,
     Phase,
     Recipe,
+    exact_updates,
     find_phase,
     learning_rate_at,
     noise_scale,
@@ -18,7 +22,7 @@ from bigbatch.schedule.phases import (
 )
 
 __all__ = [
-    "STRATEGIES", "Limits", "Phase", "Recipe", "find_phase", "learning_rate_at", "noise_scale",
-    "noise_scale_approximate", "nominal_noise_scale", "notes", "phase_at", "plan_phases",
-    "scale_up", "spans",
+    "STRATEGIES", "Limits", "Phase", "Recipe", "exact_updates", "find_phase", "learning_rate_at",
+    "noise_scale", "noise_scale_approximate", "nominal_noise_scale", "notes", "phase_at",
+    "plan_phases", "scale_up", "spans",
 ]

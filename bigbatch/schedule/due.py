@@ -1,4 +1,4 @@
-"""What is due when: logs, evaluations and checkpoints, as functions of the examples seen."""
+"""Which updates are followed by a log line, an evaluation or a checkpoint."""
 
 from collections.abc import Callable, Mapping
 
@@ -6,16 +6,16 @@ from collections.abc import Callable, Mapping
 def make_due(
     every_epochs: Mapping[str, float], examples: int, total: int
 ) -> Callable[[str, int, int], bool]:
-    """What is due after which update.
+    """Makes the function that tells whether something is due after an update.
 
     Args:
-        every_epochs: the intervals by name, as {"log": 0.1, "eval": 1.0, "checkpoint": 10.0}.
-        examples: N, of an epoch.
-        total: examples of the run, at whose end everything is due.
+        every_epochs: intervals in epochs by name, as {"log": 0.1, "eval": 1.0, "checkpoint": 10.0}.
+        examples: N, the examples of an epoch.
+        total: the examples of the run; at its end everything is due.
 
     Returns:
-        is_due(name, start, end): whether the update from example `start` to `end` reaches a
-        multiple of that interval.
+        is_due(name, start, end): whether the update from position `start` to `end` (examples seen)
+        reaches or passes a multiple of the interval `name`, or ends the run.
     """
     every = {name: max(1, round(epochs * examples)) for name, epochs in every_epochs.items()}
 

@@ -1,10 +1,10 @@
 """Which device and which pass takes which ghost batch of an update.
 
-An update is a list of ghost batches in the order of its examples. Each device is assigned
-neighbours in that list, and works through them in one or more passes (one microbatch a pass). A
-slot is room for one ghost batch of a device in a pass. All devices have the same number of slots;
-where the ghost batches do not fill them, the rest are padding slots, which weigh nothing. The
-layout changes no result, only where the work is done.
+The examples of an update, in order, form a list of ghost batches. Each device is assigned
+consecutive ghost batches of this list and computes them in one or more passes. A slot holds one
+ghost batch of one device in one pass, and a microbatch is what all devices take in one pass. All
+devices have the same number of slots; slots that no ghost batch fills are padding slots, whose
+weight is 0. The layout decides where the work is done and does not change the update's result.
 """
 
 import functools
@@ -18,32 +18,33 @@ from bigbatch.mistake import Mistake
 class Layout(NamedTuple):
     """How the ghost batches of one update are assigned to devices and passes."""
 
-    ghosts: int  # in the update
+    ghosts: int  # ghost batches in the update
     devices: int
     microbatches: int  # passes
-    slots: int  # ghost batches a device takes in one pass
+    slots: int  # of each device in each pass
 
     @property
     def idle_share(self) -> float:
-        """The share of padding slots."""
+        """The share of the slots that are padding slots."""
         return 1.0 - self.ghosts / (self.devices * self.microbatches * self.slots)
 
 
 def make_layout(
     batch_size: int, ghost_size: int, devices: int, max_per_device_batch: int, microbatches: int
 ) -> Layout:
-    """Assigns a batch to devices in as few passes as fit.
+    """Assigns the ghost batches of an update to devices and passes.
 
     Args:
         batch_size: examples in the update, a whole number of ghost batches.
         ghost_size: examples in a ghost batch.
-        devices: how many share the update.
-        max_per_device_batch: examples a device takes in one pass at most.
-        microbatches: 0, or the number of passes wanted (there are fewer where a device's ghost
-            batches fill fewer); `max_per_device_batch` is then not read.
+        devices: the number of devices that share the update.
+        max_per_device_batch: the most examples that a device takes in one pass.
+        microbatches: 0 for as few passes as `max_per_device_batch` allows. Any other value is the
+            number of passes, whatever `max_per_device_batch`; there are fewer passes if a device's
+            ghost batches fill fewer.
 
     Raises:
-        Mistake: if one ghost batch is over `max_per_device_batch`.
+        Mistake: if `microbatches` is 0 and a ghost batch is larger than `max_per_device_batch`.
     """
     ghosts = batch_size // ghost_size
     each = -(-ghosts // devices)
@@ -54,7 +55,7 @@ def make_layout(
         if most < 1:
             raise Mistake(
                 f"config.max_per_device_batch is {max_per_device_batch}, less than a ghost batch "
-                f"of {ghost_size}, which cannot be cut; raise it to {ghost_size} or more."
+                f"of {ghost_size}, which cannot be divided; raise it to {ghost_size} or more."
             )
         passes = -(-each // most)
     slots = -(-each // passes)
@@ -62,7 +63,11 @@ def make_layout(
 
 
 def ghosts_by_slot(layout: Layout) -> np.ndarray:
-    """Ghost batch numbers by (microbatch, device, slot), int32; -1: a padding slot."""
+    """The number of the ghost batch in each slot, -1 in a padding slot.
+
+    Returns:
+        int32 (microbatches, devices, slots).
+    """
     each = -(-layout.ghosts // layout.devices)
     own = np.arange(layout.microbatches * layout.slots)
     ghosts = np.arange(layout.devices)[:, None] * each + own
@@ -71,37 +76,39 @@ def ghosts_by_slot(layout: Layout) -> np.ndarray:
     return ghosts.transpose(1, 0, 2).astype(np.int32)
 
 
-@functools.lru_cache(maxsize=2)  # asked for at every update
+@functools.lru_cache(maxsize=2)  # called for every update
 def examples_by_slot(layout: Layout, ghost_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which example is in which slot.
+    """The examples that each device takes in each pass.
 
     Returns:
-        int32 (microbatch, device, example's slot), read-only: the example's place in the update,
-        and how many ghost batches come after its own. A padding slot repeats a real example, so
-        that its values stay finite, with -1.
+        Two read-only arrays, int32 (microbatches, devices, slots x ghost_size): the example's
+        position in the batch, and how many ghost batches of the update come after its own. A
+        padding slot repeats a real example, so that its values stay finite, and has -1 in the
+        second array.
     """
     ghosts = ghosts_by_slot(layout)[..., None]
-    places = np.maximum(ghosts, 0) * ghost_size + np.arange(ghost_size, dtype=np.int32)
+    positions = np.maximum(ghosts, 0) * ghost_size + np.arange(ghost_size, dtype=np.int32)
     after = np.where(ghosts >= 0, layout.ghosts - 1 - ghosts, -1).repeat(ghost_size, axis=-1)
     shape = layout.microbatches, layout.devices, -1
-    places, after = places.reshape(shape), after.reshape(shape)
-    places.flags.writeable = after.flags.writeable = False  # the cache hands out the arrays
-    return places, after
+    positions, after = positions.reshape(shape), after.reshape(shape)
+    positions.flags.writeable = after.flags.writeable = False  # the cache returns the same arrays
+    return positions, after
 
 
 def lay_out_examples(records_Bx3: np.ndarray, layout: Layout, ghost_size: int) -> np.ndarray:
-    """The rows that each microbatch feeds: (record, epoch, place, ghost batches after its own).
+    """The examples of each microbatch, one row of four numbers per example.
 
     Args:
-        records_Bx3: (record, epoch, place) of the update's examples, in order.
+        records_Bx3: (record, epoch, position in the epoch) of the update's examples, in order.
         layout: of the update.
         ghost_size: examples in a ghost batch.
 
     Returns:
-        int32 (microbatches, devices x slots x ghost_size, 4); see `examples_by_slot`.
+        int32 (microbatches, devices x slots x ghost_size, 4): the three numbers of `records_Bx3`
+        and the number of ghost batches after the example's own; see `examples_by_slot`.
     """
-    places, after = examples_by_slot(layout, ghost_size)
-    examples = np.empty((*places.shape, 4), np.int32)
-    examples[..., :3] = records_Bx3.take(places, axis=0)
+    positions, after = examples_by_slot(layout, ghost_size)
+    examples = np.empty((*positions.shape, 4), np.int32)
+    examples[..., :3] = records_Bx3.take(positions, axis=0)
     examples[..., 3] = after
     return examples.reshape(layout.microbatches, -1, 4)

@@ -1,7 +1,7 @@
-"""Which examples make up an update: a fresh permutation each epoch, read in turn.
+"""The order of the examples: a new permutation of the training set in each epoch.
 
-Position p of a run is place p % N of epoch p // N, whatever the batch size: an update takes the
-next B positions and may straddle epochs. Pure NumPy.
+Position p of a run (p examples seen) is position p % N of epoch p // N, whatever the batch size. An
+update takes the next B positions, which may lie in two epochs. Pure NumPy.
 """
 
 import functools
@@ -11,20 +11,25 @@ import numpy as np
 
 from bigbatch.mistake import Mistake
 
-# Tells the order from everything else that follows from the same seed.
+# Part of the generator's key: no other random numbers of the same seed come from this stream.
 ORDER_TAG = 0x6F726465
 
 
-@functools.lru_cache(maxsize=2)  # what an update straddles; 1.28 million examples take 5 MB
+@functools.lru_cache(maxsize=2)  # an update may lie in two epochs; 1.28 million examples take 5 MB
 def permutation(seed: int, epoch: int, examples: int) -> np.ndarray:
-    """The order of `examples` records in `epoch`: int32 (examples,), read-only.
+    """The order of the training set in an epoch: record numbers, int32 (examples,), read-only.
 
-    The raw stream of a NumPy bit generator is fixed for good (NEP 19), and so is a stable sort;
-    `Generator.permutation` and JAX's samplers may change with a release, which would change the
-    order of a run that is continued.
+    The order is the stable argsort of the raw stream of a NumPy bit generator, which NumPy keeps
+    the same in all releases (NEP 19). `Generator.permutation` and JAX's samplers may change with a
+    release, which would change the order of a continued run.
+
+    Args:
+        seed: of the run, in [0, 2**32).
+        epoch: counted from 0.
+        examples: N, the size of the training set, from 1 to 2**31 - 1.
 
     Raises:
-        Mistake: if the seed is not in [0, 2**32), the epoch is below 0, or there is no example.
+        Mistake: if an argument is out of its range.
     """
     seed, epoch, examples = map(operator.index, (seed, epoch, examples))
     if not 0 <= seed < 2**32:
@@ -36,24 +41,24 @@ def permutation(seed: int, epoch: int, examples: int) -> np.ndarray:
     key = np.array([ORDER_TAG << 32 | seed, epoch], np.uint64)
     draws = np.random.Philox(key=key).random_raw(examples)
     order = np.argsort(draws, kind="stable").astype(np.int32)
-    order.flags.writeable = False  # the cache hands out the array itself
+    order.flags.writeable = False  # the cache returns the same array
     return order
 
 
 def records(seed: int, start: int, count: int, examples: int) -> np.ndarray:
-    """What stands at positions `start` to `start + count - 1` of a run.
+    """The examples at positions `start` to `start + count - 1` of a run.
 
     Args:
         seed: of the run, in [0, 2**32).
-        start: examples seen before.
-        count: how many, over as many epochs as that takes.
-        examples: N, in the training set.
+        start: the first position (examples seen before it).
+        count: the number of examples, which may lie in any number of epochs.
+        examples: N, the size of the training set.
 
     Returns:
-        int32 (count, 3): the record in the training set, the epoch, the place in the epoch.
+        int32 (count, 3): the record in the training set, the epoch, the position in the epoch.
 
     Raises:
-        Mistake: if `start` or `count` is below 0, there is no example, or as `permutation`.
+        Mistake: if `start` or `count` is below 0, or for the reasons of `permutation`.
     """
     if start < 0 or count < 0:
         raise Mistake(f"start is {start} and count {count}; both must be 0 or more.")
@@ -62,11 +67,11 @@ def records(seed: int, start: int, count: int, examples: int) -> np.ndarray:
     rows = np.empty((count, 3), np.int32)
     done = 0
     while done < count:
-        epoch, place = divmod(start + done, examples)
-        taken = min(count - done, examples - place)
+        epoch, first = divmod(start + done, examples)
+        taken = min(count - done, examples - first)
         part = rows[done : done + taken]
-        part[:, 0] = permutation(seed, epoch, examples)[place : place + taken]
+        part[:, 0] = permutation(seed, epoch, examples)[first : first + taken]
         part[:, 1] = epoch
-        part[:, 2] = np.arange(place, place + taken)
+        part[:, 2] = np.arange(first, first + taken)
         done += taken
     return rows

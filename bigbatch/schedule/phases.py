@@ -1,99 +1,103 @@
-"""A recipe and a strategy become phases, each with one batch size.
+"""Turns a recipe and a strategy into phases, each with one batch size.
 
-The noise scale of SGD, g = eps/(1-m) (N/B - 1) (Smith, Kindermans, Ying, Le, ICLR 2018, section
-3 and 4), is what a recipe states: where it falls and by how much. A strategy says how each fall
-is paid: by decaying the learning rate eps, by growing the batch B, or a mixture. All strategies of
-one recipe share one nominal noise curve. Learning rates are decided here and nowhere else.
+The noise of SGD has the scale g = eps/(1-m) (N/B - 1) (Smith, Kindermans, Ying, Le, "Don't Decay
+the Learning Rate, Increase the Batch Size", ICLR 2018, sections 3 and 4; "the paper" below). A
+recipe states its falls: milestones at which the noise scale is divided by a factor. A strategy
+decides whether a fall divides the learning rate eps, multiplies the batch B, or does both. All
+strategies of one recipe share one nominal noise curve. No other code computes a learning rate.
 
-Positions are counted in examples seen. Pure Python; imports nothing of the package.
+Positions are counted in examples seen. Pure Python; of the package only `mistake` is imported.
 """
 
 import bisect
 import dataclasses
+import itertools
 import math
+import operator
 from collections.abc import Iterator, Sequence
 
 from bigbatch.mistake import Mistake
 
+COST_TO_NOTE = 0.01  # the share of more updates from which a plan has a note
 STRATEGIES = ("constant", "decay", "hybrid", "increase")
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What to train with, whichever way its noise is annealed."""
+    """The hyperparameters of a run that do not depend on the strategy."""
 
-    learning_rate: float  # eps, at the first fall and before, after any warm-up
-    batch_size: int  # B, examples in the first updates
+    learning_rate: float  # eps, after any warm-up and before the first fall
+    batch_size: int  # B, examples in an update before the first fall
     momentum: float  # m; for Adam its first beta
     examples: int  # N, examples in the training set
     epochs: float
-    falls: tuple[tuple[float, float], ...] = ()  # (epoch, factor the noise scale is divided by)
+    falls: tuple[tuple[float, float], ...] = ()  # (epoch, factor that divides the noise scale)
     warmup_epochs: float = 0.0
-    warmup_learning_rate: float = 0.0  # where the linear warm-up starts; absolute
+    warmup_learning_rate: float = 0.0  # the rate (not a factor) at which the linear warm-up starts
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a grown batch must respect."""
+    """Bounds on the batch sizes of a schedule."""
 
     max_batch_size: int | None = None  # None: no limit
-    granularity: int | None = None  # batches are multiples of it; None: of the ghost batch
+    granularity: int | None = None  # batch sizes are multiples of this; None: of ghost_size
     ghost_size: int = 1  # examples in a ghost batch
 
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A stretch of training with one batch size. Examples are counted from the run's start."""
+    """A part of a run with one batch size. Examples are counted from the start of the run."""
 
     index: int
-    name: str  # "warmup", "noise/1", "noise/5", ...: the nominal noise against its first value
+    name: str  # "warmup", "noise/1", "noise/5", ...: the noise scale has been divided by 5
     start_example: int
     end_example: int  # the first update boundary at or after nominal_end_example
-    nominal_end_example: int  # round(epochs x N)
+    nominal_end_example: int  # round(epoch x N), for the epoch at which the recipe ends the phase
     start_update: int
-    updates: int
+    updates: int  # their number
     batch_size: int
-    learning_rate: float  # at the phase's start
-    learning_rate_end: float  # at its end; differs in a warm-up
+    learning_rate: float  # at the start of the phase
+    learning_rate_end: float  # at its nominal end; differs from learning_rate only in a warm-up
     momentum: float
-    noise_scale: float  # eps/(1-m) (N/B - 1), at the phase's start
-    noise_scale_approximate: float  # eps N / (B (1-m)), at the phase's start
-    lost_epochs: float  # B/(N (1-m)): what filling the momentum's accumulator takes (appendix A)
+    noise_scale: float  # eps/(1-m) (N/B - 1), at the start of the phase
+    noise_scale_approximate: float  # eps N / (B (1-m)), at the start of the phase
+    lost_epochs: float  # B/(N (1-m)), until the momentum's accumulator is filled (appendix A)
 
     @property
     def shift(self) -> int:
-        """Examples by which the phase ends after its nominal end (less than a batch)."""
+        """The number of examples, less than a batch, from the nominal end to the end."""
         return self.end_example - self.nominal_end_example
 
 
 def noise_scale(learning_rate: float, momentum: float, examples: int, batch_size: int) -> float:
-    """g = eps/(1-m) (N/B - 1) (paper, section 4)."""
+    """The noise scale of SGD, g = eps/(1-m) (N/B - 1) (paper, section 4)."""
     return learning_rate / (1.0 - momentum) * (examples / batch_size - 1.0)
 
 
 def noise_scale_approximate(
     learning_rate: float, momentum: float, examples: int, batch_size: int
 ) -> float:
-    """eps N / (B (1-m)): the noise scale while B << N; the form the schedules keep equal."""
+    """The noise scale for B << N, eps N / (B (1-m)), which all strategies of a recipe share."""
     return learning_rate / (1.0 - momentum) * examples / batch_size
 
 
 def scale_up(recipe: Recipe, learning_rate_factor: float = 1.0, momentum: float | None = None,
              granularity: int = 1) -> Recipe:
-    """The recipe with a larger rate and momentum, and the batch in proportion to eps/(1-m).
+    """The recipe with another learning rate and momentum, and a batch in proportion to eps/(1-m).
 
-    Paper, section 5.2: the noise scale stays and the updates fall. Done before training starts; a
-    warm-up's starting rate is absolute and stays.
+    The noise scale stays the same, and a larger rate or momentum needs fewer updates (paper,
+    section 5.2). To be called before training. The rate at which a warm-up starts is not scaled.
 
     Args:
-        recipe: what to scale.
-        learning_rate_factor: the rate is multiplied by it.
-        momentum: the new coefficient, None to keep the recipe's.
-        granularity: what the batch must be a multiple of.
+        recipe: the recipe to scale.
+        learning_rate_factor: multiplies the rate.
+        momentum: the new momentum coefficient; None keeps the recipe's.
+        granularity: the new batch size must be a multiple of this.
 
     Raises:
-        Mistake: if the batch that keeps the noise is no whole multiple of `granularity`, or over
-            the training set.
+        Mistake: if the factor or a momentum is out of its range, or if the batch that keeps the
+            noise scale is not a multiple of `granularity` or is larger than the training set.
     """
     new_momentum = recipe.momentum if momentum is None else momentum
     _check_momentum("recipe.momentum", recipe.momentum)
@@ -130,22 +134,23 @@ def scale_up(recipe: Recipe, learning_rate_factor: float = 1.0, momentum: float 
 def plan_phases(
     recipe: Recipe, strategy: str, limits: Limits, hybrid_falls: int = 1
 ) -> tuple[Phase, ...]:
-    """The phases of `recipe` under `strategy`.
+    """The phases of a run of `recipe` under `strategy`.
 
-    No example is dropped or repeated and no update is partial: a phase, and the run, ends at the
-    first update boundary at or after its nominal example, and the next begins there. A grown batch
-    is rounded down to the granularity and capped; what it does not take of a fall the rate pays at
-    the same place.
+    A phase ends at the first update boundary at or after its nominal end, and the next phase begins
+    there. So no example is left out or repeated, and all updates of a phase have the same size. A
+    multiplied batch is rounded down to the granularity and capped; the learning rate is divided by
+    the part of the fall's factor that the batch does not reach.
 
     Args:
-        recipe: the recipe, scaled up already where that is wanted.
-        strategy: "constant" (no falls), "decay" (all by the rate), "hybrid" (the first
-            `hybrid_falls` by the batch, the rest by the rate), "increase" (all by the batch).
-        limits: on the batch.
-        hybrid_falls: only read by "hybrid".
+        recipe: the recipe, after `scale_up` if that is wanted.
+        strategy: "constant" (the falls are ignored), "decay" (all falls divide the rate), "hybrid"
+            (the first `hybrid_falls` falls multiply the batch, the others divide the rate), or
+            "increase" (all falls multiply the batch).
+        limits: bounds on the batch sizes.
+        hybrid_falls: used by "hybrid" only.
 
     Raises:
-        Mistake: where no such schedule exists; the message has the value and what to change.
+        Mistake: if there is no such schedule; the message has the value and what to change.
     """
     if strategy == "constant":
         recipe = dataclasses.replace(recipe, falls=())
@@ -153,24 +158,30 @@ def plan_phases(
     n, momentum, falls = recipe.examples, recipe.momentum, recipe.falls
     by_batch = {"constant": 0, "decay": 0, "hybrid": hybrid_falls, "increase": len(falls)}[strategy]
 
-    # Stretches of (name, nominal end in epochs, batch, rate at start, rate at end).
-    batch, rate, divided = recipe.batch_size, recipe.learning_rate, 1.0
-    stretches = []
+    # The phases as (name, nominal end in epochs, batch, rate at the start, rate at the end).
+    batch, rate = recipe.batch_size, recipe.learning_rate
+    names = _names(falls)
+    planned = []
     if recipe.warmup_epochs > 0:
-        stretches.append(
+        planned.append(
             ("warmup", recipe.warmup_epochs, batch, recipe.warmup_learning_rate, rate)
         )
-    for place, (epoch, factor) in enumerate(falls):
-        stretches.append((f"noise/{divided:g}", epoch, batch, rate, rate))
-        grown = _grown(batch, factor, recipe, limits, granularity) if place < by_batch else batch
+    growth = 1.0  # the product of the factors so far that are for the batch
+    for index, (epoch, factor) in enumerate(falls):
+        planned.append((names[index], epoch, batch, rate, rate))
+        grown = batch
+        if index < by_batch:
+            # From the first batch and the whole growth: what rounding takes from one fall the next
+            # falls make up for.
+            growth *= factor
+            grown = _grown(batch, growth, recipe, limits, granularity)
         rate *= grown / batch / factor
         batch = grown
-        divided *= factor
-    stretches.append((f"noise/{divided:g}", recipe.epochs, batch, rate, rate))
+    planned.append((names[-1], recipe.epochs, batch, rate, rate))
 
     phases: list[Phase] = []
     example = update = 0
-    for name, epoch, batch, rate, rate_end in stretches:
+    for name, epoch, batch, rate, rate_end in planned:
         nominal = round(epoch * n)
         updates = -(-(nominal - example) // batch)
         if updates < 1:
@@ -193,16 +204,21 @@ def plan_phases(
 
 
 def phase_at(phases: Sequence[Phase], examples_seen: int) -> Phase | None:
-    """The phase an update starting at `examples_seen` belongs to; None when the run is over."""
-    place = bisect.bisect_right([phase.end_example for phase in phases], examples_seen)
-    return phases[place] if place < len(phases) else None
+    """The phase of the update that starts at `examples_seen`; None when the run is over."""
+    index = bisect.bisect_right([phase.end_example for phase in phases], examples_seen)
+    return phases[index] if index < len(phases) else None
 
 
 def find_phase(phases: Sequence[Phase], name: str, asked_by: str) -> Phase:
-    """The phase of this name or number.
+    """The phase with this name or number.
+
+    Args:
+        phases: of the run.
+        name: of the phase, or its index as text.
+        asked_by: the command-line flag that has the name, for the message.
 
     Raises:
-        Mistake: if there is none; it names `asked_by`, a flag, and the phases.
+        Mistake: if there is no such phase; the message lists the phases.
     """
     for phase in phases:
         if name in (phase.name, str(phase.index)):
@@ -212,7 +228,7 @@ def find_phase(phases: Sequence[Phase], name: str, asked_by: str) -> Phase:
 
 
 def spans(phases: Sequence[Phase], examples_seen: int) -> Iterator[tuple[int, int]]:
-    """The first example and the end of each update of `phases` from `examples_seen` on."""
+    """Yields the positions at which each update starts and ends, from `examples_seen` on."""
     for phase in phases:
         first = max(phase.start_example, examples_seen)
         for start in range(first, phase.end_example, phase.batch_size):
@@ -220,9 +236,10 @@ def spans(phases: Sequence[Phase], examples_seen: int) -> Iterator[tuple[int, in
 
 
 def learning_rate_at(phase: Phase, examples_seen: int) -> float:
-    """The rate of the update whose first example is at `examples_seen`, inside `phase`.
+    """The learning rate of the update of `phase` that starts at `examples_seen`.
 
-    Linear in examples from the phase's start to its nominal end: constant but for a warm-up.
+    In a warm-up the rate is linear in the examples seen, from the start of the phase to its nominal
+    end. In any other phase it is constant.
     """
     if phase.learning_rate == phase.learning_rate_end:
         return phase.learning_rate
@@ -233,10 +250,10 @@ def learning_rate_at(phase: Phase, examples_seen: int) -> float:
 
 
 def nominal_noise_scale(recipe: Recipe, epoch: float) -> float:
-    """The noise scale, in its approximate form, that `recipe` asks for at `epoch`.
+    """The noise scale, in its approximate form, that `recipe` states at `epoch`.
 
-    A warm-up asks for the rate's linear rise; after it the first value divided by the factors of
-    all falls at or before `epoch`.
+    In a warm-up it rises linearly with the learning rate. After that it is the noise scale before
+    the first fall, divided by the factors of all falls at or before `epoch`.
     """
     rate = recipe.learning_rate
     if epoch < recipe.warmup_epochs:
@@ -246,9 +263,45 @@ def nominal_noise_scale(recipe: Recipe, epoch: float) -> float:
     return first / math.prod(factor for at, factor in recipe.falls if at <= epoch)
 
 
-def notes(recipe: Recipe, phases: Sequence[Phase]) -> list[str]:
-    """What a reader of the plan should know: where the approximate noise scale is far off."""
-    return [
+def exact_updates(recipe: Recipe, strategy: str, hybrid_falls: int = 1) -> float:
+    """The updates of batches that follow the noise exactly: neither rounded nor capped.
+
+    Args:
+        recipe: see `plan_phases`.
+        strategy: see there.
+        hybrid_falls: see there.
+    """
+    ends = [*(epoch for epoch, _ in recipe.falls), recipe.epochs]
+    taken = {"increase": len(recipe.falls), "hybrid": hybrid_falls}.get(strategy, 0)
+    factors = [factor if index < taken else 1.0 for index, (_, factor) in enumerate(recipe.falls)]
+    growths = itertools.accumulate(factors, operator.mul, initial=1.0)
+    starts = [0.0, *ends[:-1]]
+    return sum((end - start) * recipe.examples / (recipe.batch_size * growth)
+               for start, end, growth in zip(starts, ends, growths, strict=True))
+
+
+def notes(
+    recipe: Recipe, phases: Sequence[Phase], strategy: str, hybrid_falls: int = 1
+) -> list[str]:
+    """Warnings for the plan: what rounding and limits cost, and the phases whose approximate noise
+    scale is far from the exact one.
+
+    Args:
+        recipe: of the plan.
+        phases: of the plan.
+        strategy: of the plan.
+        hybrid_falls: only read by "hybrid".
+    """
+    made = sum(phase.updates for phase in phases)
+    exact = exact_updates(recipe, strategy, hybrid_falls)
+    costs = []
+    if made - exact > COST_TO_NOTE * exact + len(phases):  # each phase ends on a whole update
+        costs.append(
+            f"batches that followed the noise exactly would take {exact:.0f} updates. That batches "
+            "are rounded down to multiples of limits.granularity (ghost_size if unset) and kept to "
+            f"limits.max_batch_size costs {made - exact:.0f} more; the rate makes up the noise."
+        )
+    return costs + [
         f"{phase.name}: batch {phase.batch_size} is over a tenth of the {recipe.examples} training "
         f"examples; the exact noise scale is {phase.batch_size / recipe.examples:.1%} below the "
         "approximate one that the schedules share."
@@ -257,10 +310,28 @@ def notes(recipe: Recipe, phases: Sequence[Phase]) -> list[str]:
     ]
 
 
-def _grown(batch: int, factor: float, recipe: Recipe, limits: Limits, granularity: int) -> int:
-    """The batch after a fall by `factor`: rounded down to the granularity, capped, checked."""
-    # The nudge keeps 128 x 5.0 from becoming 639.999 and losing a ghost batch.
-    grown = int(batch * factor * (1 + 1e-12) // granularity) * granularity
+def _names(falls: Sequence[tuple[float, float]]) -> list[str]:
+    """A name for each level of the noise: by how much it is divided, in as few digits as differ."""
+    divided = list(itertools.accumulate((factor for _, factor in falls), operator.mul, initial=1.0))
+    for digits in (6, 9, 12, 17):
+        names = [f"noise/{value:.{digits}g}" for value in divided]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _grown(
+    batch: int, growth: float, recipe: Recipe, limits: Limits, granularity: int
+) -> int:
+    """The recipe's batch multiplied by `growth`, rounded down to the granularity, and capped.
+
+    `batch` is the one before, for the message.
+
+    Raises:
+        Mistake: if no limit is set and the batch would be larger than the training set.
+    """
+    # The factor just over 1 keeps rounding errors from turning a multiple into one multiple less.
+    grown = int(recipe.batch_size * growth * (1 + 1e-12) // granularity) * granularity
     if limits.max_batch_size is not None:
         return min(grown, limits.max_batch_size)
     if grown > recipe.examples:
@@ -279,7 +350,7 @@ def _check_momentum(name: str, momentum: float) -> None:
 
 
 def _check(recipe: Recipe, strategy: str, limits: Limits, hybrid_falls: int) -> int:
-    """Refuses what no schedule can be made of; returns the granularity."""
+    """Raises Mistake for a value that no schedule can have; returns the granularity."""
     if strategy not in STRATEGIES:
         raise Mistake(f"strategy is {strategy!r}; allowed are {', '.join(STRATEGIES)}.")
     if strategy == "hybrid" and not 0 <= hybrid_falls <= len(recipe.falls):
@@ -317,14 +388,14 @@ def _check(recipe: Recipe, strategy: str, limits: Limits, hybrid_falls: int) -> 
         )
     if recipe.warmup_epochs and not 0 <= recipe.warmup_learning_rate <= recipe.learning_rate:
         raise Mistake(
-            f"recipe.warmup_learning_rate is {recipe.warmup_learning_rate:g}; a warm-up rises to "
-            f"the rate {recipe.learning_rate:g} from a value between 0 and that."
+            f"recipe.warmup_learning_rate is {recipe.warmup_learning_rate:g}; it must lie between "
+            f"0 and recipe.learning_rate, {recipe.learning_rate:g}, to which the warm-up rises."
         )
     return limits.ghost_size if limits.granularity is None else limits.granularity
 
 
 def _check_batches(recipe: Recipe, limits: Limits) -> None:
-    """Refuses batches that are over the training set or no whole number of ghost batches."""
+    """Raises Mistake for a batch size over the training set or not a whole number of ghosts."""
     ghost = limits.ghost_size
     if ghost < 1:
         raise Mistake(f"ghost_size is {ghost}; it must be 1 or more.")

@@ -1,1 +1,1 @@
-"""All that touches a disk or a bucket: logs, workdirs, checkpoints."""
+"""Everything that is written to a disk or a bucket: logs, workdirs and checkpoints."""

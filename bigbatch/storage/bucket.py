@@ -1,12 +1,12 @@
-"""Workdirs in a bucket (gs://bucket/path): a local folder that mirrors one, down and up.
+"""Workdirs in a bucket (gs://bucket/path), each mirrored by a local folder in which the run works.
 
-Objects can be neither appended to, renamed nor locked. So a run works in a folder of this machine.
-What it needs is brought down at its start; at each checkpoint the logs go up whole, as they stood
-when the save was asked for, then the checkpoint's files, and `checksums.json` last: a checkpoint
-without it is unfinished.
+A run does not work in the bucket itself, as objects can be neither appended to, renamed nor locked.
+At its start it downloads the logs and the newest whole checkpoint. At each checkpoint it uploads
+the whole logs as they were when the save began, then the checkpoint's files, and `checksums.json`
+last: a checkpoint without this file is unfinished.
 
-gcsfs is used directly, and not through etils.epath, which has no writes with a precondition (see
-`lease.py`) and no listing that is sure to be fresh.
+The code calls gcsfs and not etils.epath, which has no writes with a precondition (see `lease.py`)
+and no listing that is guaranteed to be fresh.
 """
 
 import contextlib
@@ -25,25 +25,25 @@ from bigbatch.storage.workdir import local_folder
 
 SCHEME = "gs://"
 LOGS = ("config.json", "metrics.jsonl", "timing.jsonl")
-MARKER = "checksums.json"  # what makes a checkpoint a finished one
-SILENT_SECONDS = 60  # of a connection, before a request is made anew
+MARKER = "checksums.json"  # a checkpoint with this file is finished
+SILENT_SECONDS = 60  # without data, after which a request is repeated
 
 
 def in_bucket(path: str | Path) -> bool:
-    """Whether a path names something in a bucket."""
+    """Whether `path` is a gs:// URL."""
     return str(path).startswith(SCHEME)
 
 
 def connect(url: str) -> tuple[Any, str]:
-    """The file system (gcsfs) of `url`, and the path of `url` in it: "bucket/path".
+    """The gcsfs file system for `url`, and the path of `url` in it, "bucket/path".
 
     Raises:
-        Mistake: if gcsfs is not there, or `url` names no bucket.
+        Mistake: if gcsfs is not installed, or `url` names no bucket.
     """
     root = url.removeprefix(SCHEME).strip("/")
     if not root:
         raise Mistake(f"{url} names no bucket; write gs://BUCKET/PATH.")
-    # Otherwise gcsfs asks a second service what kind of bucket it is, and warns where it may not.
+    # Otherwise gcsfs asks a second service for the kind of the bucket, and warns if refused.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     try:
         import aiohttp
@@ -52,16 +52,16 @@ def connect(url: str) -> tuple[Any, str]:
         raise Mistake(
             f"{url} needs the package gcsfs: pip install gcsfs, or bigbatch with its extra gcs."
         ) from None
-    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what it raises is said here, once
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # `reason` reports its errors, once
     silence = aiohttp.ClientTimeout(total=None, sock_connect=20, sock_read=SILENT_SECONDS)
     return gcsfs.GCSFileSystem(use_listings_cache=False, requests_timeout=silence), root
 
 
 def check(url: str) -> None:
-    """Looks whether a bucket can be read.
+    """Checks that the bucket of `url` can be read.
 
     Raises:
-        Mistake: if not, with what to do.
+        Mistake: if it cannot; the text says what to do.
     """
     files, root = connect(url)
     with explained(url):
@@ -70,27 +70,27 @@ def check(url: str) -> None:
 
 @contextlib.contextmanager
 def explained(url: str) -> Iterator[None]:
-    """Makes what gcsfs raises inside, on reading `url`, a Mistake of one line."""
+    """Turns any error inside the block, where `url` is read, into a Mistake of one line."""
     try:
         yield
-    except Exception as error:  # gcsfs passes on those of three libraries
+    except Exception as error:  # gcsfs raises the errors of three libraries
         if isinstance(error, Mistake):
             raise
         raise Mistake(f"{url} cannot be used: {reason(url, error)}") from error
 
 
 def reason(url: str, error: Exception) -> str:
-    """What went wrong with the bucket of `url`, or with its mirror here, and what to do."""
+    """One line on an error in the bucket of `url` or in its local mirror, with what to do."""
     bucket = url.removeprefix(SCHEME).partition("/")[0]
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)  # names no file, as a rule
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)  # often without a filename
     if full or getattr(error, "filename", None):
         return (
-            f"{error.strerror}, on this machine's own disk. TMPDIR sets where a run works, and "
-            "XDG_CACHE_HOME where data is copied to."
+            f"{error.strerror}, on this machine's own disk. TMPDIR sets the folder in which a run "
+            "works, and XDG_CACHE_HOME the one that data is copied to."
         )
     text = " ".join((str(error) or type(error).__name__).split())
     if isinstance(error, FileNotFoundError):
-        return f"there is no bucket {bucket!r}, or not for this account ({text})."
+        return f"there is no bucket {bucket!r}, or this account cannot see it ({text})."
     if str(error).startswith("Forbidden") or getattr(error, "code", None) in (401, "401"):
         return (
             f"access is refused ({text}). Log in with `gcloud auth application-default login`, or "
@@ -101,38 +101,44 @@ def reason(url: str, error: Exception) -> str:
 
 @contextlib.contextmanager
 def opened(workdir: str | Path) -> Iterator[tuple[Path, "Mirror | None"]]:
-    """The local folder of a workdir and, where that is in a bucket, the mirror it belongs to.
+    """The local folder of a workdir, and its mirror if the workdir is in a bucket (else None).
+
+    The folder of a mirror is temporary and ends with the block.
 
     Raises:
-        Mistake: if it is neither a folder nor in a bucket.
+        Mistake: if `workdir` is neither a local path nor a gs:// URL.
     """
     if not in_bucket(workdir):
         yield local_folder(workdir), None
         return
     with tempfile.TemporaryDirectory(
-        prefix="bigbatch-", ignore_cleanup_errors=True  # a save that failed may still be under way
+        prefix="bigbatch-", ignore_cleanup_errors=True  # a failed save may still be writing
     ) as folder:
         yield Path(folder), Mirror(str(workdir), Path(folder))
 
 
 class Mirror:
-    """A folder of this machine that stands for a workdir in a bucket.
+    """A local folder that mirrors a workdir in a bucket.
 
-    Of a finished checkpoint it has the folder, which is empty unless the checkpoint is being read
-    or written. Methods raise what gcsfs raises, unless they say otherwise.
+    It holds the logs, and a folder for each finished checkpoint, which is empty unless the
+    checkpoint is being read or written. Methods raise the errors of gcsfs unless they say
+    otherwise.
     """
 
     def __init__(self, url: str, folder: Path):
-        """`url` is the workdir's, `folder` an empty one."""
+        """Args:
+        url: of the workdir, gs://bucket/path.
+        folder: an empty local folder.
+        """
         self.url = url.rstrip("/")
         self.folder = folder
         self._files, self._root = connect(url)
         self._lease: lease.Lease | None = None
-        self._sent: dict[str, tuple[int, int]] = {}  # logs as they are in the bucket
+        self._sent: dict[str, tuple[int, int]] = {}  # `_stamp` of each log that was sent
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Makes this job the only one that writes there, and brings the logs down.
+        """Holds the workdir's lease during the block, and downloads the logs first.
 
         Raises:
             Mistake: if another job holds the workdir, or the bucket cannot be used.
@@ -148,20 +154,23 @@ class Mirror:
             held.release()
 
     def bring_down_logs(self) -> None:
-        """The logs, but for TensorBoard's, whose files a new start does not continue.
+        """Downloads the logs, except TensorBoard's, as each start writes a new TensorBoard file.
 
         Raises:
             Mistake: if the bucket cannot be used.
         """
         with explained(self.url):
-            there = self._files.find(self._root, maxdepth=1)
-            wanted = [name for name in LOGS if f"{self._root}/{name}" in there]
-            self._files.get([f"{self._root}/{name}" for name in wanted],
-                            [str(self.folder / name) for name in wanted])
-        self._sent = {name: _stamp(self.folder / name) for name in wanted}
+            objects = self._files.find(self._root, maxdepth=1)
+            present = [name for name in LOGS if f"{self._root}/{name}" in objects]
+            self._files.get([f"{self._root}/{name}" for name in present],
+                            [str(self.folder / name) for name in present])
+        self._sent = {name: _stamp(self.folder / name) for name in present}
 
     def list_checkpoints(self) -> list[str]:
-        """Makes an empty folder for each finished checkpoint; what to say of unfinished ones.
+        """Creates an empty folder for each finished checkpoint in the bucket.
+
+        Returns:
+            A notice for each unfinished checkpoint.
 
         Raises:
             Mistake: if the bucket cannot be used.
@@ -180,7 +189,9 @@ class Mirror:
         return notices
 
     def fetch(self, path: Path) -> None:
-        """Fills the folder of a finished checkpoint, but for what is removed meanwhile.
+        """Downloads a finished checkpoint to its folder `path`.
+
+        If an object is removed meanwhile, the download is incomplete, which `faults_of` will find.
 
         Raises:
             Mistake: if the bucket cannot be used.
@@ -191,18 +202,18 @@ class Mirror:
                             [str(path / name) for name in objects])
 
     def empty(self, path: Path) -> None:
-        """Leaves nothing of a checkpoint here but its name."""
+        """Deletes the local files of a checkpoint and leaves its folder `path` empty."""
         shutil.rmtree(path, ignore_errors=True)
         path.mkdir(parents=True)
 
     def logs(self) -> dict[str, int]:
-        """The logs as they stand: their sizes, by path in the workdir. They only grow."""
+        """The present sizes of the logs in bytes, by path in the workdir. Logs only grow."""
         files = [self.folder / name for name in LOGS] + [*self.folder.glob("tensorboard/*")]
         return {str(file.relative_to(self.folder)): file.stat().st_size
                 for file in files if file.is_file()}
 
     def send_logs(self, logs: Mapping[str, int]) -> None:
-        """Replaces the logs in the bucket by these first bytes of those here.
+        """Uploads the first bytes of each log, as many as `logs` says, where the log has changed.
 
         Raises:
             OSError: if another job has taken the workdir.
@@ -218,8 +229,9 @@ class Mirror:
                 self._sent[name] = stamp
 
     def send(self, path: Path, logs: Mapping[str, int]) -> None:
-        """Brings a checkpoint up, after the logs that belong to it; its folder is then empty, or
-        gone if that failed.
+        """Uploads the logs and then the checkpoint `path`, and empties its local folder.
+
+        If that fails, the local folder is deleted.
 
         Raises:
             OSError: if another job has taken the workdir.
@@ -237,18 +249,22 @@ class Mirror:
         self.empty(path)
 
     def tidy(self, newest: Path) -> None:
-        """Removes what is there up to `newest` and has no folder here, or was never finished."""
+        """Deletes from the bucket the checkpoints up to `newest` that are unfinished or have no
+        local folder.
+        """
         for name, objects in self._checkpoints().items():
             kept = MARKER in objects and (newest.parent / name).exists()
             if name <= newest.name and not kept:
                 self._remove(name, objects)
 
     def named(self, text: str) -> str:
-        """A text about this folder, about the bucket instead."""
+        """`text` with the URL of the workdir in place of the local folder, for messages."""
         return text.replace(str(self.folder), self.url)
 
     def _checkpoints(self, name: str = "") -> dict[str, list[str]]:
-        """The objects of each checkpoint there, or of the one called `name`; by its name."""
+        """The objects of each checkpoint in the bucket, or of the one called `name`: {checkpoint's
+        name: [path below its folder]}.
+        """
         above = f"{self._root}/checkpoints/"
         found: dict[str, list[str]] = {}
         for path in self._files.find(above + name):
@@ -263,9 +279,11 @@ class Mirror:
                 self._files.rm_file(f"{self._root}/checkpoints/{name}/{below}")
 
     def _object(self, path: Path) -> str:
+        """The path in the bucket of the local `path`."""
         return f"{self._root}/{path.relative_to(self.folder)}"
 
 
 def _stamp(file: Path) -> tuple[int, int]:
+    """(size in bytes, time of the last change in ns), which differ once a file has changed."""
     status = file.stat()
     return status.st_size, status.st_mtime_ns

@@ -1,12 +1,12 @@
-"""Checkpoints that are whole or not used: Orbax's arrays, what they belong to, and checksums.
+"""Checkpoints, of which only whole ones (complete and undamaged) are used.
 
-A checkpoint is a folder `checkpoints/<examples seen>` with `state/` (Orbax), `run.json` (position,
-config, phase table) and, written last, `checksums.json`. It takes its name only when all
-of it is there; until then the folder ends in `.unfinished`.
+A checkpoint is a folder `checkpoints/<examples seen>` with `state/` (arrays, by Orbax), `run.json`
+(position, config, phases) and `checksums.json`, which is written last. While it is written, the
+folder's name ends in `.unfinished`; it is renamed when all files are complete.
 
-The state is the same on all devices. So the first process writes it alone and each reads it for
-itself, and no process waits here for another that may be dead. Functions that take a `mirror` work
-on a folder that stands for one in a bucket, where there is one.
+The state is the same on all devices. So the first process writes it alone and every process reads
+it on its own, and none waits for another process, which may be dead. The argument `mirror` is
+None for a workdir in a local folder; see `bucket.Mirror`.
 """
 
 import contextlib
@@ -30,40 +30,40 @@ from bigbatch.storage.bucket import MARKER as CHECKSUMS
 from bigbatch.storage.logs import replace_text
 
 UNFINISHED = ".unfinished"
-# Saves overlap, but are committed one by one, in the order in which they were asked for.
+# Saves may overlap, but one thread commits them, in the order in which they were started.
 _commits = ThreadPoolExecutor(1, thread_name_prefix="save")
 
 
 class WriteError(RuntimeError):
-    """A checkpoint or a log could not be written; names it and the last good checkpoint."""
+    """A checkpoint or a log could not be written. The text names it and the last checkpoint."""
 
 
 class Found(NamedTuple):
-    """The newest whole checkpoint, and what is wrong with newer ones."""
+    """The newest whole checkpoint, and the faults of newer ones."""
 
-    path: Path | None
-    run: dict[str, Any]  # run.json; {} without a checkpoint
-    faults: list[str]
+    path: Path | None  # None: there is no checkpoint
+    run: dict[str, Any]  # the content of its run.json; {} if there is no checkpoint
+    faults: list[str]  # one text a damaged file or unfinished checkpoint
 
 
 def folder(workdir: Path, examples_seen: int) -> Path:
-    """Where the checkpoint at `examples_seen` lies; names sort by position."""
+    """The path of the checkpoint at `examples_seen`. Names sort in the order of positions."""
     return workdir / "checkpoints" / f"{examples_seen:015d}"
 
 
 def finished(workdir: Path) -> list[Path]:
-    """The checkpoints that got their name, oldest first, whole or not."""
+    """The paths of all finished checkpoints, oldest first. Their files are not checked."""
     names = (workdir / "checkpoints").glob("*")
     return sorted(path for path in names if path.name.isdigit() and path.is_dir())
 
 
 def find_newest(workdir: Path, mirror: bucket.Mirror | None = None) -> Found:
-    """The newest checkpoint whose every file has the checksum it was written with.
+    """Finds the newest checkpoint in which every file has the checksum it was written with.
 
-    Of a mirror it is brought down, and nothing else left here.
+    With a mirror, checkpoints are downloaded newest first, and only the whole one stays here.
 
     Raises:
-        Mistake: if there are checkpoints and none is whole. Nothing is deleted.
+        Mistake: if there are checkpoints and none is whole. Nothing is deleted then.
     """
     unfinished = mirror.list_checkpoints() if mirror else []
     faults = []
@@ -87,7 +87,7 @@ def find_newest(workdir: Path, mirror: bucket.Mirror | None = None) -> Found:
 
 
 def faults_of(path: Path) -> list[str]:
-    """What is wrong with a checkpoint's files, one text a file; empty for a whole one."""
+    """The faults of the files of the checkpoint `path`, one text a file; [] if it is whole."""
     try:
         listed = (path / CHECKSUMS).read_text(encoding="utf-8")
         files = json.loads(listed)["files"]
@@ -112,15 +112,23 @@ def faults_of(path: Path) -> list[str]:
 
 
 def restore(path: Path, like: Any, mirror: bucket.Mirror | None = None) -> Any:
-    """The state saved in `path`, as NumPy arrays in the tree of `like` (arrays or their shapes).
+    """Reads the state of a checkpoint that the first process has found whole.
+
+    Args:
+        path: of the checkpoint.
+        like: a tree of arrays, or of their shapes and types, that the saved state has too.
+        mirror: see above.
+
+    Returns:
+        The state, as NumPy arrays in the same tree.
 
     Raises:
-        Mistake: if a checkpoint that was just found whole is not so for this process.
+        Mistake: if this process cannot see the checkpoint, or its download is damaged.
     """
-    if not (path / CHECKSUMS).exists():  # it was another process that found it
+    if not (path / CHECKSUMS).exists():  # another process has found the checkpoint
         if not mirror:
             raise Mistake(
-                f"the job's first process has {path}, and this one has not: --workdir must be a "
+                f"the job's first process sees {path}, and this one does not: --workdir must be a "
                 "folder that all hosts share, such as a network disk, or gs://BUCKET/PATH."
             )
         mirror.fetch(path)
@@ -133,7 +141,7 @@ def restore(path: Path, like: Any, mirror: bucket.Mirror | None = None) -> Any:
 
 
 def load(workdir: str | Path) -> dict[str, Any]:
-    """What the newest whole checkpoint of a run holds, for use outside of it.
+    """The state in the newest whole checkpoint of a run, for use outside of training.
 
     Args:
         workdir: a folder, or gs://bucket/path.
@@ -142,24 +150,28 @@ def load(workdir: str | Path) -> dict[str, Any]:
         `params`, `batch_stats` and `opt_state`, as nested dicts of NumPy arrays.
 
     Raises:
-        Mistake: if there is none.
+        Mistake: if there is no whole checkpoint.
     """
     return load_newest(workdir)[1]
 
 
 def load_newest(workdir: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The newest whole checkpoint of a run: its run.json, and its arrays as `load` gives them.
+    """The newest whole checkpoint of a run: the content of its run.json, and what `load` returns.
+
+    Args:
+        workdir: a folder, or gs://bucket/path.
 
     Raises:
-        Mistake: if there is none.
+        Mistake: if there is no whole checkpoint.
     """
     with bucket.opened(workdir) as (local, mirror):
         found = find_newest(local, mirror)
         if found.path is None:
-            raise Mistake(f"{workdir} has no checkpoint: no run was made there, or not so far.")
-        with _alone():
+            raise Mistake(
+                f"{workdir} has no checkpoint: no run was made there, or it has saved none yet.")
+        with _single_process_reading():
             arrays = ocp.metadata(found.path / "state").metadata
-        # Named, or Orbax would lay them out on the devices they were saved from.
+        # As NumPy arrays: by default Orbax puts them on the devices they were saved from.
         return found.run, _read(
             found.path, jax.tree.map(lambda array: np.empty(array.shape, array.dtype), arrays))
 
@@ -168,20 +180,23 @@ def save(
     workdir: Path, state: Any, run: Mapping[str, Any], keep: int, boundaries: set[int],
     mirror: bucket.Mirror | None = None,
 ) -> Future:
-    """Starts saving `state`; returns once it is copied, and a future that ends with the commit.
+    """Copies `state` and starts to write a checkpoint of it in the background.
 
-    Only the first process writes; on the others nothing is left to do.
+    Only the first process writes. On the others the future has its result at once.
 
     Args:
-        workdir: of the run.
+        workdir: the local folder of the run.
         state: a tree of arrays, the same on every device.
-        run: what goes into run.json; `examples_seen` names the checkpoint.
-        keep: so many of the newest stay when the new one is committed.
-        boundaries: positions (examples seen) whose checkpoints stay too.
-        mirror: of the bucket that everything goes to, with the logs as they are now.
+        run: the content of run.json; its `examples_seen` is the checkpoint's name.
+        keep: how many of the newest checkpoints are kept when this one is committed.
+        boundaries: positions (examples seen) whose checkpoints are kept besides.
+        mirror: uploads the checkpoint, and the logs as they are at this call.
+
+    Returns:
+        A future of the checkpoint's path, which is done when the checkpoint is committed.
 
     Raises:
-        WriteError: from the future as well as from here.
+        WriteError: from this call or from the future, if the checkpoint could not be written.
     """
     path = folder(workdir, run["examples_seen"])
     if jax.process_index() != 0:
@@ -216,15 +231,15 @@ def save(
 
 
 def _options() -> ocp0.options.MultiprocessingOptions:
-    """What tells Orbax that this process is the only one there is."""
+    """Options that make Orbax write as if this were the only process."""
     me = jax.process_index()
     return ocp0.options.MultiprocessingOptions(
         primary_host=me, active_processes={me}, barrier_sync_key_prefix=str(me))
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """The same for reading."""
+def _single_process_reading() -> Iterator[None]:
+    """Makes Orbax read as if this were the only process."""
     context, options = ocp.Context(), _options()
     context.multiprocessing.primary_host = options.primary_host
     context.multiprocessing.active_processes = options.active_processes
@@ -234,15 +249,15 @@ def _alone() -> Iterator[None]:
 
 
 def _start_writing(path: Path, state: Any) -> ocp0.AsyncCheckpointer:
-    """Copies `state` and starts writing it; in the format that Orbax's v1 reads.
+    """Copies `state` and starts to write it with Orbax's v0, in the format that its v1 reads.
 
-    Its v1 itself cannot write from one process of several: whatever its options say, it compares
-    the path on all of them by a reduction over their devices.
+    Orbax's v1 cannot write from one process of several: whatever its options are, it compares the
+    path on all processes by a reduction over their devices.
     """
-    mine = jax.tree.map(_on_one_device, state)
-    for array in jax.tree.leaves(mine):
+    on_one_device = jax.tree.map(_on_one_device, state)
+    for array in jax.tree.leaves(on_one_device):
         if isinstance(array, jax.Array):
-            array.copy_to_host_async()  # all at once, not one after another below
+            array.copy_to_host_async()  # so that the copies below overlap
     options = _options()
     writer = ocp0.AsyncCheckpointer(
         ocp0.CompositeCheckpointHandler(
@@ -251,7 +266,7 @@ def _start_writing(path: Path, state: Any) -> ocp0.AsyncCheckpointer:
         ),
         multiprocessing_options=options,
     )
-    arrays = jax.tree.map(np.asarray, mine)
+    arrays = jax.tree.map(np.asarray, on_one_device)
     writer.save(path, args=ocp0.args.Composite(state=ocp0.args.PyTreeSave(arrays)))
     return writer
 
@@ -261,8 +276,8 @@ def _on_one_device(array: Any) -> Any:
 
 
 def _read(path: Path, like: Any) -> Any:
-    """The arrays of the checkpoint `path`, as `like` has them."""
-    with _alone():
+    """The arrays of the checkpoint `path`, in the tree, types and shapes of `like`."""
+    with _single_process_reading():
         return ocp.load(path / "state", like)
 
 
@@ -270,7 +285,7 @@ def _read(path: Path, like: Any) -> Any:
 def names_what_fails(
     workdir: Path, mirror: bucket.Mirror | None = None, name: str = ""
 ) -> Iterator[None]:
-    """Makes an OSError inside, on writing `name` in `workdir`, a WriteError."""
+    """Turns an OSError in the block, which writes `name` in `workdir`, into a WriteError."""
     try:
         yield
     except OSError as error:
@@ -281,7 +296,7 @@ def names_what_fails(
 def write_error(
     path: Path, workdir: Path, error: Exception, mirror: bucket.Mirror | None = None
 ) -> WriteError:
-    """What to raise when `path`, a checkpoint or a log in `workdir`, could not be written."""
+    """The error to raise if `path`, a checkpoint or a log in `workdir`, could not be written."""
     good = [str(other) for other in finished(workdir) if other != path]
     text = (
         f"writing {path} failed: {bucket.reason(mirror.url, error) if mirror else error} (the last "
@@ -294,14 +309,14 @@ def write_error(
 def sending_last_logs(
     workdir: Path, mirror: bucket.Mirror, saves: Collection[Future]
 ) -> Iterator[None]:
-    """At the end of the block, waits for `saves` and brings the logs up once more.
+    """Uploads the logs once more at the end of the block.
 
-    Also where an error ends it; but not after a write that failed, or a Ctrl-C, which waits for
-    nothing.
+    After an error in the block, waits for `saves` and then uploads too, except after a failed write
+    (a WriteError) or a second Ctrl-C, which must end the process at once.
 
     Raises:
-        WriteError: if that fails. Where the block ends with an error, that one stays, and the
-            failure is a line.
+        WriteError: if the upload fails. After an error in the block this error is raised instead,
+            and the failure is only printed.
     """
     def failed(error: Exception) -> WriteError:
         return write_error(workdir / "timing.jsonl", workdir, error, mirror)
@@ -325,18 +340,22 @@ def sending_last_logs(
 
 
 def _commit(unfinished: Path, path: Path, run: Mapping[str, Any]) -> None:
+    """Adds run.json and checksums.json to a checkpoint and gives it its final name, `path`."""
     replace_text(unfinished / "run.json", json.dumps(run, indent=1) + "\n")
     files = {
         str(file.relative_to(unfinished)): _digest(file)
         for file in sorted(unfinished.rglob("*")) if file.is_file()
     }
     replace_text(unfinished / CHECKSUMS, _listing(files))
-    shutil.rmtree(path, ignore_errors=True)  # one found damaged, whose stretch was run again
+    shutil.rmtree(path, ignore_errors=True)  # a damaged checkpoint of the same position
     unfinished.rename(path)
 
 
 def _delete_old(newest: Path, keep: int, boundaries: set[int]) -> None:
-    """Leaves `keep` up to the one just written: what is further is damaged, or of no use now."""
+    """Deletes checkpoints except the last `keep` up to `newest` and those at `boundaries`.
+
+    Checkpoints after `newest` are damaged, and are replaced when the run comes to their positions.
+    """
     written = [path for path in finished(newest.parents[1]) if path <= newest]
     for path in written[:-keep]:
         if int(path.name) not in boundaries:
@@ -349,6 +368,6 @@ def _digest(file: Path) -> str:
 
 
 def _listing(files: Mapping[str, str]) -> str:
-    """The text of checksums.json, which vouches for itself too."""
+    """The text of checksums.json for {file: SHA-256}, with a checksum of the list itself."""
     own = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
     return json.dumps({"files": files, "of_this_list": own}, indent=1) + "\n"

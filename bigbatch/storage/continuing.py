@@ -1,8 +1,8 @@
-"""Whether a run may go on under a config that is not the one it was saved with.
+"""Whether a run may be continued with a config other than the one it was saved with.
 
-What would have made the examples seen so far train differently is refused, with both values side
-by side. What cannot (logging, devices, microbatches) and what changes only examples not yet seen
-(more epochs, a later fall) is allowed.
+A change that would have trained the examples seen so far differently is refused, and the message
+has both values. Allowed are changes that do not affect what is learned (logging, devices,
+microbatches) and changes that affect only examples not yet seen (more epochs, a later fall).
 """
 
 import dataclasses
@@ -16,39 +16,39 @@ from bigbatch import __version__
 from bigbatch.config import saved_config
 from bigbatch.schedule import Phase
 
-# Never change what is learned.
+# These keys do not change what is learned.
 FREE = (
     "max_per_device_batch", "microbatches", "eval_batch_size", "log_every_epochs",
     "eval_every_epochs", "checkpoint_every_epochs", "keep_checkpoints", "tensorboard", "data.dir",
     "data.workers", "data.read_threads",
-    "data.on_bad_image",  # what is found bad from now on; that it was not before is settled
+    "data.on_bad_image",  # affects only images read from now on
 )
-# Change it through the phases alone, which are compared themselves.
+# These keys affect training only through the phases, which are compared themselves.
 THROUGH_PHASES = ("recipe", "strategy", "hybrid_falls", "scale_up", "limits")
 
 
 class Position(NamedTuple):
-    """How far a run is."""
+    """How far a run has come, counted from its first example and its first update."""
 
     examples_seen: int = 0
     updates: int = 0
-    # The line of metrics.jsonl of the last update, where the run was stopped inside the evaluation
-    # after it: the next start evaluates first, then writes this line.
+    # Not None: the run was stopped during the evaluation after its last update. The next start
+    # evaluates first, then writes this line of metrics.jsonl together with the results.
     pending_evaluation: dict[str, Any] | None = None
 
 
 def position_of(run: Mapping[str, Any]) -> Position:
-    """The position `describe_run` recorded; the start where there is no record."""
+    """The position in a checkpoint's run.json, see `describe_run`; the run's start for {}."""
     if not run:
         return Position()
-    pending = run.get("pending_evaluation", run.get("owed"))  # as version 0.1 called it
+    pending = run.get("pending_evaluation", run.get("owed"))  # version 0.1 called it `owed`
     if pending is not None:
         pending = {key: value for key, value in pending.items() if key != "evaluate"}
     return Position(run["examples_seen"], run["updates"], pending)
 
 
 def describe_run(config: ConfigDict, phases: Sequence[Phase], at: Position) -> dict[str, Any]:
-    """What a checkpoint records of the run it belongs to, ready for JSON."""
+    """The content of a checkpoint's run.json: position, version, config and phases."""
     return {
         **at._asdict(),
         "version": __version__,
@@ -60,12 +60,15 @@ def describe_run(config: ConfigDict, phases: Sequence[Phase], at: Position) -> d
 def changes(
     saved: Mapping[str, Any], config: ConfigDict, phases: Sequence[Phase]
 ) -> tuple[list[str], list[str]]:
-    """What differs from a saved run: (what forbids to continue, what is worth a line in the log).
+    """The differences between a saved run and the present config.
 
     Args:
-        saved: as `describe_run` made it.
-        config: of now.
-        phases: of now.
+        saved: what `describe_run` returned when the run was saved.
+        config: the present one.
+        phases: those of `config`.
+
+    Returns:
+        (differences that forbid continuing, differences that are allowed), one text each.
     """
     before = flatten(json.loads(saved_config(saved).to_json()))
     now = flatten(json.loads(config.to_json()))
@@ -94,7 +97,7 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _phase_changes(
     saved: Sequence[Mapping[str, Any]], phases: Sequence[Phase], examples_seen: int
 ) -> list[str]:
-    """Where the phases differ before `examples_seen`."""
+    """The differences between the phases before `examples_seen`, one text each."""
     def seen(phases: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         rows = []
         for phase in phases:
@@ -103,7 +106,7 @@ def _phase_changes(
             row = {key: phase[key] for key in (
                 "start_example", "batch_size", "learning_rate", "momentum"
             )}
-            # A phase that is not over may end elsewhere, but its updates must have been these.
+            # The present phase may get another end, but its updates so far must stay the same.
             row["end_example"] = min(phase["end_example"], examples_seen)
             if phase["learning_rate"] != phase["learning_rate_end"]:
                 row["learning_rate_end"] = phase["learning_rate_end"]

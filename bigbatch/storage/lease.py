@@ -1,9 +1,9 @@
-"""One job a workdir where nothing can be locked: an object that its holder keeps rewriting.
+"""A lease, which lets only one job write to a workdir in a bucket, where no file can be locked.
 
-Every write names the generation of the object that it replaces, so of two writers one fails. A
-lease that stood still for `STALE_SECONDS`, by the clock of whoever watches it, has lost its holder
-and may be taken. The holder rewrites it once more before it makes a checkpoint a finished one, and
-fails there if it was taken from it.
+The lease is an object that its holder rewrites every `BEAT_SECONDS`. Each write names the
+generation of the object that it replaces, so of two jobs that write at once one fails. Another job
+may take a lease that was not rewritten for `STALE_SECONDS` by that job's clock. The holder rewrites
+the lease before it marks a checkpoint as finished, and fails there if another job took the lease.
 """
 
 import contextlib
@@ -17,9 +17,9 @@ from typing import Any
 
 from bigbatch.mistake import Mistake
 
-BEAT_SECONDS = 10.0
-STALE_SECONDS = 30.0
-LOOK_SECONDS = 1.0
+BEAT_SECONDS = 10.0  # between two renewals by the holder
+STALE_SECONDS = 30.0  # without a renewal, after which another job may take the lease
+LOOK_SECONDS = 1.0  # between two reads by a job that waits for the lease
 
 
 class Lost(OSError):
@@ -27,23 +27,29 @@ class Lost(OSError):
 
 
 class Lease:
-    """The right to write to a workdir in a bucket."""
+    """The exclusive right to write to a workdir in a bucket. Errors name the job that holds it."""
 
     def __init__(self, files: Any, path: str, workdir: str):
-        """`path` is the lease's object in `files` (gcsfs); `workdir` is for messages."""
+        """Args:
+        files: the gcsfs file system of the bucket.
+        path: of the lease's object, "bucket/path".
+        workdir: the workdir's URL, for messages.
+        """
         self._files, self._workdir = files, workdir
         self._object = tuple(path.split("/", 1))
         self._id = uuid.uuid4().hex
         self._beats = 0
-        self._generation = "0"  # of the object as this holder last wrote it
+        self._generation = "0"  # of the object that this job wrote last; "0" before any
         self._lock = threading.Lock()
         self._ended = threading.Event()
 
     def take(self) -> None:
-        """Takes the lease, at once or after watching one that stands still; then keeps it.
+        """Takes the lease, and renews it from a thread until `release`.
+
+        Waits `STALE_SECONDS` first if there is a lease, which may be that of a killed job.
 
         Raises:
-            Mistake: if another job holds it.
+            Mistake: if another job holds the lease and renews it.
         """
         while not self._write_over("0"):
             found = self._find()
@@ -57,43 +63,46 @@ class Lease:
         """Rewrites the lease.
 
         Raises:
-            Lost: if another job has taken it.
+            Lost: if another job has taken the lease.
         """
         with self._lock:
             if not self._write_over(self._generation):
                 raise Lost(self._taken())
 
     def check(self) -> None:
-        """Looks whether the lease is still this job's, without a write if it is as this job knows
-        it: a bucket takes about one a second of the same object.
+        """Checks that this job still holds the lease.
+
+        Reads and does not write, unless the lease has changed: a bucket accepts only about one
+        write a second to the same object.
 
         Raises:
-            Lost: if another job has taken it.
+            Lost: if another job has taken the lease.
         """
         with self._lock:
             if self._find() != self._generation and not self._write_over(self._generation):
                 raise Lost(self._taken())
 
     def release(self) -> None:
-        """Gives the lease up, if it is still this job's."""
+        """Deletes the lease if this job still holds it, so that the next job need not wait."""
         self._ended.set()
-        with self._lock, contextlib.suppress(Exception):  # else it goes stale
+        with self._lock, contextlib.suppress(Exception):  # it becomes stale all the same
             self._files.call("DELETE", "b/{}/o/{}", *self._object,
                              ifGenerationMatch=self._generation)
 
     def _keep(self) -> None:
+        """Renews the lease until `release`, in a thread."""
         while not self._ended.wait(BEAT_SECONDS):
-            with contextlib.suppress(Exception):  # the next commit says so, if it lasts
+            with contextlib.suppress(Exception):  # a lasting fault is raised by the next commit
                 self.renew()
 
     def _stands_still(self, generation: str) -> bool:
-        """Watches; False if the lease was given up.
+        """Waits `STALE_SECONDS`: True if the lease stays unchanged, False once it is deleted.
 
         Raises:
-            Mistake: if its holder renews it.
+            Mistake: if the holder renews the lease meanwhile.
         """
-        print(f"bigbatch: {self._held_by()} Watching for {STALE_SECONDS:g} s whether it still "
-              "lives ...", file=sys.stderr, flush=True)
+        print(f"bigbatch: {self._held_by()} Waiting for {STALE_SECONDS:g} s to see whether "
+              "that job still renews its lease ...", file=sys.stderr, flush=True)
         until = time.monotonic() + STALE_SECONDS
         while time.monotonic() < until:
             time.sleep(LOOK_SECONDS)
@@ -105,8 +114,8 @@ class Lease:
         return True
 
     def _write_over(self, generation: str) -> bool:
-        """Writes the lease if it is of this generation ("0": absent), or of another that is this
-        holder's own; whether it was.
+        """Writes the lease if its generation is `generation` ("0": there is no lease), or if this
+        job wrote it. Returns whether it was written.
         """
         self._beats += 1
         mine = json.dumps({"holder": self._id, "beat": self._beats, "process": os.getpid(),
@@ -120,8 +129,8 @@ class Lease:
             )
             self._generation = written["generation"]
         except FileExistsError:
-            # It may be this very write, made anew after its answer was lost on the way, or an
-            # earlier one of this holder, of which it never heard.
+            # This job may have written the object itself: gcsfs repeats a request whose answer was
+            # lost, and an earlier write may have succeeded although it raised an error.
             found, content = self._find(), self._read()
             if found is None or self._id.encode() not in content:
                 return False
@@ -131,7 +140,7 @@ class Lease:
         return True
 
     def _find(self) -> str | None:
-        """The generation of the lease; None if there is none."""
+        """The generation of the lease's object; None if there is no object."""
         try:
             found = self._files.call("GET", "b/{}/o/{}", *self._object, json_out=True)
         except FileNotFoundError:
@@ -145,15 +154,15 @@ class Lease:
             return b""
 
     def _taken(self) -> str:
-        return f"{self._held_by()} It took the lease while this one was not heard of."
+        return f"{self._held_by()} It took the lease because this job had not renewed it in time."
 
     def _held_by(self) -> str:
         try:
             holder = json.loads(self._read())
             who = f"process {holder['process']} on {holder['host']}"
         except (ValueError, KeyError):
-            who = "of which no more is known"
+            who = "which one is unknown"
         return (
             f"the workdir {self._workdir} is held by another job ({who}); stop it, or give this "
-            "one another --workdir."
+            "job another --workdir."
         )

@@ -1,7 +1,7 @@
-"""What a run writes beside its checkpoints: JSON lines.
+"""The logs of a run, as files of JSON lines with one event a line.
 
-`metrics.jsonl` holds only what the run determines, one event a line; a run that was killed and
-continued leaves the same bytes as one that was not. `timing.jsonl` holds speeds, starts and saves.
+`metrics.jsonl` holds the course of training and no times, so a run that was killed and continued
+leaves the same bytes as one that was not. `timing.jsonl` holds starts, speeds, saves and notices.
 """
 
 import json
@@ -11,28 +11,33 @@ from typing import Any
 
 
 def append_event(path: Path, event: dict[str, Any]) -> None:
-    """Adds one line to a JSON-lines file."""
+    """Adds `event` as one line at the end of the file."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(event) + "\n")
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The events of a JSON-lines file; a last line that was cut short is left out."""
+    """All events of the file, without a last line that a kill cut short; [] if it is absent."""
     if not path.exists():
         return []
     whole = path.read_text(encoding="utf-8").split("\n")[:-1]
     return [json.loads(line) for line in whole]
 
 
-def cut_events(path: Path, examples_seen: int, owed: bool = False) -> None:
-    """Removes the events past `examples_seen`, and a half line, that a killed run left.
+def cut_events(path: Path, examples_seen: int, pending_evaluation: bool = False) -> None:
+    """Removes what a killed run wrote after its checkpoint: later events and an incomplete line.
 
-    With `owed` the event at `examples_seen` itself is still to be written, and goes too. The file
-    is replaced at once, so that a kill here leaves the old or the new one.
+    The file is replaced in one step, so a kill leaves either the old file or the new one.
+
+    Args:
+        path: of metrics.jsonl.
+        examples_seen: the position of the checkpoint.
+        pending_evaluation: whether there is a pending evaluation at this position, after which the
+            event of this position is written; it is then removed too.
     """
     if not path.exists():
         return
-    last = examples_seen - owed
+    last = examples_seen - pending_evaluation
     kept = [event for event in read_events(path) if event["examples_seen"] <= last]
     text = "".join(json.dumps(event) + "\n" for event in kept)
     if text != path.read_text(encoding="utf-8"):
@@ -40,7 +45,7 @@ def cut_events(path: Path, examples_seen: int, owed: bool = False) -> None:
 
 
 def cut_half_line(path: Path) -> None:
-    """Removes a last line without its end, as a kill in the middle of a write leaves it."""
+    """Removes a last line that has no line end, which a kill during a write leaves."""
     if path.exists():
         text = path.read_text(encoding="utf-8")
         if text and not text.endswith("\n"):
@@ -48,10 +53,10 @@ def cut_half_line(path: Path) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a whole file such that a reader, or a crash, sees the old text or the new.
+    """Replaces a file's content by `text` in one step: readers and crashes see the old or the new.
 
     Raises:
-        OSError: naming the file, if it cannot be written (a full disk).
+        OSError: if the file cannot be written, for example on a full disk; it names the file.
     """
     beside = path.with_name(path.name + ".new")
     try:

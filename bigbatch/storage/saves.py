@@ -1,4 +1,4 @@
-"""A run's checkpoints under way: written in the background, committed in their order."""
+"""The checkpoints that a run is writing: in the background, and committed in order."""
 
 import time
 from collections import deque
@@ -10,17 +10,17 @@ from typing import Any
 from bigbatch.storage import bucket, checkpoint
 from bigbatch.storage.continuing import Position
 
-# More, and the host would hold one more copy of the state; with fewer a checkpoint at a phase's end
-# would wait for one just before it.
+# Each save holds a copy of the state in the host's memory, so they are few. With only one, a
+# checkpoint at a phase's end would often wait for the checkpoint just before it.
 SAVES_AT_ONCE = 2
 
 
 class Saves:
-    """Saves a run's state; what goes wrong in the background is raised by the next call.
+    """Saves the state of a run. An error in the background is raised by a later call.
 
     Attributes:
-        newest: the examples seen of the newest checkpoint that was asked for.
-        pending: futures of those under way, the oldest first.
+        newest: the position (examples seen) of the newest checkpoint, written or being written.
+        pending: the futures of the checkpoints being written, oldest first.
     """
 
     def __init__(
@@ -29,12 +29,12 @@ class Saves:
         newest: int,
     ):
         """Args:
-        folder: of the run.
+        folder: the local folder of the run.
         mirror: see `checkpoint.save`.
-        describe: what a checkpoint records of the run at a position.
-        keep: how many of the newest stay.
-        boundaries: examples seen at whose checkpoints stay too.
-        newest: the examples seen of the checkpoint that this start goes on from; 0 for none.
+        describe: returns the content of run.json at a position.
+        keep: see `checkpoint.save`.
+        boundaries: see there.
+        newest: the position of the checkpoint that this start continues from; 0 for none.
         """
         self.newest = newest
         self.pending: deque[Future] = deque()
@@ -42,12 +42,13 @@ class Saves:
         self._keep, self._boundaries = keep, boundaries
 
     def start(self, state: Any, at: Position) -> float:
-        """Copies `state` and begins to write it; returns how many seconds that blocked.
+        """Copies `state` and starts to write it. Waits first while two others are being written.
 
-        Waits while two others are under way.
+        Returns:
+            The seconds that this call took.
 
         Raises:
-            WriteError: if this or an earlier one could not be written.
+            WriteError: if this or an earlier checkpoint could not be written.
         """
         began = time.perf_counter()
         self._finish(SAVES_AT_ONCE - 1)
@@ -57,13 +58,14 @@ class Saves:
         return time.perf_counter() - began
 
     def raise_failures(self) -> None:
-        """Raises what went wrong meanwhile; does not wait."""
+        """Raises a WriteError if a checkpoint could not be written; does not wait."""
         self._finish(SAVES_AT_ONCE)
 
     def wait(self) -> None:
-        """Waits until all are written."""
+        """Waits until all checkpoints are written; raises a WriteError if one could not be."""
         self._finish(0)
 
     def _finish(self, leave: int) -> None:
+        """Removes finished saves, and waits for the oldest ones until at most `leave` remain."""
         while self.pending and (self.pending[0].done() or len(self.pending) > leave):
             self.pending.popleft().result()

@@ -1,4 +1,4 @@
-"""The folder of a run: made, checked to be writable, and held by one job."""
+"""The folder of a run: it is created, checked to be writable, and locked by one job at a time."""
 
 import fcntl
 import json
@@ -11,26 +11,27 @@ from bigbatch.storage.logs import replace_text
 
 
 def local_folder(path: str | Path) -> Path:
-    """`path` in full, so that it means the same to all libraries, with ~ expanded.
+    """`path` as an absolute path with ~ expanded, which means the same to all libraries.
 
     Raises:
-        Mistake: if it is no path of a file system, such as s3://bucket/run.
+        Mistake: if it is a URL, such as s3://bucket/run.
     """
-    if "://" in str(path) or str(path).startswith("gs:/"):  # a bucket's, as pathlib writes it
+    if "://" in str(path) or str(path).startswith("gs:/"):  # pathlib makes gs:/ of gs://
         raise Mistake(
-            f"{path} is no folder of this machine; give one that all hosts share, such as a "
+            f"{path} is no folder of this machine; give a folder that all hosts share, such as a "
             "network disk, or a path in a bucket, as the text gs://BUCKET/PATH."
         )
     return Path(path).expanduser().absolute()
 
 
 def open_workdir(workdir: Path) -> IO[str]:
-    """Makes the folder and locks it for this job until the returned file is closed.
+    """Creates the folder and locks it for this job.
 
-    The system drops the lock with the process, however that ends.
+    Returns:
+        The open lock file. Closing it releases the lock, and so does any end of the process.
 
     Raises:
-        Mistake: if it cannot be made or written, or another job holds it.
+        Mistake: if the folder cannot be created or written, or another job holds the lock.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -43,7 +44,7 @@ def open_workdir(workdir: Path) -> IO[str]:
             lock.close()
             raise Mistake(
                 f"the workdir {workdir} is held by another job ({holder}); stop it, or give this "
-                "one another --workdir."
+                "job another --workdir."
             ) from None
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {os.uname().nodename}\n")
@@ -51,13 +52,13 @@ def open_workdir(workdir: Path) -> IO[str]:
     except OSError as error:
         raise Mistake(
             f"the workdir {workdir} cannot be written: {error.strerror}; give --workdir a folder "
-            "that can."
+            "that can be."
         ) from None
     return lock
 
 
 def write_config(workdir: Path, run: dict[str, Any]) -> None:
-    """Writes config.json: the config and phase table of the run as it goes on now."""
+    """Writes config.json: the version, config and phases that the run now continues with."""
     kept = {key: run[key] for key in ("version", "config", "phases")}
     text = json.dumps(kept, indent=1)
     replace_text(workdir / "config.json", text + "\n")

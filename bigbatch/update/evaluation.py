@@ -1,4 +1,4 @@
-"""Loss and accuracy over the whole test set."""
+"""The loss and accuracy of a network over the whole test set."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,11 +18,14 @@ from bigbatch.update import network
 
 
 def make_evaluate(config: ConfigDict, net: network.Network, mesh: Mesh) -> Callable:
-    """The jitted function `(params, batch_stats, test, batch) -> float[3]`.
+    """Makes the jitted function `(params, batch_stats, test, batch) -> float[3]`.
 
-    The result is the sums of (cross entropy, correct, examples) over one batch of all devices.
-    `test` has the test set's `images` and `labels` replicated, or is {} when they are fed; `batch`
-    has `record` (int32, -1 where a slot is empty), and `images` and `labels` where they are fed.
+    The result is the sum of the cross entropy, the number of correct predictions, and the number of
+    examples, over one batch of all devices.
+
+    `test` has the test set's `images` and `labels`, replicated; it is {} if the test set is
+    streamed. `batch` has `record` (int32, -1 for padding) and, if the test set is streamed,
+    `images` and `labels`.
     """
     dtype = jnp.promote_types(config.dtype, jnp.float32)
 
@@ -37,7 +40,7 @@ def make_evaluate(config: ConfigDict, net: network.Network, mesh: Mesh) -> Calla
         images = augment.normalise(
             images, config.data.mean, config.data.std, jnp.dtype(config.dtype)
         )
-        keys = jax.random.split(jax.random.key(0), len(record))  # drawn from by no one
+        keys = jax.random.split(jax.random.key(0), len(record))  # not used in evaluation
         logits, *_ = net.apply(params, batch_stats, images, False, keys)
         logits = logits.astype(dtype)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
@@ -59,20 +62,21 @@ def whole_test_set(
     program: Callable, params: Any, batch_stats: Any, fed: Feed,
     before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """`test_loss` (mean cross entropy) and `test_accuracy` over every test example, each once.
+    """Evaluates every test example once: `test_loss` (mean cross entropy) and `test_accuracy`.
 
     Args:
-        program: `make_evaluate`, jitted or compiled.
+        program: the function that `make_evaluate` returns, jitted or compiled.
         params: parameters.
         batch_stats: running statistics.
-        fed: what the test set comes from.
-        before_batch: called before each batch; what it raises passes through.
+        fed: the feed that yields the test set.
+        before_batch: called before each batch; its exceptions are not caught.
     """
     sums = []
     for batch in fed.evaluation():
         before_batch()
         sums.append(program(params, batch_stats, fed.test, batch))
+        # At most two batches are on the devices, so that a stop is noticed soon.
         if len(sums) > 1:
-            sums[-2].block_until_ready()  # two batches on the devices at most; a stop is heard soon
+            sums[-2].block_until_ready()
     loss, correct, examples = np.sum([np.asarray(part, np.float64) for part in sums], axis=0)
     return {"test_loss": float(loss / examples), "test_accuracy": float(correct / examples)}

@@ -1,4 +1,4 @@
-"""The network a config names, as pure functions of its parameters and running statistics."""
+"""The network that a config names, as pure functions of its parameters and running statistics."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -15,50 +15,52 @@ from bigbatch.mistake import Mistake
 
 Tree = Mapping[str, Any]
 
-# Fixed tags folded into the one seed, so that no two uses draw from the same stream. The order of
-# examples has a tag of its own in data/order.py.
+# Tags to fold into the key of the seed, so that no two uses draw the same random numbers. The order
+# of the examples and the crops of photographs have their own (schedule/order.py, data/decode.py).
 INITIALISATION, AUGMENTATION, DROPOUT = 1, 2, 3
 
 
 class Network(NamedTuple):
-    """A model without its variables. Trees are nested dicts of arrays."""
+    """A network as pure functions, without its variables. Trees are nested dicts of arrays."""
 
-    init: Callable[[jax.Array], tuple[Tree, Tree]]  # seed, uint32 -> parameters, statistics
-    params: Tree  # their shapes
-    batch_stats: Tree  # the same of the running statistics
-    # (parameters, statistics, images_BxHxWxC, train, keys_B) -> logits_BxK, [(weight, logits)...],
-    # statistics: in training one row a ghost batch.
+    init: Callable[[jax.Array], tuple[Tree, Tree]]  # seed, uint32 -> parameters, running statistics
+    params: Tree  # shapes of the parameters
+    batch_stats: Tree  # shapes of the running statistics
+    # (parameters, running statistics, images_BxHxWxC, train, keys_B) -> logits_BxK,
+    # [(weight, auxiliary logits), ...], statistics (in training with one row per ghost batch)
     apply: Callable[..., tuple[jax.Array, list, Tree]]
-    decays: Tree  # like the statistics: what remains of each after one ghost batch
-    in_norm: Tree  # like the parameters: True for those of a normalisation layer
+    decays: Tree  # like the statistics: the share of each that remains after one ghost batch
+    in_norm: Tree  # like the parameters: True for the parameters of normalisation layers
 
 
 def build(config: ConfigDict) -> Network:
-    """The network of `config.network` with the arguments `config.model`.
+    """Builds the network of `config.network` with the arguments `config.model`.
 
-    The contract: a function `(num_classes, dtype, rngs, **config.model)` that returns an
-    nnx.Module called as `(images, train, keys)`, with one random key an example, and giving logits
-    or (logits, [(weight, auxiliary logits)...]). Its parameters are float32 (float64 for float64).
-    Linen modules come in through Flax's bridge (`nnx.bridge.ToNNX`), and GhostBatchNorm into them
-    (`nnx.bridge.ToLinen`), which in training are called with mutable=["batch_stats"].
+    `config.network` is the dotted path of a function `(num_classes, dtype, rngs, **config.model)`
+    that returns an nnx.Module. The module is called as `(images, train, keys)`, with one random key
+    per example, and returns logits or (logits, [(weight, auxiliary logits), ...]). Its parameters
+    are float32 (float64 if config.dtype is). A Linen module is wrapped in `nnx.bridge.ToNNX`. A
+    GhostBatchNorm inside it is wrapped in `nnx.bridge.ToLinen`, and the Linen module is then called
+    with mutable=["batch_stats"] in training.
 
     Raises:
-        Mistake: if the path leads nowhere, the arguments do not fit, the module is not called
-            or does not answer as above, or it holds something whose result would depend on how a
-            batch is cut up (Flax's own BatchNorm or Dropout, random streams, state of its own),
-            naming the layer. Nothing has been compiled then.
+        Mistake: if the path does not exist, the arguments do not fit, the module cannot be called
+            as above or returns something else, or it holds a layer or variable whose result would
+            depend on how a batch is cut over devices and microbatches (Flax's own BatchNorm or
+            Dropout, random streams, other variables). The message names the layer. Nothing is
+            compiled before this error.
     """
     name, num_classes, dtype = config.network, config.data.num_classes, jnp.dtype(config.dtype)
     if dtype == jnp.float64 and not jax.config.jax_enable_x64:
         raise Mistake(
-            "config.dtype is float64, but JAX makes float32 of that here: first call "
+            "config.dtype is float64, but JAX's 64-bit mode is off: first call "
             "jax.config.update('jax_enable_x64', True)."
         )
     function = dotted.resolve(name, "config.network")
     arguments = config.model.to_dict()
     _check_arguments(function, arguments, name)
 
-    @jax.jit  # so that it is traced once: here for its shapes, in `init` for what it draws
+    @jax.jit  # so that it is traced only once, for the shapes below and for the values in `init`
     def construct(seed: jax.Array) -> tuple[nnx.GraphDef, nnx.State, nnx.State, nnx.State]:
         key = jax.random.key(seed, impl="threefry2x32")
         key = jax.random.fold_in(key, INITIALISATION)
@@ -67,11 +69,11 @@ def build(config: ConfigDict) -> Network:
         module = function(num_classes, dtype, rngs, **arguments)
         _check_callable(module, name)
         for bridge in _bridges(module).values():
-            # Left over from initialisation; what a layer drew from them would be no example's own.
+            # Streams left from initialisation; numbers from them would not be those of one example.
             bridge.to_nnx__rngs = None
         return nnx.split(module, nnx.Param, nnx.BatchStat, ...)
 
-    linen_layers: dict[tuple, str] = {}  # by path: the class's name
+    linen_layers: dict[tuple, str] = {}  # class name by path
     with linen.intercept_methods(_watch_linen(linen_layers, name)):
         seed = jax.ShapeDtypeStruct((), jnp.uint32)
         graph, params, batch_stats, rest = jax.eval_shape(construct, seed)
@@ -107,8 +109,10 @@ def build(config: ConfigDict) -> Network:
 
 
 class _Stream(nnx.RngStream):
-    """Flax's stream of keys, drawn without its `count[...] += 1`: that asks the old and the new
-    count where they lie, and in a trace JAX answers at length, longer with each count before.
+    """Flax's stream of random keys, without its `count[...] += 1`.
+
+    That statement asks for the sharding of the old and the new count. In a trace this takes JAX
+    long, and longer with every key drawn before.
     """
 
     def __call__(self) -> jax.Array:
@@ -118,14 +122,14 @@ class _Stream(nnx.RngStream):
 
 
 def _fill(state: nnx.State, values: Tree) -> nnx.State:
-    """`values` with the structure and metadata of `state`."""
+    """A copy of `state`, with its structure and metadata, that holds `values`."""
     filled = jax.tree.map(lambda leaf: leaf, state)
     nnx.replace_by_pure_dict(filled, values)
     return filled
 
 
 def _bridges(module: nnx.Module) -> dict[tuple, nnx.bridge.ToNNX]:
-    """The Linen modules brought in through Flax's bridge, by path."""
+    """The Linen modules that are wrapped in Flax's bridge, by path."""
     return {
         path: part for path, part in nnx.iter_modules(module)
         if isinstance(part, nnx.bridge.ToNNX)
@@ -135,7 +139,7 @@ def _bridges(module: nnx.Module) -> dict[tuple, nnx.bridge.ToNNX]:
 def _in_norm(
     module: nnx.Module, params: nnx.State, linen_layers: Mapping[tuple, str]
 ) -> Tree:
-    """Marks the parameters held by layers whose class's name ends in Norm, as all of Flax's do."""
+    """Marks the parameters of layers whose class name ends in Norm, as it does for Flax's own."""
     layers = {path: type(part).__name__ for path, part in nnx.iter_modules(module)}
     for bridge in _bridges(module):
         layers |= {(*bridge, *path): kind for path, kind in linen_layers.items()}
@@ -150,7 +154,7 @@ def _where(path: tuple) -> str:
 
 
 def _check_arguments(function: Callable, arguments: Mapping[str, Any], name: str) -> None:
-    # Of a Module's class, `signature` would tell the metaclass's, which takes anything.
+    # For a Module's class, `signature` returns that of the metaclass, which accepts anything.
     own = (None,) if inspect.isclass(function) else ()
     signature = inspect.signature(function.__init__ if own else function)
     try:
@@ -188,7 +192,7 @@ _INSTEAD = {
 
 
 def _refuse_layer(layer: nnx.Module | linen.Module, path: tuple, name: str) -> None:
-    """Refuses Flax's own BatchNorm and Dropout."""
+    """Raises Mistake for Flax's own BatchNorm and Dropout."""
     for library, module in (("nnx", nnx), ("linen", linen)):
         for kind, instead in _INSTEAD.items():
             if isinstance(layer, getattr(module, kind)):
@@ -199,11 +203,11 @@ def _refuse_layer(layer: nnx.Module | linen.Module, path: tuple, name: str) -> N
 
 
 def _watch_linen(layers: dict[tuple, str], name: str) -> Callable:
-    """Notes which Linen layers are called, and refuses those that `_refuse_layer` does."""
+    """Makes the interceptor that notes in `layers` each Linen layer called, if it is allowed."""
     def watch(call: Callable, arguments: tuple, keywords: dict, context: Any) -> Any:
         layer = context.module
         _refuse_layer(layer, layer.path, name)
-        # ToLinen: an NNX layer inside of a Linen module.
+        # A ToLinen wraps an NNX layer inside a Linen module.
         layers[layer.path] = getattr(layer, "nnx_class", type(layer)).__name__
         return call(*arguments, **keywords)
 
@@ -223,21 +227,21 @@ def _check_state(
         if isinstance(leaf, nnx.RngState):
             raise Mistake(
                 f"{name} keeps a random stream at {_where(path)}; draw from the keys the module "
-                "is called with, one an example, so that the numbers do not depend on how a batch "
+                "is called with, one per example, so that the numbers do not depend on how a batch "
                 "is cut over devices and microbatches."
             )
         kind = type(leaf).__name__ if isinstance(leaf, nnx.Variable) else "a plain array"
         raise Mistake(
             f"{name} keeps {kind} at {_where(path)}; only parameters (nnx.Param) and "
-            "GhostBatchNorm's statistics are carried from update to update. A constant is made "
-            "where it is used."
+            "GhostBatchNorm's statistics are kept from update to update. Create constants where "
+            "they are used."
         )
     for path, variable in nnx.to_flat_state(batch_stats):
         metadata = variable.get_metadata()
         if "ghost_size" not in metadata:
             raise Mistake(
                 f"{name} keeps a batch statistic at {_where(path)} that is not GhostBatchNorm's, "
-                "so how to fold an update's ghost batches into it is unknown."
+                "so it is unknown how to fold ghost batches into it: use GhostBatchNorm."
             )
         if metadata["ghost_size"] != config.ghost_size:
             raise Mistake(
@@ -256,18 +260,18 @@ def _check_state(
 
 
 def _check_outputs(outputs: Any, shape: tuple[int, int], name: str) -> tuple[jax.Array, list]:
-    """The logits, and the (weight, logits) of the auxiliary losses, of what a module gives."""
+    """The logits and the list of (weight, auxiliary logits); raises Mistake for other outputs."""
     logits, auxiliary = outputs if _is_pair(outputs) else (outputs, [])
     if not isinstance(auxiliary, list | tuple) or not all(map(_is_pair, auxiliary)):
         raise Mistake(
-            f"{name} gives {type(auxiliary).__name__} beside its logits; that must be a list of "
+            f"{name} returns {type(auxiliary).__name__} beside its logits; it must be a list of "
             "(weight, auxiliary logits) pairs."
         )
     for given in (logits, *(more for _, more in auxiliary)):
         if getattr(given, "shape", None) != shape:
             found = getattr(given, "shape", type(given).__name__)
             raise Mistake(
-                f"{name} gives logits of shape {found} for {shape[0]} images; they must be "
+                f"{name} returns logits of shape {found} for {shape[0]} images; they must be "
                 f"{shape}: (images, config.data.num_classes)."
             )
     return logits, list(auxiliary)
@@ -278,7 +282,7 @@ def _is_pair(value: Any) -> bool:
 
 
 def _trace(apply: Callable, params: Tree, batch_stats: Tree, config: ConfigDict) -> None:
-    """Calls the module once with shapes alone; nothing is computed."""
+    """Checks a training call of the module by tracing it; nothing is computed."""
     data, ghost, name = config.data, config.ghost_size, config.network
     images = jax.ShapeDtypeStruct(
         (ghost, data.image_size, data.image_size, len(data.mean)), jnp.dtype(config.dtype)
@@ -291,14 +295,14 @@ def _trace(apply: Callable, params: Tree, batch_stats: Tree, config: ConfigDict)
     except flax.errors.InvalidRngError as error:
         raise Mistake(
             f"{name} draws from a random stream of Linen's; draw from the keys the module is "
-            "called with, one an example, so that the numbers do not depend on how a batch is cut "
+            "called with, one per example, so that the numbers do not depend on how a batch is cut "
             f"over devices and microbatches. Flax says: {error}"
         ) from None
     running = dict(jax.tree_util.tree_leaves_with_path(batch_stats))
     for path, row in jax.tree_util.tree_leaves_with_path(rows):
         if row.shape != (1, *running[path].shape):
             raise Mistake(
-                f"{name} leaves the statistic {jax.tree_util.keystr(path)} as it is in training; "
+                f"{name} does not update the statistic {jax.tree_util.keystr(path)} in training; "
                 "call GhostBatchNorm with train=True there (through Flax's bridge also with "
                 "mutable=['batch_stats'])."
             )

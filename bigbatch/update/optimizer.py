@@ -1,4 +1,4 @@
-"""The optimizer of an update: Optax's transformations, with rate and momentum as inputs."""
+"""The optimizer of an update: Optax transformations, with rate and momentum as inputs."""
 
 from typing import Any
 
@@ -13,10 +13,18 @@ Tree = Any
 def make_optimizer(
     config: ConfigDict, in_norm: Tree, learning_rate: jax.Array, momentum: jax.Array
 ) -> optax.GradientTransformation:
-    """The optimizer at a rate and momentum, which are inputs of the update, not constants.
+    """Makes the optimizer for a learning rate and a momentum, which may change at every update.
 
-    The rate multiplies after the accumulator, A <- m A + g, w <- w - eps A (paper, equations 6 and
-    7), so a change of rate needs no correction. The state does not depend on either.
+    The rate multiplies the accumulator, not what is added to it: A <- m A + g, w <- w - eps A
+    (Smith et al., ICLR 2018, equations 6 and 7). So a change of the rate needs no correction of the
+    accumulator. The optimizer's state depends neither on the rate nor on the momentum.
+
+    Args:
+        config: `config.optimizer` is read.
+        in_norm: see `network.Network`.
+        learning_rate: eps, a scalar; an input of the update and not a constant, so that a new
+            value needs no compilation.
+        momentum: m, likewise; for Adam its first beta.
     """
     options = config.optimizer
     decay_mask = {
@@ -38,5 +46,5 @@ def make_optimizer(
 
 
 def init_optimizer(config: ConfigDict, in_norm: Tree, params: Tree) -> Tree:
-    """The optimizer's state before the first update; its tree is also the checkpoint's."""
+    """The optimizer's state before the first update. Checkpoints have the same tree structure."""
     return make_optimizer(config, in_norm, jnp.zeros(()), jnp.zeros(())).init(params)

@@ -1,10 +1,10 @@
-"""One parameter update: ghost batches on devices, microbatches, one reduction, the optimizer.
+"""One parameter update: ghost batches on devices, microbatches, one all-reduce, the optimizer.
 
-An update's result does not depend on how many devices or passes compute it. Each device sums, over
-its own examples, gradients, ghost batches' statistics (already weighted by their place in the
-global batch) and metrics; one reduction adds them up; the optimizer then sees the mean gradient.
-With one microbatch all of that is one program, `update`; with more it is `accumulate` once a
-microbatch, without any communication, then `apply`.
+The result does not depend on how many devices or passes compute it. Each device adds up, over its
+own examples, gradients, ghost batch statistics (weighted by their position in the global batch) and
+metrics. One all-reduce adds up the sums of the devices, and the optimizer gets the mean gradient.
+With one microbatch this is one program, `update`. With several it is `accumulate`, called once per
+microbatch and without communication, then `apply`.
 """
 
 import math
@@ -31,7 +31,7 @@ Tree = Any
 
 
 class State(NamedTuple):
-    """What training changes and a checkpoint keeps (with examples_seen beside it)."""
+    """What updates change. A checkpoint holds the state and the position (examples seen)."""
 
     params: Tree
     batch_stats: Tree
@@ -39,37 +39,37 @@ class State(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What devices add up over an update's examples."""
+    """What a device adds up over its examples of an update."""
 
-    gradient: Tree  # of the summed loss, like the parameters
-    statistics: Tree  # sum_i (1-d) d^(k-1-i) s_i over ghost batches i, like the batch statistics
+    gradient: Tree  # of the summed loss; like the parameters
+    statistics: Tree  # sum_i (1-d) d^(k-1-i) s_i over ghost batches i; like the batch statistics
     loss: jax.Array  # cross entropy of the main logits, without smoothing or auxiliary losses
-    correct: jax.Array
-    examples: jax.Array
-    ghosts: jax.Array
+    correct: jax.Array  # number of correct predictions
+    examples: jax.Array  # number of examples
+    ghosts: jax.Array  # number of ghost batches
 
 
 class Metrics(NamedTuple):
-    """Of one update, over its whole batch, before the parameters moved."""
+    """Measurements of one update over its whole batch, with the parameters before the update."""
 
     loss: jax.Array
     accuracy: jax.Array
-    finite: jax.Array  # False when the loss or any parameter after the update is not
+    finite: jax.Array  # False if the loss, or a parameter after the update, is not finite
 
 
 class Update(NamedTuple):
-    """The jitted functions of an update; `compilation` lowers them for each phase's shapes."""
+    """The jitted functions of an update; programs/lowering.py lowers them for given shapes."""
 
     update: Callable  # (state, resident, batch, rate, momentum) -> state, metrics
-    # (state, sums, resident, batch, first) -> sums, a number a device to wait for (sums are
-    # donated to the next pass, so they themselves cannot be waited for)
+    # (state, sums, resident, batch, first) -> sums, one number per device. The caller waits for the
+    # numbers, since the sums are donated to the next pass and cannot be waited for.
     accumulate: Callable
     apply: Callable  # (state, sums, rate, momentum) -> state, metrics
 
 
 def make_init(config: ConfigDict, network: Network) -> Callable:
-    """The jitted function from the seed (uint32) to the state before the first update."""
-    # Run once, which is not worth the seconds that LLVM takes to optimise random generators well.
+    """Makes the jitted function from the seed (uint32) to the state before the first update."""
+    # Called once: not worth the seconds that LLVM takes to optimise the random generators well.
     on_cpu = jax.default_backend() == "cpu"
     options = {"xla_backend_optimization_level": 1} if on_cpu else None
 
@@ -81,12 +81,12 @@ def make_init(config: ConfigDict, network: Network) -> Callable:
 
 
 def init_state(config: ConfigDict, network: Network) -> State:
-    """The state before the first update; follows from the seed alone."""
+    """The state before the first update, which follows from the config and its seed alone."""
     return make_init(config, network)(np.uint32(config.seed))
 
 
 def abstract_state(config: ConfigDict, network: Network, mesh: Mesh) -> State:
-    """Shapes of the state, replicated over `mesh`; computes nothing."""
+    """The shapes of the state, replicated over `mesh`; computes nothing."""
     opt_state = jax.eval_shape(partial(init_optimizer, config, network.in_norm), network.params)
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
@@ -97,21 +97,29 @@ def abstract_state(config: ConfigDict, network: Network, mesh: Mesh) -> State:
 def make_update(
     config: ConfigDict, network: Network, mesh: Mesh, prepare: Callable | None = None
 ) -> Update:
-    """The update's functions over `mesh`, jitted but not yet compiled for any shape.
+    """Makes the functions of an update, jitted but not yet compiled for any shape.
 
-    Their arguments: `state` replicated; `resident`, replicated too: the run's `seed` (an input, so
-    that the seeds of a sweep share programs), and the training set's `images` and `labels` unless
-    they are fed; `batch`, one microbatch: `examples` (rows as `slots.lay_out_examples` makes them),
-    and `images` and `labels` where they are fed, all cut over devices; `sums`, one of each device.
-    `prepare`, where it is given, makes a microbatch's images of (config, resident, batch) in the
-    place of `prepare_microbatch`.
+    Their arguments are
+    - `state`, replicated;
+    - `resident`, replicated: the run's `seed` (an input, so that runs with other seeds share
+      programs) and, unless the data set is streamed, the training set's `images` and `labels`;
+    - `batch`, one microbatch, cut over the devices: `examples` (rows of `lay_out_examples`) and, if
+      the data set is streamed, `images` and `labels`;
+    - `sums`, those of each device on a leading axis, cut over the devices;
+    - `first`, whether this is the update's first pass; and `rate` and `momentum`.
+
+    Args:
+        config: of the run.
+        network: the network to train.
+        mesh: the devices.
+        prepare: replaces `prepare_microbatch`, if given.
     """
     whole, parts = P(), P(AXIS)
     microbatch_sums = partial(_microbatch_sums, config, network, prepare or prepare_microbatch)
 
     def mapped(function: Callable, in_specs: tuple, out_specs: Any) -> Callable:
-        # check_vma would make gradients of replicated parameters arrive summed over devices, one
-        # reduction a parameter; here the one reduction is ours.
+        # With check_vma, JAX itself would sum the gradients of replicated parameters over devices,
+        # one all-reduce per parameter. Here `_apply_sums` does one all-reduce for everything.
         return jax.shard_map(
             function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
@@ -124,7 +132,7 @@ def make_update(
     def accumulate(state: State, sums: Sums, resident: Mapping, batch: Mapping,
                    first: jax.Array) -> tuple[Sums, jax.Array]:
         new = microbatch_sums(state, resident, batch)
-        # `first` overwrites what the last update left, whatever it is: nothing has to be zeroed.
+        # `first` discards the sums of the update before, finite or not: nothing has to be zeroed.
         sums = jax.tree.map(lambda old, new: jnp.where(first, 0, old) + new[None], sums, new)
         return sums, sums.examples + 0
 
@@ -151,7 +159,7 @@ def make_update(
 
 
 def abstract_sums(state: State, mesh: Mesh) -> Sums:
-    """Shapes of the accumulating sums: one of each device, on a leading axis."""
+    """The shapes of the sums that passes accumulate: those of each device on a leading axis."""
     leaf = jax.tree.leaves(state.params)[0]
     scalar = jax.ShapeDtypeStruct((), leaf.dtype)
     one = Sums(state.params, state.batch_stats, scalar, scalar, scalar, scalar)
@@ -165,7 +173,7 @@ def _microbatch_sums(
     config: ConfigDict, network: Network, prepare: Callable, state: State, resident: Mapping,
     batch: Mapping
 ) -> Sums:
-    """One device's sums over one microbatch."""
+    """The sums of one device over one microbatch."""
     images, labels, dropout_keys = prepare(config, resident, batch)
     ghosts_after_G = batch["examples"][:: config.ghost_size, 3]
     real = (batch["examples"][:, 3] >= 0) & (labels >= 0)
@@ -174,8 +182,9 @@ def _microbatch_sums(
         jax.nn.one_hot(labels, config.data.num_classes, dtype=dtype), config.label_smoothing
     )
 
-    def own(logits_BxK: jax.Array) -> jax.Array:
-        # Before the loss too: where a padding slot's loss is not finite, 0 times its slope is nan.
+    def masked(logits_BxK: jax.Array) -> jax.Array:
+        # Masking the loss is not enough: if it is not finite in a padding slot, 0 times its
+        # derivative is nan.
         return jnp.where(real[:, None], logits_BxK.astype(dtype), 0.0)
 
     def summed(losses_B: jax.Array) -> jax.Array:
@@ -185,10 +194,10 @@ def _microbatch_sums(
         logits, auxiliary, rows = network.apply(
             params, state.batch_stats, images, True, dropout_keys
         )
-        logits = own(logits)
+        logits = masked(logits)
         loss = summed(optax.softmax_cross_entropy(logits, targets))
         for weight, more in auxiliary:
-            loss += weight * summed(optax.softmax_cross_entropy(own(more), targets))
+            loss += weight * summed(optax.softmax_cross_entropy(masked(more), targets))
         return loss, (logits, rows)
 
     gradient, (logits, rows) = jax.grad(objective, has_aux=True)(state.params)
@@ -205,9 +214,9 @@ def _microbatch_sums(
     )
 
 
-@partial(jax.jit, static_argnames="decay", inline=True)  # traced once for statistics of a shape
+@partial(jax.jit, static_argnames="decay", inline=True)  # traced once per shape of statistics
 def _fold_ghosts(ghosts_after_G: jax.Array, rows_GxC: jax.Array, decay: float) -> jax.Array:
-    """What a microbatch's ghost batches add to a running statistic."""
+    """The weighted sum of a microbatch's ghost batch statistics; see `fold_weights`."""
     weights_G = fold_weights(ghosts_after_G, decay, rows_GxC.dtype)
     rows_GxC = jnp.where((ghosts_after_G >= 0)[:, None], rows_GxC, 0.0)
     return jnp.tensordot(weights_G, rows_GxC, axes=1, precision="highest")
@@ -216,10 +225,10 @@ def _fold_ghosts(ghosts_after_G: jax.Array, rows_GxC: jax.Array, decay: float) -
 def prepare_microbatch(
     config: ConfigDict, resident: Mapping, batch: Mapping
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A microbatch's images, augmented and normalised, its labels and its dropout keys."""
-    record, epoch, place = (batch["examples"][:, column] for column in range(3))
+    """The images of a microbatch, augmented and normalised, its labels, and its dropout keys."""
+    record, epoch, position = (batch["examples"][:, column] for column in range(3))
     seed = jax.random.key(resident["seed"], impl="threefry2x32")
-    keys = partial(augment.example_keys, epoch_B=epoch, place_B=place)
+    keys = partial(augment.example_keys, epoch_B=epoch, position_B=position)
     if "images" in batch:
         source, labels, record = batch["images"], batch["labels"], jnp.arange(len(record))
     else:
@@ -237,10 +246,9 @@ def _apply_sums(
     config: ConfigDict, network: Network, state: State, sums: Sums, rate: jax.Array,
     momentum: jax.Array
 ) -> tuple[State, Metrics]:
-    """The one reduction, then the optimizer and the running statistics."""
+    """Does the one all-reduce, then applies the optimizer and updates the running statistics."""
     if jax.lax.axis_size(AXIS) > 1:
-        # As one vector, since XLA on CPU does not combine the reductions of hundreds of arrays into
-        # one.
+        # Reduce one vector: XLA on CPU does not combine the all-reduces of hundreds of arrays.
         vector, unravel = ravel_pytree(sums)
         sums = unravel(jax.lax.psum(vector, AXIS))
     gradient = jax.tree.map(lambda leaf: leaf / sums.examples, sums.gradient)
@@ -253,8 +261,8 @@ def _apply_sums(
 
     batch_stats = jax.tree.map(fold, state.batch_stats, sums.statistics, network.decays)
     loss = sums.loss / sums.examples
-    # Anything that is not finite makes a sum that is not. Parameters of a shape are added up first:
-    # each sum over an array is an operation of its own, of which there would be hundreds.
+    # The total is not finite if any parameter is not. Parameters of the same shape are added first,
+    # since the sum of each array is a separate operation, and there would be hundreds of them.
     by_shape: dict[tuple[int, ...], jax.Array] = {}
     for leaf in jax.tree.leaves(params):
         by_shape[leaf.shape] = by_shape.get(leaf.shape, 0) + leaf

@@ -1,1 +1,1 @@
-"""What a person sees of a run: logs, progress, TensorBoard, traces."""
+"""What people can see of a run: logs, progress, TensorBoard and traces."""

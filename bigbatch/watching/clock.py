@@ -1,4 +1,4 @@
-"""Where the wall-clock time of a run goes, and its speeds."""
+"""How the wall-clock time of a run is spent, and how fast the run trains."""
 
 import contextlib
 import time
@@ -7,24 +7,28 @@ from typing import Any
 
 
 class Clock:
-    """Where the time of a run's loop goes, since the last line on speed and in all.
+    """Measures how the time of a start is spent, in all and since the last call of `speed`.
 
-    Speeds are over the time of training alone: without evaluations, checkpoints and waiting for a
-    compiler.
+    Training time is the time without evaluations, checkpoints and waiting for the compiler. Speeds
+    are updates or examples per second of training time.
+
+    Attributes:
+        flops: floating-point operations of an update on all devices, in the present phase; None if
+            they were not counted.
     """
 
     SPENT_ON = ("update", "input", "evaluation", "checkpoint", "compile")  # the rest is "other"
 
     def __init__(self, peak: float | None, updates: int):
         """Args:
-        peak: floating-point operations a second of all devices, at most; None if not known.
+        peak: peak floating-point operations per second of all devices; None if unknown.
         updates: made before this start.
         """
-        self.flops: float | None = None  # of an update on all devices, in the phase under way
+        self.flops: float | None = None
         self._peak, self._updates = peak, updates
-        self._seconds = dict.fromkeys(self.SPENT_ON, 0.0)  # in all
+        self._seconds = dict.fromkeys(self.SPENT_ON, 0.0)  # since the start
         self._began = self._since = time.perf_counter()
-        self._before, self._trained = dict(self._seconds), 0.0  # at the last line on speed
+        self._before, self._trained = dict(self._seconds), 0.0  # at the last `speed`
         self._idle_since: float | None = None
         self._dispatched = 0.0
 
@@ -38,24 +42,32 @@ class Clock:
             self._seconds[what] += time.perf_counter() - started
 
     def training(self) -> float:
-        """Seconds of training since the start."""
+        """Seconds of training time since the start."""
         apart = sum(self._seconds[what] for what in ("evaluation", "checkpoint", "compile"))
         return time.perf_counter() - self._began - apart
 
     def dispatched(self, waited: float) -> None:
-        """An update is on its way, for which the devices waited so many seconds for input."""
+        """Notes that an update was dispatched in the block of `spent_on("update")` just ended.
+
+        Args:
+            waited: seconds of this block in which the devices were idle for want of input. They
+                count as spent on "input".
+        """
         self._seconds["update"] -= waited
         self._seconds["input"] += waited
         self._dispatched = self.training()
 
     def idle(self) -> None:
-        """The devices have nothing to do until the next update is dispatched."""
+        """Notes that the devices are idle from now until the next update is dispatched."""
         self._idle_since = self.training()
 
     def first_update(self) -> dict[str, float | None]:
-        """Of a phase's first update, once it has ended: how long it took, and what came before.
+        """The times of a phase's first update, for timing.jsonl; to be called when it has ended.
 
-        `extra_seconds` were between the end of the update before and its dispatch; None at a start.
+        Returns:
+            `first_update_seconds` from its dispatch to its end, and `extra_seconds` of training
+            time from the end of the update before to its dispatch (None in the first phase of a
+            start).
         """
         idle = self._idle_since
         return {
@@ -64,11 +76,11 @@ class Clock:
         }
 
     def speed(self, updates: int, batch_size: int) -> dict[str, Any]:
-        """Speeds and shares of time since the last call, for timing.jsonl; starts over.
+        """Speeds and shares of time since the last call, for timing.jsonl.
 
         Args:
-            updates: of the run so far.
-            batch_size: of each since the last call.
+            updates: made by the run so far.
+            batch_size: of all updates since the last call.
         """
         now, trained = time.perf_counter(), self.training()
         seconds, training = now - self._since, trained - self._trained
@@ -90,7 +102,7 @@ class Clock:
         }
 
     def whole(self) -> dict[str, Any]:
-        """Shares of all the time since the start, and how many seconds that is."""
+        """The seconds since the start and their shares, for timing.jsonl."""
         seconds = time.perf_counter() - self._began
         return {"wall_seconds": round(seconds, 4), "time_share": _shares(self._seconds, seconds)}
 

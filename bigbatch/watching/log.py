@@ -1,7 +1,6 @@
-"""All that a run writes down and shows: metrics.jsonl, timing.jsonl, TensorBoard, the display.
+"""Logs the events of a run in metrics.jsonl, timing.jsonl, TensorBoard and the display.
 
-`metrics.jsonl` holds only what the run determines, one event a line; a run that was killed and
-continued leaves the same bytes as one that was not. `timing.jsonl` holds speeds, starts and saves.
+`storage.logs` says what the two files hold.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,10 +14,10 @@ Write = Callable[[str, Mapping[str, Any]], None]  # (metrics or timing, event)
 
 
 class Log:
-    """Writes and shows what happens in a run, where it is the first process's; else does nothing.
+    """Writes and shows the events of a run, through the functions that it is given.
 
     Attributes:
-        clock: of the run, whose speeds it writes.
+        clock: measures the speeds that are written.
     """
 
     def __init__(
@@ -26,11 +25,11 @@ class Log:
         skipped: Callable[[], int] | None = None,
     ):
         """Args:
-        write: adds an event to metrics.jsonl or timing.jsonl.
-        display: for a person watching.
-        clock: of the run.
-        examples: N, of an epoch.
-        skipped: how many images were skipped so far, where images are streamed.
+        write: adds an event to metrics.jsonl or timing.jsonl, or does nothing.
+        display: shows lines and progress on the terminal.
+        clock: see above.
+        examples: N, the examples of an epoch.
+        skipped: returns how many images were skipped so far; None if images are not streamed.
         """
         self.clock = clock
         self._write, self._display, self._examples = write, display, examples
@@ -38,7 +37,7 @@ class Log:
         self._pace: dict[int, float] = {}  # seconds an update, by batch size
 
     def line(self, text: str) -> None:
-        """Shows a line."""
+        """Shows a line, which no file keeps."""
         self._display.line(text)
 
     def timing(self, event: str, examples_seen: int, **fields: Any) -> None:
@@ -46,13 +45,15 @@ class Log:
         self._write("timing", {"event": event, "examples_seen": examples_seen, **fields})
 
     def notice(self, text: str, examples_seen: int) -> None:
-        """Shows a line that timing.jsonl keeps too."""
+        """Shows a line, and adds it to timing.jsonl."""
         self.line(text)
         self.timing("notice", examples_seen, text=text)
 
     def finished(self, event: Mapping[str, Any] | None) -> None:
-        """Writes the event of an update that has ended, and the speed since the last; None: none is
-        due.
+        """Writes the event of an update that has ended, and the speed since the last event.
+
+        Args:
+            event: a line of metrics.jsonl; None if none is due, and nothing is written.
         """
         if event is None:
             return
@@ -70,17 +71,17 @@ class Log:
         self._display.advance(event["examples_seen"], self._pace)
 
     def diverged(self, updates: int, examples_seen: int) -> None:
-        """Notes after which update training broke down."""
+        """Notes in timing.jsonl the last position from which training was still finite."""
         self._write("timing", {
             "event": "diverged", "updates": updates, "examples_seen": examples_seen,
             "epoch": examples_seen / self._examples})
 
     def saved(self, at: Position, blocked_seconds: float) -> None:
-        """Notes that a checkpoint is being written, and how long the loop waited for that."""
+        """Notes in timing.jsonl that a save has started, and for how long it blocked the loop."""
         self.timing("save", at.examples_seen, blocked_seconds=round(blocked_seconds, 4))
 
     def time_shares(self, at: Position) -> None:
-        """Writes and shows where the time of this start went."""
+        """Writes and shows how the time of this start was spent."""
         whole = self.clock.whole()
         self.timing("time_share", at.examples_seen, **whole)
         self.line(progress.describe_shares(whole["time_share"], whole["wall_seconds"]))

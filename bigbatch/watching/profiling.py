@@ -1,8 +1,9 @@
-"""A trace of a few updates, for TensorBoard and Perfetto: --profile=START:COUNT.
+"""Traces a few updates for TensorBoard and Perfetto: --profile=START:COUNT.
 
-Updates are counted from 1 in the whole run, so that the same command traces the same ones however
-often it was stopped before. Nothing else happens in a trace: it begins when all before has finished
-on the devices, and ends when its last update has. Each process traces itself.
+Updates are counted from 1 over the whole run, so the same command traces the same updates however
+often the run was stopped before. A trace begins when the devices have finished everything that was
+dispatched before its first update, and ends when they have finished its last one. Each process
+writes a trace of its own.
 """
 
 import re
@@ -15,25 +16,25 @@ import jax
 from bigbatch.mistake import Mistake
 from bigbatch.storage import bucket
 
-FOLDER = "profile"  # of the workdir
+FOLDER = "profile"  # in the workdir
 
 
 class Span(NamedTuple):
-    """The updates to trace, of the whole run."""
+    """The first and last update to trace, counted from 1 over the whole run."""
 
     first: int
     last: int
 
 
 def parse(text: str, updates: int) -> Span | None:
-    """What --profile asks for; None where it is "".
+    """The updates that --profile names; None if it is "".
 
     Args:
-        text: START:COUNT.
-        updates: of the whole run.
+        text: the flag's value, START:COUNT or "".
+        updates: the number of updates of the whole run.
 
     Raises:
-        Mistake: if it says anything else, or the run ends before.
+        Mistake: if `text` has another form, or the run has fewer updates.
     """
     if not text:
         return None
@@ -53,53 +54,53 @@ def parse(text: str, updates: int) -> Span | None:
 
 
 class Tracer:
-    """Traces a run's updates when their turn comes."""
+    """Traces the updates of a span when the run comes to them."""
 
     def __init__(
         self, span: Span | None, updates: int, folder: Path, workdir: str | Path,
-        tell: Callable[[str], None],
+        notice: Callable[[str], None],
     ):
-        """Says so at once if this start of the run comes too late for the trace.
+        """Gives a notice if the first update of `span` was made before this start.
 
         Args:
-            span: what to trace; None for nothing.
+            span: the updates to trace; None for none.
             updates: made before this start.
-            folder: of this machine, that the workdir is or is mirrored in.
-            workdir: of the run.
-            tell: called with what a person watching should know.
+            folder: the local folder of the workdir, or of its mirror.
+            workdir: a folder, or gs://bucket/path.
+            notice: called with each line that the user should see.
         """
-        self._span, self._workdir, self._tell = span, workdir, tell
+        self._span, self._workdir, self._notice = span, workdir, notice
         self._folder, self._running = folder / FOLDER, False
         if jax.process_count() > 1:
             self._folder /= f"process-{jax.process_index()}"
         if span and updates >= span.first:
-            tell(f"--profile: update {span.first} was made before this start; nothing is traced")
+            notice(f"--profile: update {span.first} was made before this start; nothing is traced")
             self._span = None
 
     def before(self, number: int, newest: Any) -> None:
-        """To be called before an update is dispatched.
+        """Starts the trace if it begins here. To be called before an update is dispatched.
 
         Args:
             number: of the update, from 1.
-            newest: arrays that are there when all that was dispatched so far has finished.
+            newest: arrays that the program dispatched last returns, to wait for.
         """
         if self._span and number == self._span.first:
             jax.block_until_ready(newest)
             options = jax.profiler.ProfileOptions()
-            # Each Python call would be an event, and take several times longer.
+            # Otherwise each Python call is an event and takes several times longer.
             options.python_tracer_level = 0
             jax.profiler.start_trace(
                 self._folder, create_perfetto_trace=True, profiler_options=options)
             self._running = True
 
     def after(self, number: int, newest: Any) -> None:
-        """The same after it was dispatched."""
+        """Ends the trace if it ends here. To be called after the update was dispatched."""
         if self._span and number == self._span.last:
             jax.block_until_ready(newest)
             self._write(f"updates {self._span.first} to {number}")
 
     def close(self) -> None:
-        """Ends a trace that is under way, where the run is ended in it."""
+        """Ends a trace that the end of the run cuts short."""
         if self._running:
             self._write(f"updates from {self._span.first} on, cut short")
 
@@ -110,15 +111,15 @@ class Tracer:
         if bucket.in_bucket(self._workdir):
             url = f"{str(self._workdir).rstrip('/')}/{FOLDER}"
             try:
-                self._bring_up(url)
+                self._upload(url)
                 where = url
-            except Mistake as error:  # no reason to end a run
-                self._tell(f"--profile: {error}")
+            except Mistake as error:  # no reason to end the run
+                self._notice(f"--profile: {error}")
                 return
-        self._tell(f"trace of {what} in {where}")
+        self._notice(f"trace of {what} in {where}")
 
-    def _bring_up(self, url: str) -> None:
-        """Copies the trace to the bucket: unlike logs it never changes, and goes up on its own."""
+    def _upload(self, url: str) -> None:
+        """Uploads the trace. The mirror does not do this, as it sends only logs and checkpoints."""
         with bucket.explained(url):
             files, root = bucket.connect(url)
             above = self._folder.parent if jax.process_count() > 1 else self._folder

@@ -1,4 +1,4 @@
-"""What a person watching sees: a bar with a time to go that knows the phases."""
+"""What a run shows on the terminal: lines, and a bar with the remaining time over all phases."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,13 +12,13 @@ from bigbatch.schedule import Phase
 def seconds_to_go(
     phases: Sequence[Phase], examples_seen: int, seconds_per_update: Mapping[int, float]
 ) -> float | None:
-    """How long the rest of the run takes, evaluation and saves apart; None before any measurement.
+    """The seconds of training left, without evaluations and saves; None if no speed was measured.
 
     Args:
         phases: of the run.
-        examples_seen: so far.
-        seconds_per_update: measured, by batch size. A batch size not yet met is taken to need the
-            largest measured one's seconds an example.
+        examples_seen: the position of the run.
+        seconds_per_update: as measured, by batch size. For a batch size that was not measured, the
+            seconds per example of the largest measured batch size are used.
     """
     if not seconds_per_update:
         return None
@@ -35,7 +35,7 @@ def seconds_to_go(
 
 
 def format_seconds(seconds: float | None) -> str:
-    """As 1:02:03 or 02:03."""
+    """Seconds as 1:02:03 or 02:03; "--:--" for None."""
     if seconds is None:
         return "--:--"
     minutes, rest = divmod(round(seconds), 60)
@@ -44,7 +44,7 @@ def format_seconds(seconds: float | None) -> str:
 
 
 def describe(phase: Phase, phases: Sequence[Phase]) -> str:
-    """One line for the start of a phase."""
+    """One line that is shown when a phase begins."""
     rate = f"{phase.learning_rate:g}"
     if phase.learning_rate_end != phase.learning_rate:
         rate += f" to {phase.learning_rate_end:g}"
@@ -55,16 +55,16 @@ def describe(phase: Phase, phases: Sequence[Phase]) -> str:
 
 
 def describe_shares(shares: Mapping[str, float], seconds: float) -> str:
-    """One line on where the time of a run went."""
+    """One line on how the time of a start was spent."""
     parts = ", ".join(f"{what} {100 * share:.1f} %" for what, share in shares.items())
     return f"time: {format_seconds(seconds)}, of which {parts}"
 
 
 class Display:
-    """A bar on a terminal, plain lines elsewhere; silent where `shown` is False."""
+    """Shows lines on stderr, and a bar if that is a terminal; nothing if `shown` is False."""
 
     def __init__(self, phases: Sequence[Phase], examples: int, shown: bool = True):
-        """`examples` is N, to show epochs."""
+        """`examples` is N, the examples of an epoch; positions are shown in epochs."""
         self._phases, self._examples = phases, examples
         self._console = Console(file=sys.stderr, quiet=not shown, soft_wrap=True)
         self._bar = Progress(
@@ -75,11 +75,11 @@ class Display:
         self._bar.start()
 
     def line(self, text: str) -> None:
-        """Prints a line above the bar."""
+        """Prints a line, above the bar if there is one."""
         self._console.print(text, highlight=False, markup=False)
 
     def advance(self, examples_seen: int, seconds_per_update: Mapping[int, float]) -> None:
-        """Moves the bar."""
+        """Moves the bar to a position; see `seconds_to_go` for the arguments."""
         left = seconds_to_go(self._phases, examples_seen, seconds_per_update)
         self._bar.update(
             self._task, completed=examples_seen,
@@ -88,5 +88,5 @@ class Display:
         )
 
     def close(self) -> None:
-        """Leaves the terminal as it was."""
+        """Ends the bar, so that the terminal is as before."""
         self._bar.stop()

@@ -1,7 +1,7 @@
-"""The numbers of metrics.jsonl in TensorBoard's files.
+"""Writes the numbers of metrics.jsonl to TensorBoard's event files.
 
-To be imported where they are asked for: tensorboardX imports PyTorch where that is installed, which
-takes seconds.
+To be imported only by runs that write them, as tensorboardX imports PyTorch if that is installed,
+which takes seconds.
 """
 
 import contextlib
@@ -15,11 +15,11 @@ from tensorboardX.proto.summary_pb2 import Summary
 
 
 def open_board(workdir: Path, examples_seen: int) -> EventsWriter:
-    """A TensorBoard file in `workdir`/tensorboard; steps are examples seen.
+    """Opens a new event file in `workdir`/tensorboard, whose steps are examples seen.
 
-    What an earlier start wrote past `examples_seen` is marked as discarded. Not a SummaryWriter,
-    which hands each number to a thread through a pipe and waits for the disk at each flush: longer
-    than an update of a small network takes.
+    TensorBoard is made to discard what an earlier start wrote after `examples_seen`. A
+    SummaryWriter is not used: it passes each number to a thread through a pipe and waits for the
+    disk at each flush, which takes longer than an update of a small network.
     """
     folder = workdir / "tensorboard"
     folder.mkdir(parents=True, exist_ok=True)
@@ -30,13 +30,13 @@ def open_board(workdir: Path, examples_seen: int) -> EventsWriter:
 
 
 def close_board(board: EventsWriter) -> None:
-    """Closes the file. On a full disk it ends early; metrics.jsonl has what it had."""
+    """Closes the file. On a full disk its end is lost, but metrics.jsonl has the same numbers."""
     with contextlib.suppress(OSError):
         board.close()
 
 
 def write_board(board: EventsWriter, event: dict[str, Any]) -> None:
-    """Puts the numbers of an event on the board; on the disk where there was an evaluation."""
+    """Adds the numbers of an event, and flushes the file to disk after an evaluation."""
     values = [
         Summary.Value(tag=name, simple_value=value) for name, value in event.items()
         if isinstance(value, int | float) and name != "examples_seen"

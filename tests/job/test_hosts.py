@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import signal
+import subprocess
 import threading
 
 import jax
@@ -181,6 +183,17 @@ def test_a_coordinator_without_a_port_is_refused(monkeypatch, coordinator):
     monkeypatch.setattr(processes, "_leave_on_sigterm", lambda: None)  # signals are pytest's
     with pytest.raises(ValueError, match=f"--coordinator='{coordinator}'.*host:port"):
         processes.join(coordinator, 2, 0, 60)
+
+
+def test_a_machine_that_cannot_resolve_its_own_name_trains_alone(tmp_path):
+    """On four devices, and to the same bits as where the name resolves."""
+    alone = ["unshare", "--uts", "sh", "-c", 'hostname no.such.name.invalid && exec "$@"', "sh"]
+    if os.geteuid() or subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("needs a namespace for host names of its own")
+    for name, on in (("named", ()), ("unnamed", tuple(alone))):
+        started.end(started.start(tmp_path / name, **started.SMALL, devices=4, on=on))
+    assert (tmp_path / "named/metrics.jsonl").read_bytes() == (
+        tmp_path / "unnamed/metrics.jsonl").read_bytes()
 
 
 # --- the ends of a job ----------------------------------------------------------------------------

@@ -165,7 +165,7 @@ def test_a_plan_fits_json_and_says_what_a_constant_batch_would_take():
     assert json.loads(json.dumps(planned)) == planned
     # The batch before it was scaled up: the paper's original schedule.
     assert planned["constant_batch"] == {"batch_size": 128, "updates": 80_000}
-    assert len(planned["notes"]) == 2
+    assert len(planned["notes"]) == 3  # of the limit, and of two batches over N/10
     assert planned["total_epochs"] == planned["total_examples"] / 50_000
 
 

@@ -190,12 +190,12 @@ def test_batch_takes_what_it_can_of_a_fall_and_the_rate_pays_the_rest():
         by_batch = {"decay": 0, "hybrid": hybrid_falls, "increase": len(recipe.falls)}[strategy]
         granularity = limits.granularity or limits.ghost_size
         after_warmup = phases[bool(recipe.warmup_epochs):]
+        wanted = Fraction(recipe.batch_size)
         for place, (_, factor) in enumerate(recipe.falls):
             before, after = after_warmup[place : place + 2]
             grown = before.batch_size
             if place < by_batch:
-                # The decimal that was written, not the double next to it.
-                wanted = before.batch_size * Fraction(str(factor))
+                wanted *= Fraction(str(factor))  # the decimal that was written
                 grown = min(wanted // granularity * granularity, limits.max_batch_size)
             assert after.batch_size == grown
             paid = after.batch_size / before.batch_size * (
@@ -284,8 +284,9 @@ def test_hybrid_lies_between_decay_and_increase():
 
 def test_growth_that_does_not_reach_the_next_multiple_is_paid_by_the_rate():
     batches, rates = paths(plan(falls=((60, 1.9), (120, 1.9), (160, 2))))
-    assert batches == [128, 128, 128, 256]
-    assert rates == pytest.approx([0.1, 0.1 / 1.9, 0.1 / 1.9**2, 0.1 / 1.9**2], rel=1e-12)
+    assert batches == [128, 128, 384, 896]  # 243, 462 and 924 without rounding
+    assert rates == pytest.approx(
+        [0.1, 0.1 / 1.9, 0.1 * 3 / 1.9**2, 0.1 * 7 / (2 * 1.9**2)], rel=1e-12)
 
 
 def test_growth_is_rounded_down_to_the_users_own_granularity():
@@ -326,8 +327,48 @@ def test_scale_up_keeps_the_noise_and_the_warm_ups_start():
 
 def test_notes_say_where_exact_and_approximate_noise_part():
     # 5120 of 50 000 is 10.24 %: g_exact / g_approximate = 1 - B/N.
-    last = schedule.notes(CIFAR, plan(limits=TO_5120))
-    assert len(last) == 1
+    *_, last = schedule.notes(CIFAR, plan(limits=TO_5120), "increase")
     for part in ("noise/125", "5120", "50000", "10.2%"):
-        assert part in last[0]
-    assert schedule.notes(CIFAR, plan("hybrid")) == []
+        assert part in last
+    assert schedule.notes(CIFAR, plan("hybrid"), "hybrid") == []
+
+
+SMALL_FALLS = dataclasses.replace(
+    CIFAR, falls=tuple((20.0 * (1 + index), 1.5) for index in range(8)))
+
+
+def test_falls_too_small_for_one_ghost_batch_more_are_made_up_for():
+    """Each batch is the first one times the whole growth so far, rounded down to ghost batches."""
+    phases = schedule.plan_phases(SMALL_FALLS, "increase", GHOST_128)
+    assert [phase.batch_size for phase in phases] == [
+        int(128 * 1.5**index / 128) * 128 for index in range(9)
+    ] == [128, 128, 256, 384, 640, 896, 1408, 2176, 3200]
+    assert sum(phase.updates for phase in phases) == 26_685
+    for index, phase in enumerate(phases):
+        assert phase.noise_scale_approximate == pytest.approx(
+            phases[0].noise_scale_approximate / 1.5**index, rel=1e-12)
+
+
+def test_notes_say_what_rounding_and_limits_cost():
+    phases = schedule.plan_phases(SMALL_FALLS, "increase", GHOST_128)
+    exact = 50_000 / 128 * (sum(20 / 1.5**index for index in range(8)) + 44.8 / 1.5**8)
+    assert schedule.exact_updates(SMALL_FALLS, "increase") == pytest.approx(exact, rel=1e-12)
+    made = sum(phase.updates for phase in phases)
+    (note,) = schedule.notes(SMALL_FALLS, phases, "increase")
+    assert f"would take {exact:.0f} updates" in note and f"costs {made - exact:.0f} more" in note
+    capped, *_ = schedule.notes(CIFAR, plan(limits=TO_5120), "increase")
+    # 44.8 epochs of batches of 5120 in the place of 16 000; each phase ends on a whole update.
+    more = round(sum(phase.updates for phase in plan(limits=TO_5120))
+                 - schedule.exact_updates(CIFAR, "increase"))
+    assert abs(more - 44.8 * 50_000 * (1 / 5120 - 1 / 16_000)) <= 4
+    assert "limits.max_batch_size" in capped and f"costs {more} more" in capped
+    assert schedule.exact_updates(CIFAR, "decay") == 80_000
+    assert schedule.exact_updates(CIFAR, "hybrid", 1) == pytest.approx(
+        60 * 50_000 / 128 + 144.8 * 50_000 / 640)
+
+
+def test_phases_of_almost_one_noise_have_names_of_their_own():
+    recipe = dataclasses.replace(CIFAR, falls=((60, 1.0000001), (120, 1.0000001), (160, 5)))
+    names = [phase.name for phase in schedule.plan_phases(recipe, "decay", GHOST_128)]
+    assert len(set(names)) == 4
+    assert names[0] == "noise/1" and names[-1].startswith("noise/5.000001")

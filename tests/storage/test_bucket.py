@@ -185,7 +185,7 @@ def test_killed_and_spoiled_it_goes_on_from_the_newest_whole_checkpoint(
         "runpy.run_module('bigbatch.main', run_name='__main__')",
         *first.args[3:],
     ))
-    assert "Watching for 1 s whether it still lives" in output
+    assert "Waiting for 1 s to see whether that job still renews its lease" in output
     assert started.bits_different(url, whole) == 0
     log = server.content(beginning + "metrics.jsonl")
     assert log == (whole / "metrics.jsonl").read_bytes()
@@ -209,7 +209,7 @@ def test_two_processes_told_to_stop_release_the_lease_and_one_goes_on_at_once(se
         started.end(process, status=42, seconds=60)
     assert "lease.json" not in server.names("bucket/stopped/")
     assert finished(server, "bucket/stopped/")[-1] < f"{END:015d}"
-    assert "Watching" not in started.end(start(url))
+    assert "Waiting" not in started.end(start(url))
     assert started.relative_difference(url, whole) < 1e-10
 
 

@@ -13,6 +13,7 @@ from bigbatch.config import make_phases
 from bigbatch.job import preemption
 from bigbatch.storage import checkpoint
 from bigbatch.storage.logs import read_events
+from tests.support import started
 from tests.support.updates import conv_net
 
 # An evaluation takes three batches on each of the 8 devices, so that a stop can fall between.
@@ -264,3 +265,22 @@ def test_a_loss_that_is_not_finite_stops_the_run_at_its_update(tmp_path):
     assert found.path is None or found.run["examples_seen"] <= broke_at
     for event in read_events(tmp_path / "metrics.jsonl"):
         assert np.isfinite(event["train_loss"]) and event["examples_seen"] <= broke_at
+
+
+def test_the_environment_changes_no_curve(tmp_path):
+    """A run is its config and its workdir: what JAX reads from the environment is set for each."""
+    otherwise = {
+        "JAX_ENABLE_X64": "1", "JAX_THREEFRY_PARTITIONABLE": "0", "JAX_DEFAULT_PRNG_IMPL": "rbg",
+        "JAX_DEFAULT_MATMUL_PRECISION": "bfloat16", "JAX_RANDOM_SEED_OFFSET": "7",
+        "JAX_NUMPY_RANK_PROMOTION": "raise", "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+    }
+    for name, environment in (("plain", {}), ("otherwise", otherwise)):
+        started.end(started.start_python(
+            "-m", "bigbatch.main", "--config=tests/support/small_config.py:resident",
+            f"--workdir={tmp_path / name}", f"--compilation_cache={started.CACHE}", **environment))
+        found = started.end(started.start_python(
+            "-m", "bigbatch.evaluate", f"--workdir={tmp_path / name}", **environment))
+        assert json.loads(found.splitlines()[-1])["updates"] == 9
+    first, second = ((tmp_path / name / "metrics.jsonl").read_bytes()
+                     for name in ("plain", "otherwise"))
+    assert first == second

@@ -184,7 +184,7 @@ UNFIT = {
         r"keeps Counter at inner.0.held; only parameters"),
     "table": (
         holding(lambda rngs: nnx.data(jnp.arange(64.0)), lambda table, x: x + table),
-        r"keeps a plain array at inner.0.held; .*A constant is made where it is used"),
+        r"keeps a plain array at inner.0.held; .*Create constants where they are used"),
     "half_parameters": (
         holding(lambda rngs: nnx.Param(jnp.zeros(3, jnp.bfloat16))),
         r"keeps bfloat16 at inner.0.held; where config.dtype is float32, .*are float32: give"),
@@ -193,7 +193,7 @@ UNFIT = {
         r"ghost batches of 8 at inner.0.held, but config.ghost_size is 16"),
     "frozen_statistics": (
         Frozen,
-        r"leaves the statistic \['norm'\]\['mean'\] as it is in training; call GhostBatchNorm"),
+        r"does not update the statistic \['norm'\]\['mean'\] in training; call GhostBatchNorm"),
     "narrow": (
         returning(lambda logits: logits[:, :9]),
         r"logits of shape \(16, 9\) for 16 images; they must be \(16, 10\)"),
@@ -202,7 +202,7 @@ UNFIT = {
     "three": (returning(lambda logits: (logits, [], 0)), "logits of shape tuple"),
     "bare_auxiliary": (
         returning(lambda logits: (logits, logits)),
-        r"beside its logits; that must be a list of \(weight, auxiliary logits\) pairs"),
+        r"beside its logits; it must be a list of \(weight, auxiliary logits\) pairs"),
     "unweighted_auxiliary": (
         returning(lambda logits: (logits, [logits])), r"must be a list of \(weight, auxiliary"),
     "narrow_auxiliary": (
@@ -252,7 +252,7 @@ def test_arguments_that_do_not_fit_are_refused():
 
 def test_float64_without_64_bit_arrays_is_refused():
     """JAX would go on in float32."""
-    with pytest.raises(ValueError, match="config.dtype is float64, but JAX makes float32 of that"):
+    with pytest.raises(ValueError, match="config.dtype is float64, but JAX's 64-bit mode is off"):
         network.build(tiny("dtype=float64"))
 
 
