@@ -6,23 +6,28 @@ PYTHON ?= $(shell for python in $(CANDIDATES); do \
 	if $$python -c '$(IN_RANGE)' 2>/dev/null; then echo $$python; break; fi; done)
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist=worksteal
-# What most changes break first, and no TPU compiler is needed for.
+# What most changes break first, and no TPU compiler is needed for. Of the update's identities those
+# with small networks, which compile in seconds.
 CORE := tests/test_rooms.py tests/test_config.py tests/test_config_files.py \
 	tests/test_command_line.py tests/test_loop.py tests/schedule tests/update \
-	tests/models/test_normalization.py tests/storage/test_continuing.py
+	tests/models/test_normalization.py tests/storage/test_lease.py
 
-.PHONY: demo check test lint soak slices clean
+.PHONY: demo check test test-slow lint soak slices clean
 
 demo: .venv/installed
 	$(BIN)/python -m experiments.demo --output=runs/demo
 
 # After each change: within 90 seconds on 2 cores.
 check: lint
-	$(PYTEST) $(CORE)
+	$(PYTEST) -m "not slow" -k "not wide_resnet" $(CORE)
 
-# Everything: under 12 minutes on 2 cores.
+# All but the slow ones: under 12 minutes on 2 cores.
 test: .venv/installed .tpu/installed
-	$(PYTEST) tests
+	$(PYTEST) -m "not slow" tests
+
+# Each has a shorter form among the others.
+test-slow: .venv/installed
+	$(PYTEST) -m slow tests
 
 # Kills a run at random moments, about 6 minutes on 2 cores; the short form is in the tests.
 soak: .venv/installed

@@ -66,7 +66,8 @@ def test_the_smoke_form_keeps_the_phases(name, preset):
 
 @pytest.mark.parametrize(("name", "preset", "killed"), [
     ("imagenet_resnet50", "thirty_minutes", False),
-    ("imagenet_inception_resnet_v2", "figure7_momentum_0.95", True),
+    pytest.param("imagenet_inception_resnet_v2", "figure7_momentum_0.95", True,
+                 marks=pytest.mark.slow),
 ])
 def test_smoke_trains_through_all_phases_and_survives_a_kill(tmp_path, name, preset, killed):
     """In a third of its epochs. Figure 7's is killed: passes, dropout and a stream go on."""

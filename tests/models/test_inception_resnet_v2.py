@@ -216,6 +216,7 @@ def copy_weights(module, network):
     assert (next(convolutions, None), next(norms, None)) == (None, None)
 
 
+@pytest.mark.slow
 def test_logits_and_every_stage_equal_those_of_keras(keras):
     """Random weights, biases and statistics copied over; two random images of 139x139.
 
