@@ -5,6 +5,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ml_collections import ConfigDict
+
 from bigbatch.config import saved_config
 from bigbatch.mistake import Mistake
 from bigbatch.storage import bucket, continuing
@@ -100,10 +102,15 @@ def read_run(workdir: str | Path) -> Logs:
     return run
 
 
+def _filled(run: Logs) -> ConfigDict:
+    """The run's config with every key of now, so that old and new runs can be compared."""
+    version = {"version": run.version} if run.version else {}
+    return saved_config({"config": run.config} | version)
+
+
 def padding_note(runs: Iterable[Logs]) -> str:
     """A line that says which runs have version 0.1's Wide ResNet; "" where none has."""
-    old = [not run.version and saved_config({"config": run.config}).model.get("same_padding", False)
-           for run in runs]
+    old = [not run.version and _filled(run).model.get("same_padding", False) for run in runs]
     return (f"{'These' if all(old) else 'Some of these'} runs were made by version 0.1, whose Wide "
             "ResNet pads (0, 1) at a stride of 2.") * any(old)
 
@@ -114,7 +121,8 @@ def check_seeds(name: str, runs: Sequence[Logs]) -> None:
     Raises:
         Mistake: naming the first key in which they differ, with both values.
     """
-    first, *others = (continuing.flatten(run.config) for run in runs)
+    first, *others = (
+        continuing.flatten(json.loads(_filled(run).to_json())) for run in runs)
     for other in others:
         for key in sorted((first.keys() | other.keys()) - FREE):
             values = [config.get(key, "(absent)") for config in (first, other)]
