@@ -1,4 +1,4 @@
-"""Stopping on SIGTERM or Ctrl-C, sent to any process of a job, at one position for all processes.
+"""Stopping on a signal (`stop_signals`) to any process of a job, at one position for all of them.
 
 A program with a reduction needs every process, so all processes must dispatch the same ones. Each
 process counts the reductions that it dispatches (`before_reduction`). After a signal every process
@@ -22,12 +22,20 @@ LISTEN_SECONDS = 0.1
 _STOP, _COUNT = "bigbatch/stop", "bigbatch/reductions"  # directories of the key-value store
 
 
+def stop_signals() -> list[signal.Signals]:
+    """SIGTERM, Ctrl-C (SIGINT), SLURM's warning before a time limit (SIGUSR1), and a lost terminal
+    (SIGHUP), unless `nohup` had that one ignored."""
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return numbers if ignored else [*numbers, signal.SIGHUP]
+
+
 class Stop(BaseException):
     """Raised where all processes stop. No Exception, so that no `except Exception` catches it."""
 
 
 class Watch:
-    """Listens for SIGTERM and Ctrl-C, to this process and to the others of the job."""
+    """Listens for `stop_signals`, to this process and to the others of the job."""
 
     def __init__(self, agreement_seconds: float = 10.0):
         """Installs the signal handlers. Warns outside the main thread, where Python allows none.
@@ -47,10 +55,10 @@ class Watch:
             threading.Thread(target=self._listen, name="preemption", daemon=True).start()
         self._handles = threading.current_thread() is threading.main_thread()
         if self._handles:
-            signal.set_wakeup_fd(-1)  # ends what `processes.join` does on SIGTERM
+            signal.set_wakeup_fd(-1)  # ends what `processes.join` does on a signal
             self._previous = {
                 number: signal.signal(number, self._on_signal)
-                for number in (signal.SIGTERM, signal.SIGINT)
+                for number in stop_signals()
             }
         else:
             warnings.warn(

@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from bigbatch.job import statuses
+from bigbatch.job import preemption, statuses
 from bigbatch.job.jax_private import job_state, running_in_cloud_tpu_vm
 from bigbatch.mistake import Mistake
 
@@ -94,19 +94,22 @@ def _expect_no_others() -> None:
 
 
 def _leave_on_sigterm() -> None:
-    """Makes SIGTERM end the process with status 42 until `preemption.Watch` handles the signal.
+    """Makes `stop_signals` end the process with status 42 until `preemption.Watch` handles them.
 
-    Before that there is nothing to save. A thread learns of the signal through a socket, because a
-    Python signal handler does not run while JAX waits for other processes.
+    Before that there is nothing to save. Ctrl-C remains Python's own until then. A thread learns of
+    the signal through a socket, because a Python signal handler does not run while JAX waits for
+    other processes.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    numbers = set(preemption.stop_signals()) - {signal.SIGINT}
+    for number in numbers:
+        signal.signal(number, lambda *_: None)
     signal.set_wakeup_fd(writer.fileno())
 
     def follow() -> None:
         with writer:  # keeps the socket open
-            while reader.recv(1)[0] != signal.SIGTERM:
+            while reader.recv(1)[0] not in numbers:
                 pass
         os._exit(statuses.AGAIN)
 

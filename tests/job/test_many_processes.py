@@ -65,8 +65,11 @@ def test_from_one_process_to_two_and_from_one_device_to_six(whole, tmp_path):
     assert starts == [8, 1, 6]
 
 
-@pytest.mark.parametrize("told", ["one", "all"])
-def test_sigterm_ends_all_processes_with_one_agreed_checkpoint(tmp_path, told):
+@pytest.mark.parametrize("told, number", [
+    ("one", signal.SIGTERM), ("all", signal.SIGTERM), ("one", signal.SIGHUP),
+    ("all", signal.SIGUSR1),  # as SLURM warns
+])
+def test_a_signal_ends_all_processes_with_one_agreed_checkpoint(tmp_path, told, number):
     """A job of two stopped so, and continued, has the bits of a job of two never stopped."""
     workdir = tmp_path / "run"
     passes = ["microbatches=2"] * (told == "one")  # a stop then falls between microbatches too
@@ -75,14 +78,14 @@ def test_sigterm_ends_all_processes_with_one_agreed_checkpoint(tmp_path, told):
     started.wait_until(lambda: len(read_events(log)) > 8, job[0], "8 events")
     began = time.monotonic()
     for process in job[1:] if told == "one" else job:
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
     for process in job:
         started.end(process, status=42, seconds=60)
     assert time.monotonic() - began < 15
     found = checkpoint.find_newest(workdir)
     assert found.run["examples_seen"] >= read_events(log)[-1]["examples_seen"]
     assert not list((workdir / "checkpoints").glob("*.unfinished"))
-    if told == "one":
+    if (told, number) != ("all", signal.SIGTERM):
         return
     short = ("recipe.epochs=100",)
     assert found.run["examples_seen"] < 100 * 160, "stopped too late for the comparison below"
@@ -95,7 +98,8 @@ def test_sigterm_ends_all_processes_with_one_agreed_checkpoint(tmp_path, told):
     assert log.read_bytes() == (tmp_path / "never/metrics.jsonl").read_bytes()
 
 
-def test_sigterm_while_waiting_for_the_others_ends_at_once(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_while_waiting_for_the_others_ends_at_once(tmp_path, number):
     port = started.free_port()
     alone = started.start(tmp_path, **SMALL, process=(0, 2), port=port)
 
@@ -106,7 +110,7 @@ def test_sigterm_while_waiting_for_the_others_ends_at_once(tmp_path):
 
     # Then it waits for a process that never comes.
     started.wait_until(listens, alone, "its port", seconds=60)
-    alone.send_signal(signal.SIGTERM)
+    alone.send_signal(number)
     started.end(alone, status=42, seconds=10)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 
 import pytest
 
@@ -12,6 +13,8 @@ DRY_RUNS = {
     "gke": ("apply", "n", "--tpu-type=v6e-64", "--image=i", *JOB),
     "local": JOB,
     "sky": ("launch", "n", "--accelerator-type=v5litepod-16", "--committed-only", *JOB),
+    "slurm": ("submit", "n", "--gpus-per-node=4", "--time=04:00:00", f"--python={sys.executable}",
+              *JOB),
     "thirty_minutes": ("n", "--zone=z", "--workdir=gs://bucket/run", "--committed-only"),
     "tpu_vm": ("run", "n", "--zone=z", "--accelerator-type=v2-256", "--committed-only", *JOB),
 }

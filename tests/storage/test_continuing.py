@@ -248,12 +248,14 @@ def test_a_state_that_is_not_finite_is_not_saved_on_sigterm(tmp_path, monkeypatc
     assert told["event"] == "diverged" and told["updates"] in (0, 1), told
 
 
-def test_ctrl_c_saves_first(tmp_path, monkeypatch):
-    terminate_at(monkeypatch, 3, signal.SIGINT)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_ctrl_c_a_lost_terminal_and_slurms_warning_save_first(tmp_path, monkeypatch, number):
+    before = signal.getsignal(number)
+    terminate_at(monkeypatch, 3, number)
     with pytest.raises(train.Preempted):
         run(small(), tmp_path)
     assert checkpoint.find_newest(tmp_path).run["updates"] == 2
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(number) is before
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_at_its_update(tmp_path):

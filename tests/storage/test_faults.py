@@ -211,6 +211,17 @@ def test_sigterm_while_training_ends_with_a_checkpoint_and_42(tmp_path):
     assert not list((tmp_path / "run/checkpoints").glob("*.unfinished"))
 
 
+def test_with_nohup_a_run_outlives_its_terminal(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    process = started.start(tmp_path, *LONG, **SMALL, on=("nohup",))
+    started.wait_until(lambda: len(read_events(log)) > 1, process, "two events")
+    process.send_signal(signal.SIGHUP)
+    seen = len(read_events(log))
+    started.wait_until(lambda: len(read_events(log)) > seen + 20, process, "20 more")
+    process.send_signal(signal.SIGUSR1)
+    started.end(process, status=42, seconds=30)
+
+
 def test_sigterm_while_the_first_program_is_compiled_ends_at_once(tmp_path):
     process = started.start(tmp_path / "run", "model.depth=28", cache=None)
     timing = tmp_path / "run/timing.jsonl"
