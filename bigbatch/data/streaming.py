@@ -340,13 +340,13 @@ def _wait_for_freeing() -> None:
 def _begin_worker(index: int, count: int) -> None:
     """Makes a worker live exactly as long as the training process.
 
-    SIGTERM and Ctrl-C often reach all processes at once, but the training process goes on until it
-    has saved a checkpoint and then stops its workers itself. So a worker ignores both signals. If
-    the training process is killed, a thread ends the worker, since Grain's loop would not.
+    The signals that tell a run to stop often reach all processes at once, but the training process
+    goes on until it has saved a checkpoint and then stops its workers itself. So a worker ignores
+    them. If the training process is killed, a thread ends the worker, since Grain's loop would not.
     """
     _allow_open_files()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
 
     def follow() -> None:

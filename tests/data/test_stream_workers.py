@@ -102,8 +102,8 @@ def test_workers_outlive_signals_to_a_job_but_not_the_process_that_trains(start,
     process, workers = start("go on")
     assert len(workers) == 2 and process.pid not in workers
     for pid in workers:
-        os.kill(pid, signal.SIGTERM)
-        os.kill(pid, signal.SIGINT)
+        for told in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            os.kill(pid, told)
     # More than was on the way when the signals came.
     assert [process.stdout.readline() for _ in range(10)] == ["going on\n"] * 10
     assert shared_memory() - before, "nothing is passed on in shared memory"
