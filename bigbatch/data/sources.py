@@ -212,10 +212,12 @@ def decode(encoded: bytes, channels: int) -> np.ndarray:
     Pillow decodes, not whichever decoder TFDS finds installed: decoders differ in the last bits.
 
     Raises:
-        Mistake: if the bytes are not a whole image.
+        Mistake: if the bytes are not a whole image, or its pixels do not say which of them is
+            white.
     """
     try:
         with Image.open(io.BytesIO(encoded)) as image:
+            image = _of_8_bits(image, len(encoded))
             image = image if image.mode == MODES[channels] else image.convert(MODES[channels])
             pixels = np.asarray(image)
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
@@ -223,6 +225,23 @@ def decode(encoded: bytes, channels: int) -> np.ndarray:
         reason = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
         raise Mistake(f"{len(encoded)} bytes that are no whole image{reason}") from None
     return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _of_8_bits(image: Image.Image, size: int) -> Image.Image:
+    """An image of 16 bits by its upper 8, as OpenCV and libpng have it; any other as it is.
+
+    Pillow's own `convert` keeps the values of a grey image and cuts them off at 255, and all but
+    the darkest pixels would be white. (16-bit colours it reads by their upper 8 bits itself.)
+    """
+    # Pillow before version 11 opens a grey PNG of 16 bits as I, which is 32 bits elsewhere.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise Mistake(
+            f"{size} bytes of a {image.format} image of 32 bits a pixel, which does not say which "
+            "value is white: save it with 8 bits"
+        )
+    return image
 
 
 def _read(records: Records, numbers: Sequence[int], what: str) -> list[Mapping[str, Any]]:

@@ -13,8 +13,9 @@ from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
 from bigbatch.config import base_config
-from bigbatch.data import smaller, sources
+from bigbatch.data import decode, smaller, sources
 from bigbatch.dotted import resolve
+from bigbatch.mistake import Mistake
 from tests.support import configs
 from tests.support.sample_data import data_dir
 
@@ -156,6 +157,27 @@ def test_a_prepared_data_set_is_read_to_the_pixel(tmp_path):
     np.testing.assert_array_equal(dataset.train_images, images)
     np.testing.assert_array_equal(dataset.train_labels, np.arange(2500) % 10)
     np.testing.assert_array_equal(dataset.test_images, images[1:3])
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("file_format", ["png", "tiff"])
+def test_a_grey_image_of_16_bits_is_read_by_its_upper_8(file_format, channels):
+    pixels = np.array([[0, 255, 256, 32768, 65279, 65535]], np.uint16)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, file_format)
+    found = sources.decode(buffer.getvalue(), channels)
+    np.testing.assert_array_equal(found, (pixels >> 8)[..., None].repeat(channels, 2))
+    if file_format == "png":  # as the same image is streamed
+        streamed = decode.decode(buffer.getvalue(), (0, 0, 6, 1), 6, "bilinear")
+        np.testing.assert_array_equal(streamed[0, :, :channels], found[0])
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_an_image_of_32_bits_a_pixel_is_refused(kind):
+    buffer = io.BytesIO()
+    Image.fromarray(np.ones((2, 2), kind)).save(buffer, "tiff")
+    with pytest.raises(Mistake, match="TIFF image of 32 bits a pixel.*save it with 8 bits"):
+        sources.decode(buffer.getvalue(), 1)
 
 
 def refusal(**changes):
