@@ -7,7 +7,7 @@ text after the colon in `--config=file.py:preset,key=value`.
 import ast
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -44,6 +44,12 @@ RANGES = {
     "optimizer.weight_decay": ("be a finite number, 0 or more", 0, math.inf),
     "label_smoothing": ("lie in [0, 1)", 0, 1),
     "optimizer.beta2": ("lie in [0, 1)", 0, 1),
+}
+# Of tuples, what each of their numbers must be, likewise. Images are normalised in float32.
+LARGEST, SMALLEST = (2 - 2**-23) * 2.0**127, 2.0**-126
+ELEMENT_RANGES = {
+    "data.mean": ("be finite numbers", -LARGEST, LARGEST),
+    "data.std": ("be finite numbers over 0", SMALLEST, LARGEST),
 }
 MAY_BE_NONE = ("scale_up.momentum", "limits.max_batch_size", "limits.granularity")
 
@@ -224,8 +230,8 @@ def make_recipe(config: ConfigDict) -> schedule.Recipe:
     """
     falls = config.recipe.falls
     try:
-        falls = tuple((float(epoch), float(factor)) for epoch, factor in falls)
-    except (TypeError, ValueError):
+        falls = tuple((_number(epoch), _number(factor)) for epoch, factor in falls)
+    except (TypeError, ValueError, OverflowError):
         raise Mistake(
             f"recipe.falls is {falls!r}; it must be pairs of (epoch, factor), such as ((60, 5), "
             "(120, 5))."
@@ -303,6 +309,11 @@ def check(config: ConfigDict) -> None:
             raise Mistake(
                 f"config.{key} is {group[name]!r}; allowed are {', '.join(allowed)}."
             )
+    _check_plain(config)
+    for key, (allowed, least, most) in ELEMENT_RANGES.items():
+        group, name = _find(config, key)
+        if not all(_is_number(value) and least <= value <= most for value in group[name]):
+            raise Mistake(f"config.{key} is {tuple(group[name])}; its values must {allowed}.")
     for key, (allowed, least, below) in RANGES.items():
         group, name = _find(config, key)
         if not least <= group[name] < below:
@@ -319,6 +330,50 @@ def check(config: ConfigDict) -> None:
             f"the momentum is {momentum:g}, but config.optimizer.name is 'sgd', which has none: "
             "set recipe.momentum=0 or optimizer.name=momentum."
         )
+
+
+def _check_plain(config: ConfigDict) -> None:
+    """Checks that each value is one that a run's files can hold, and give back as it was."""
+    for key, whole in _items(config):
+        for value in _leaves(whole):
+            if value is None or isinstance(value, bool | int | float | str | type):
+                continue
+            change = ("call its .tolist()" if hasattr(value, "tolist") else
+                      "name it by its dotted path" if callable(value) else "change its type")
+            raise Mistake(
+                f"config.{key} has a value of the type {type(value).__name__}; allowed are numbers,"
+                f" texts, True, False, None, and tuples, lists and dicts of them: {change}."
+            )
+
+
+def _items(group: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key with its value."""
+    for name in group:
+        value = group[name]
+        if isinstance(value, ConfigDict):
+            yield from _items(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _leaves(value: Any) -> list[Any]:
+    """A value, or the values inside of a tuple, list or dict."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if not isinstance(value, tuple | list):
+        return [value]
+    return [leaf for inner in value for leaf in _leaves(inner)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> float:
+    """`value` as a float; a TypeError if it is something else, were it a text of digits."""
+    if not _is_number(value):
+        raise TypeError
+    return float(value)
 
 
 def _set_all(config: ConfigDict, settings: Mapping[str, Any]) -> None:
@@ -358,18 +413,10 @@ def _find(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
 
 def _near(config: ConfigDict, key: str) -> str:
     """A hint at keys of the same name in other groups, or else at the most similar key."""
-    keys = _dotted_keys(config)
+    keys = sorted(key for key, _ in _items(config))
     named = [known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]]
     near = named or difflib.get_close_matches(key, keys, n=1)
     return f" (did you mean {' or '.join(near)}?)" if near else ""
-
-
-def _dotted_keys(group: ConfigDict, prefix: str = "") -> list[str]:
-    keys = []
-    for name in sorted(group):
-        inner = isinstance(group[name], ConfigDict)
-        keys += _dotted_keys(group[name], f"{prefix}{name}.") if inner else [prefix + name]
-    return keys
 
 
 def _parse(text: str, kind: type) -> Any:

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict, config_dict
 
@@ -14,6 +15,7 @@ from bigbatch.config import (
     make_recipe,
     set_from_text,
 )
+from bigbatch.mistake import Mistake
 from tests.support import configs
 
 PRESETS = {"first": {"seed": 1}, "second": {"seed": 2, "recipe.learning_rate": 0.5}}
@@ -182,7 +184,8 @@ def test_phases_obey_the_configs_limits_and_falls_by_batch():
         384, 1920, 9600, 48_000]
 
 
-@pytest.mark.parametrize("falls", ("(60, 5)", "((60,),)", "((60, 5, 1),)", "('ab', 'cd')"))
+@pytest.mark.parametrize("falls", ("(60, 5)", "((60,),)", "((60, 5, 1),)", "('ab', 'cd')",
+                                   "(('60', '5'),)", "((True, 5),)"))
 def test_falls_that_are_no_pairs_are_refused(falls):
     with pytest.raises(ValueError, match="recipe.falls is .*pairs of .epoch, factor."):
         make_recipe(configs.load("cifar10", f"decay,recipe.falls={falls}"))
@@ -220,6 +223,44 @@ def test_a_value_of_no_use_is_refused_with_what_is_allowed(setting, parts):
     with pytest.raises(ValueError) as refused:
         check(config)
         make_phases(config)
+    for part in parts:
+        assert part in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("setting", "parts"), (
+    ("data.std=(1e999,)", ("config.data.std is (inf,)", "be finite numbers over 0")),
+    ("data.std=(1,0)", ("config.data.std is (1, 0)", "over 0")),
+    ("data.std=(1e39,)", ("finite",)),  # which float32 does not hold; nor this:
+    ("data.std=(1e-46,)", ("over 0",)),
+    ("data.std=('a',)", ("config.data.std is ('a',)", "numbers")),
+    ("data.std=((1, 2),)", ("config.data.std is ((1, 2),)", "numbers")),
+    ("data.std=(True,)", ("config.data.std is (True,)",)),
+    ("data.mean=(1e999,)", ("config.data.mean is (inf,)", "be finite numbers.")),
+    ("data.mean=(None,)", ("config.data.mean is (None,)", "be finite numbers.")),
+))
+def test_the_elements_of_tuples_are_checked_like_values(setting, parts):
+    config = configs.load("cifar10", f"increase,{setting}")
+    with pytest.raises(Mistake) as refused:
+        check(config)
+    for part in parts:
+        assert part in str(refused.value)
+
+
+@pytest.mark.parametrize(("key", "value", "parts"), (
+    ("data.mean", (np.float32(125.3),) * 3, ("config.data.mean", "float32", ".tolist()")),
+    ("recipe.falls", ((60, np.int64(5)),), ("config.recipe.falls", "int64")),
+    ("model.widths", np.arange(3), ("config.model.widths", "ndarray")),
+    ("model.activation", math.sqrt, ("config.model.activation", "dotted path")),
+    ("model.parts", {1, 2}, ("config.model.parts", "set", "change its type")),
+))
+def test_a_value_that_no_file_can_hold_is_refused_by_its_key(key, value, parts):
+    config = configs.load("cifar10", "increase")
+    group, name = key.split(".")
+    with config.unlocked():
+        config[group][name] = value
+    with pytest.raises(Mistake) as refused:
+        check(config)
     for part in parts:
         assert part in str(refused.value)
     assert "\n" not in str(refused.value)

@@ -117,8 +117,6 @@ def _check_sizes(
                 f"config.data.{key} is {tuple(data[key])}, but the images of {data.name} "
                 f"have {channels} channel{'s'[: channels != 1]}: set one value per channel."
             )
-    if not all(value > 0 for value in data.std):
-        raise Mistake(f"config.data.std is {tuple(data.std)}; its values must be over 0.")
     crop = data.augment.crop
     check_window(height, width, data.augment.pad, crop)
     if not crop and height != width:
