@@ -4,28 +4,20 @@ TFDS data sets are read without TensorFlow, from ArrayRecord files that were pre
 `load` decodes a whole data set, for device memory; `open_records` opens one to be streamed.
 """
 
-import difflib
 import io
-import re
 from collections.abc import Mapping, Sequence
-from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, UnidentifiedImageError
 
-from bigbatch.data import local_copy
 from bigbatch.data.augment import check_window
+from bigbatch.data.prepared import MODES, Records, open_tfds, tfds_records
 from bigbatch.dotted import is_dotted, resolve
 from bigbatch.mistake import Mistake
-from bigbatch.storage import bucket
 
-# Pillow's modes, by the number of channels that a TFDS image may have.
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 READ_AT_ONCE = 1000  # records
-
-Records = Sequence[Mapping[str, Any]]  # see `tfds_records`
 
 
 class Dataset(NamedTuple):
@@ -133,77 +125,6 @@ def _check_sizes(
         )
 
 
-def open_tfds(data: ConfigDict) -> Any:
-    """Opens the TFDS data set `data.name`, prepared as ArrayRecord files in `data.dir`.
-
-    An absent data set is not prepared, as `tfds.data_source` would do. The data set's own code is
-    not needed, since the folder's metadata describes the data set completely. Files in a bucket
-    (gs://) are first copied, once; see `local_copy`.
-
-    Returns:
-        A read-only TFDS builder.
-
-    Raises:
-        Mistake: if the data set is unknown, not prepared, or prepared in another file format, with
-            the command that prepares it; if it is not a data set of labelled images; or if its
-            number of classes is not `data.num_classes`.
-    """
-    from etils import epath
-    from tensorflow_datasets.core import constants
-    from tensorflow_datasets.core.read_only_builder import builder_from_files
-
-    remote = bucket.in_bucket(data.dir)
-    if "://" in data.dir and not remote:
-        raise Mistake(
-            f"config.data.dir is {data.dir!r}; it must be a folder of each host, or in a bucket: "
-            "gs://BUCKET/PATH."
-        )
-    if remote:
-        bucket.check(data.dir)
-    folder = epath.Path(data.dir or constants.DATA_DIR).expanduser()
-    try:
-        builder = builder_from_files(data.name, data_dir=folder)
-    except ValueError:  # TFDS's DatasetNotFoundError, or a name it cannot parse
-        raise Mistake(_not_prepared(data.name, folder)) from None
-    formats = {file_format.value for file_format in builder.info.available_file_formats()}
-    if "array_record" not in formats:
-        raise Mistake(
-            f"{data.name} in {builder.data_path} is prepared as {' and '.join(sorted(formats))}; "
-            "only array_record can be read in any order and without TensorFlow. Prepare it again "
-            "in another folder, and set --config.data.dir to that folder:\n"
-            + _how_to_prepare(data.name, "FOLDER", str(folder / "downloads"))
-        )
-    _check_features(builder, data)
-    if remote:
-        return local_copy.bring_down(builder, (data.train_split, data.test_split))
-    return builder
-
-
-def tfds_records(builder: Any, name: str, split: str) -> Records:
-    """Opens a split: its records by number, each with `image` (encoded bytes) and `label` (int).
-
-    Args:
-        builder: from `open_tfds`.
-        name: of the data set, for messages.
-        split: a TFDS split, such as 'train' or 'train[:90%]'.
-
-    Raises:
-        Mistake: if there is no such split, or if it is empty.
-    """
-    import tensorflow_datasets as tfds
-
-    try:
-        examples = builder.info.splits[split].num_examples
-    except (ValueError, KeyError):
-        raise Mistake(
-            f"{name} has no split {split!r}; it has {', '.join(builder.info.splits)}, or a part "
-            "of one, as 'train[:90%]'."
-        ) from None
-    if not examples:
-        raise Mistake(f"split {split!r} of {name} is empty.")
-    return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-
-
 def decode(encoded: bytes, channels: int) -> np.ndarray:
     """Decodes a JPEG or PNG image: uint8 (height, width, channels).
 
@@ -272,74 +193,6 @@ def _decode_all(source: Records, what: str, channels: int) -> tuple[np.ndarray, 
             images[record] = pixels
             labels[record] = example["label"]
     return images, labels
-
-
-def _check_features(builder: Any, data: ConfigDict) -> None:
-    """Checks that a TFDS data set has uint8 images, and integer labels of the config's classes."""
-    import tensorflow_datasets as tfds
-
-    features = builder.info.features
-    named = isinstance(features, tfds.features.FeaturesDict)
-    image = features["image"] if named and "image" in features else None
-    label = features["label"] if named and "label" in features else None
-    if (
-        not isinstance(image, tfds.features.Image)
-        or image.np_dtype != np.uint8
-        or image.shape[-1] not in MODES
-        or label is None
-        or label.shape != ()
-        or not np.issubdtype(label.np_dtype, np.integer)
-    ):
-        has = re.sub(r"\s+", " ", repr(features))
-        raise Mistake(
-            f"{data.name} is no data set of labelled images: it must have the features 'image' (an "
-            f"Image of type uint8) and 'label' (one whole number), but it has {has}."
-        )
-    if isinstance(label, tfds.features.ClassLabel) and label.num_classes != data.num_classes:
-        raise Mistake(
-            f"config.data.num_classes is {data.num_classes} but {data.name} has "
-            f"{label.num_classes} classes: set --config.data.num_classes={label.num_classes}."
-        )
-
-
-def _not_prepared(name: str, folder: PurePath) -> str:
-    """The message for a TFDS data set that is not in `folder`."""
-    import tensorflow_datasets as tfds
-
-    base = re.split(r"[/:]", name)[0]
-    # The folders are NAME/VERSION or NAME/CONFIG/VERSION, written NAME:VERSION in a config.
-    versions = sorted(
-        path.parent.relative_to(folder)
-        for pattern in ("*/*/features.json", "*/*/*/features.json")
-        for path in folder.glob(pattern)
-    )
-    prepared = ", ".join(f"{path.parent}:{path.name}" for path in versions)
-    there = (f"prepared there: {prepared}" if prepared else
-             "nothing is prepared there" if folder.exists() else "there is no such folder")
-    known = tfds.list_builders(with_community_datasets=False)
-    if base not in known:
-        close = difflib.get_close_matches(base, ["digits", *known], n=1)
-        hint = f" Did you mean {close[0]}?" if close else ""
-        return (
-            f"config.data.name is {name!r}; it must be 'digits', the name of a TFDS data set, or "
-            f"the dotted path of a function. TFDS has no data set of this name, and {folder} has "
-            f"none either ({there}).{hint}"
-        )
-    return (
-        f"{name} is not in {folder} ({there}). If it is elsewhere, set --config.data.dir to the "
-        f"folder that holds {base}/. Otherwise prepare it once, in a separate Python environment:\n"
-        + _how_to_prepare(name, str(folder))
-    )
-
-
-def _how_to_prepare(name: str, folder: str, downloads: str = "") -> str:
-    """The two shell commands for it. `tfds build` would need more packages than TFDS installs."""
-    reused = f"download_dir={downloads!r}" if downloads else ""
-    return (
-        "    python -m pip install tensorflow tensorflow-datasets array_record &&\n"
-        f'    python -c "import tensorflow_datasets as tfds; tfds.builder({name!r}, '
-        f"data_dir={folder!r}, file_format='array_record').download_and_prepare({reused})\""
-    )
 
 
 def _digits(data: ConfigDict) -> Dataset:

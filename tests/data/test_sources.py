@@ -238,6 +238,63 @@ def test_faulty_tfds_data_is_named(tmp_path):
     assert "have the splits 'train' and 'test' only" in refusal(train_split="train[:5]")
 
 
+SHARD = "cifar10-train.array_record-00000-of-00001"
+
+
+def of_no_records(file):
+    ArrayRecordWriter(str(file), "group_size:1").close()
+
+
+def cut_to(size):
+    return lambda file: file.write_bytes(file.read_bytes()[:size])
+
+
+def of_records(*records):
+    def write(file):
+        writer = ArrayRecordWriter(str(file), "group_size:1")
+        for record in records:
+            writer.write(record)
+        writer.close()
+    return write
+
+
+@pytest.mark.parametrize("open_it", [sources.load, sources.open_records])
+@pytest.mark.parametrize(("name", "spoil", "message"), [
+    (SHARD, of_no_records, "has 0 records, and dataset_info.json says 60"),
+    (SHARD, of_records(b"", b""), "has 2 records, and dataset_info.json says 60"),
+    (SHARD, cut_to(1 << 16), "is cut short or damaged"),
+    (SHARD, cut_to(100_000), "Corrupted"),
+    (SHARD, cut_to(0), "at least 64KB"),
+    (SHARD, Path.unlink, "is absent"),
+    (SHARD, of_records(*[b"\x99nonsense"] * 60), "Error parsing message"),
+    (SHARD, of_records(*[b""] * 60), "the record has no image"),
+    ("dataset_info.json", cut_to(60), "is no whole JSON file"),
+    ("dataset_info.json", cut_to(0), "is no whole JSON file"),
+    ("dataset_info.json", Path.unlink, "is absent"),
+    ("features.json", cut_to(60), "is no whole JSON file"),
+    ("features.json", Path.unlink, "is absent"),
+    ("features.json", lambda file: file.write_text("{}"), "cannot be opened"),
+])
+def test_a_file_of_a_data_set_that_is_faulty_is_named(tmp_path, open_it, name, spoil, message):
+    noise = [np.random.default_rng(number).bytes(3000) for number in range(60)]
+    file = prepare(tmp_path, noise, channels=3) / name
+    spoil(file)
+    with pytest.raises(Mistake) as refused:
+        open_it(streamed(dir=str(tmp_path), train_examples=60, test_examples=60))
+    text = str(refused.value)
+    assert message in text and "\n" not in text and "prepared there" not in text
+    assert str(file if message != "cannot be opened" else file.parent) in text
+
+
+def test_of_many_faulty_files_one_is_named_and_the_others_are_counted(tmp_path):
+    version = prepare(tmp_path, [b"image"] * 3, channels=3)
+    info = json.loads((version / "dataset_info.json").read_text())
+    info["splits"][0]["shardLengths"] = ["1", "1", "1"]
+    (version / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(Mistake, match="-00000-of-00003 is absent .and 2 more files are faulty."):
+        sources.open_records(streamed(dir=str(tmp_path)))
+
+
 # --- streamed ------------------------------------------------------------------------------------
 def streamed(**changes):
     return data_config(**{
