@@ -51,6 +51,7 @@ ELEMENT_RANGES = {
     "data.mean": ("be finite numbers", -LARGEST, LARGEST),
     "data.std": ("be finite numbers over 0", SMALLEST, LARGEST),
 }
+FREE = ["data", "options"]  # the group whose keys need not be known
 MAY_BE_NONE = ("scale_up.momentum", "limits.max_batch_size", "limits.granularity")
 
 
@@ -109,6 +110,7 @@ def base_config() -> ConfigDict:
         "mean": (0.0,),  # per channel, on the scale 0 to 255
         "std": (255.0,),
         "streaming": False,  # False: the data set is kept in device memory as uint8
+        "options": {},  # keys of your own, for the function that `name` names
         # Pixels of reflection padding; side of the random crop (0: none); random left-right flips.
         "augment": {"pad": 0, "crop": 0, "flip": False},
         # The keys below are read only if streaming is True.
@@ -132,7 +134,7 @@ def base_config() -> ConfigDict:
     config.keep_checkpoints = 2  # the newest ones; those at phase boundaries are kept too
     config.tensorboard = True
     config.lock()  # so that a misspelt key in a config file is an error and not a new key
-    config.model.unlock()
+    _unlock_free_groups(config)
     return config
 
 
@@ -160,6 +162,7 @@ def from_argument(
     """
     options = options or {}
     config.lock()
+    _unlock_free_groups(config)
     preset, *settings = _split(argument) or [next(iter(presets))]
     if "=" in preset:
         settings, preset = [preset, *settings], next(iter(presets))
@@ -179,10 +182,15 @@ def from_argument(
 def set_from_text(config: ConfigDict, key: str, text: str) -> None:
     """Sets the dotted `key` from the text of a command line, without changing the key's type.
 
+    A new key of `data.options` takes its type from the text.
+
     Raises:
         Mistake: if there is no such key, or the text is no value of its type.
     """
     group, name = _find(config, key)
+    if name not in group:
+        group[name] = _parse_free(text)
+        return
     kind = group.get_type(name)
     try:
         group[name] = None if text == "None" and key in MAY_BE_NONE else _parse(text, kind)
@@ -213,9 +221,9 @@ def saved_config(run: Mapping[str, Any]) -> ConfigDict:
 
 
 def _fill(config: ConfigDict, saved: Mapping[str, Any]) -> None:
-    """Sets the values of `saved` in `config`, group by group; the group `model` as a whole."""
+    """Sets the values of `saved` in `config`, group by group; `model` and `options` as a whole."""
     for key, value in saved.items():
-        if isinstance(value, Mapping) and key in config and key != "model":
+        if isinstance(value, Mapping) and key in config and key not in ("model", "options"):
             _fill(config[key], value)
         else:
             config[key] = ConfigDict(value) if isinstance(value, Mapping) else value
@@ -308,6 +316,7 @@ def check(config: ConfigDict) -> None:
         if group[name] not in allowed:
             raise Mistake(
                 f"config.{key} is {group[name]!r}; allowed are {', '.join(allowed)}."
+                f"{_other_name(group[name])}"
             )
     _check_plain(config)
     for key, (allowed, least, most) in ELEMENT_RANGES.items():
@@ -384,30 +393,38 @@ def _set_all(config: ConfigDict, settings: Mapping[str, Any]) -> None:
 
 def _choose(what: str, name: str, choices: Mapping[str, Any]) -> Any:
     if name not in choices:
-        raise Mistake(f"{what} {name!r} is unknown; allowed are {', '.join(choices)}.")
+        raise Mistake(f"{what} {name!r} is unknown; allowed are {', '.join(choices)}."
+                      f"{_other_name(name)}")
     return choices[name]
 
 
 def _find(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
-    """The group that holds the dotted `key`, and the key's last part."""
+    """The group that holds the dotted `key`, and the key's last part.
+
+    Of the group `data.options` the key need not be there yet.
+    """
     group = config
     *path, name = key.split(".")
     for depth, part in enumerate([*path, name]):
+        if path == FREE and depth == len(path) and part.isidentifier() and part not in group:
+            return group, part
         if not isinstance(group, ConfigDict) or part not in group:
             parent = ".".join(["config", *key.split(".")[:depth]])
             if not isinstance(group, ConfigDict):
                 raise Mistake(f"config.{key} is unknown: {parent} is a value, not a group.")
+            own = (f" A key for a loader of your own is config.data.options.{part}."
+                   if depth == len(path) and path == FREE[:1] else "")
             raise Mistake(
                 f"config.{key} is unknown{_near(config, key)}; {parent} has "
-                f"{', '.join(sorted(group))}."
+                f"{', '.join(sorted(group)) or 'no keys, as its config file gives it none'}.{own}"
             )
         if depth < len(path):
             group = group[part]
     if isinstance(group[name], ConfigDict):
-        raise Mistake(
-            f"config.{key} is a group; set one of its keys: "
-            f"{', '.join(f'{key}.{inner}' for inner in sorted(group[name]))}."
-        )
+        keys = ", ".join(f"{key}.{inner}" for inner in sorted(group[name]))
+        keys = keys or (f"{key}.NAME, with a name of your own" if key.split(".") == FREE else
+                        "it has none, as its config file gives it none")
+        raise Mistake(f"config.{key} is a group; set one of its keys: {keys}.")
     return group, name
 
 
@@ -415,8 +432,34 @@ def _near(config: ConfigDict, key: str) -> str:
     """A hint at keys of the same name in other groups, or else at the most similar key."""
     keys = sorted(key for key, _ in _items(config))
     named = [known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]]
-    near = named or difflib.get_close_matches(key, keys, n=1)
+    group, _, name = key.rpartition(".")
+    beside = [known.rpartition(".")[2] for known in keys if known.rpartition(".")[0] == group]
+    near = named or (
+        [f"{group}.{close}".lstrip(".") for close in difflib.get_close_matches(name, beside, n=1)]
+        if beside else difflib.get_close_matches(key, keys, n=1))
     return f" (did you mean {' or '.join(near)}?)" if near else ""
+
+
+def _unlock_free_groups(config: ConfigDict) -> None:
+    """Lets a config file put keys of its own into the groups that are the user's."""
+    config.model.unlock()
+    config.data.options.unlock()
+
+
+def _other_name(name: str) -> str:
+    """A sentence about what bigbatch has under another name."""
+    is_adamw = isinstance(name, str) and name.lower() == "adamw"
+    return " AdamW is adam with config.optimizer.decoupled=True." if is_adamw else ""
+
+
+def _parse_free(text: str) -> Any:
+    """`text` as the value it looks like; a text if it looks like none."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
 
 
 def _parse(text: str, kind: type) -> Any:

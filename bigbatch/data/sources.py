@@ -229,7 +229,24 @@ def _from_function(data: ConfigDict) -> Dataset:
             f"{data.name} returned {got}; it must return four arrays, {', '.join(fields)}: in this "
             "order, or as a dict with these keys."
         )
-    return _checked(Dataset(*map(np.asarray, arrays)), data.name, data.num_classes)
+    return _checked(Dataset(*(
+        _as_array(array, f"{data.name}: {field}")
+        for field, array in zip(fields, arrays, strict=True)
+    )), data.name, data.num_classes)
+
+
+def _as_array(given: Any, what: str) -> np.ndarray:
+    try:
+        array = np.asarray(given)
+    except ValueError:  # NumPy's, of a list of arrays of several shapes
+        array = np.empty(0, object)
+    if array.dtype == object:
+        raise Mistake(
+            f"{what} cannot be made one array of numbers. Images must be of one size, and labels "
+            "one whole number an image; images of several sizes can be streamed from files "
+            "(config.data.streaming)."
+        )
+    return array
 
 
 def _checked(dataset: Dataset, who: str, classes: int) -> Dataset:
@@ -251,7 +268,8 @@ def _checked(dataset: Dataset, who: str, classes: int) -> Dataset:
         if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]:
             raise Mistake(
                 f"{who}: {split}_labels are {labels.dtype} of shape {labels.shape}; they must be "
-                f"whole numbers, one an image: {images.shape[:1]}."
+                f"whole numbers, one an image: {images.shape[:1]}. What is trained is one class an "
+                "image; neither regression nor several labels an image are supported."
             )
         if labels.min() < 0 or labels.max() >= classes:
             raise Mistake(

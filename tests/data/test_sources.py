@@ -12,7 +12,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
-from bigbatch.config import base_config
+from bigbatch.config import base_config, set_from_text
 from bigbatch.data import decode, smaller, sources
 from bigbatch.dotted import resolve
 from bigbatch.mistake import Mistake
@@ -227,7 +227,7 @@ def test_faulty_tfds_data_is_named(tmp_path):
         ("cut", "record 3 of split 'train' of cifar10 is 100 bytes that are no whole image"),
         ("noise", "record 3 of split 'train' of cifar10 is 8 bytes that are no whole image"),
         ("lost", "split 'train' of cifar10 cannot be read.*array_record-00000-of-00001"),
-        ("unlabelled", "cifar10 is no data set of labelled images.*'digit': ClassLabel"),
+        ("unlabelled", "cifar10 is no data set of labelled images.*neither regress.*'digit': Class"),
     ):
         with pytest.raises(ValueError, match=message):
             sources.load(data_config(name="cifar10", dir=str(tmp_path / folder)))
@@ -379,13 +379,32 @@ def test_a_function_of_the_users_gives_the_arrays(returning, pack):
     ({"test_images": np.zeros((2, 8, 8), np.uint8)}, r"test_images have the shape \(2, 8, 8\)"),
     ({"test_images": np.zeros((2, 9, 8, 1), np.uint8)}, ".*they must be alike"),
     ({"train_labels": np.arange(5)}, r"train_labels are int64 of shape \(5,\)"),
-    ({"train_labels": np.arange(6.0)}, "train_labels are float64"),
+    ({"train_labels": np.arange(6.0)}, "train_labels are float64.*neither regression nor several"),
+    ({"train_labels": np.eye(6, dtype=int)}, r"train_labels are int64 of shape \(6, 6\).*several"),
+    ({"train_images": [np.zeros((8, 8, 1), np.uint8), np.zeros((9, 8, 1), np.uint8)]},
+     "train_images cannot be made one array.*Images must be of one size"),
+    ({"train_images": [np.zeros((8, 8, 1), np.uint8), None]}, "train_images cannot be made one"),
+    ({"test_labels": [[0], [1, 2]]}, "test_labels cannot be made one array.*one whole number"),
     ({"test_labels": np.array([0, 10])}, r"test_labels run from 0 to 10; .* \[0, 10\)"),
     ({"test_labels": np.array([-1, 3])}, "test_labels run from -1 to 3"),
 ])
 def test_faulty_arrays_name_the_function_and_the_fault(returning, change, message):
     with pytest.raises(ValueError, match=rf"^my_data\.make: {message}"):
         sources.load(data_config(name=returning(ARRAYS | change)))
+
+
+def test_a_function_of_the_users_has_options_of_its_own(monkeypatch, tmp_path):
+    (tmp_path / "my_data.py").write_text("def make(data):\n    raise ValueError(data.options)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_data", raising=False)
+    config = base_config()
+    config.data.name = "my_data.make"
+    set_from_text(config, "data.options.root", "/photos")
+    set_from_text(config, "data.options.folds", "(1, 2)")
+    with pytest.raises(ValueError) as called:
+        sources.load(config.data)
+    sys.modules.pop("my_data", None)
+    assert called.value.args[0].to_dict() == {"root": "/photos", "folds": (1, 2)}
 
 
 @pytest.mark.parametrize(("answer", "message"), [
