@@ -99,8 +99,9 @@ def base_config() -> ConfigDict:
     config.model = ConfigDict()  # its keyword arguments
 
     config.data = ConfigDict({
-        "name": "digits",  # digits, a TFDS name, or the dotted path of a function of arrays
-        "dir": "",  # TFDS data_dir; empty: TFDS's own default
+        "name": "digits",  # digits, folder, a TFDS name, or the dotted path of a function of arrays
+        # TFDS data_dir (empty: TFDS's own default), or what holds a folder's splits.
+        "dir": "",
         "train_split": "train",
         "test_split": "test",
         "train_examples": 1437,  # N; checked when the data are loaded

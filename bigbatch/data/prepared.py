@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from bigbatch.data import local_copy
+from bigbatch.data import cifar, local_copy
 from bigbatch.mistake import Mistake
 from bigbatch.storage import bucket
 
@@ -79,8 +79,6 @@ def open_tfds(data: ConfigDict) -> Any:
             the command that prepares it; if a file that describes it is faulty; if it is not a data
             set of labelled images; or if its number of classes is not `data.num_classes`.
     """
-    from etils import epath
-    from tensorflow_datasets.core import constants
     from tensorflow_datasets.core.read_only_builder import builder_from_files
 
     remote = bucket.in_bucket(data.dir)
@@ -91,7 +89,7 @@ def open_tfds(data: ConfigDict) -> Any:
         )
     if remote:
         bucket.check(data.dir)
-    folder = epath.Path(data.dir or constants.DATA_DIR).expanduser()
+    folder = data_folder(data)
     try:
         builder = builder_from_files(data.name, data_dir=folder)
     except Exception as error:
@@ -112,6 +110,14 @@ def open_tfds(data: ConfigDict) -> Any:
     if remote:
         return local_copy.bring_down(builder, (data.train_split, data.test_split))
     return builder
+
+
+def data_folder(data: ConfigDict) -> Any:
+    """The folder that `data.dir` names, or TFDS's own, as an epath.Path."""
+    from etils import epath
+    from tensorflow_datasets.core import constants
+
+    return epath.Path(data.dir or constants.DATA_DIR).expanduser()
 
 
 def tfds_records(builder: Any, name: str, split: str) -> Records:
@@ -258,16 +264,19 @@ def _not_prepared(name: str, folder: PurePath) -> str:
              "nothing is prepared there" if folder.exists() else "there is no such folder")
     known = tfds.list_builders(with_community_datasets=False)
     if base not in known:
-        close = difflib.get_close_matches(base, ["digits", *known], n=1)
+        close = difflib.get_close_matches(base, ["digits", "folder", *known], n=1)
         hint = f" Did you mean {close[0]}?" if close else ""
         return (
-            f"config.data.name is {name!r}; it must be 'digits', the name of a TFDS data set, or "
-            f"the dotted path of a function. TFDS has no data set of this name, and {folder} has "
-            f"none either ({there}).{hint}"
+            f"config.data.name is {name!r}; it must be 'digits', 'folder', the name of a TFDS data "
+            f"set, or the dotted path of a function. TFDS has no data set of this name, and "
+            f"{folder} has none either ({there}).{hint}"
         )
+    archive = (f"Or put {cifar.ARCHIVES[name][0].packed}, from {cifar.HOME}, into it. "
+               if name in cifar.ARCHIVES else "")
     return (
         f"{name} is not in {folder} ({there}). If it is elsewhere, set --config.data.dir to the "
-        f"folder that holds {base}/. Otherwise prepare it once, in a separate Python environment:\n"
+        f"folder that holds {base}/. {archive}Otherwise prepare it once, in a separate Python "
+        "environment:\n"
         + _how_to_prepare(name, str(folder))
     )
 

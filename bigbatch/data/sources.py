@@ -1,4 +1,4 @@
-"""Opens data sets: scikit-learn's digits, a TFDS data set, or the arrays of a user's function.
+"""Opens data sets: the digits, TFDS's, folders of images, CIFAR's archives, a function's arrays.
 
 TFDS data sets are read without TensorFlow, from ArrayRecord files that were prepared beforehand.
 `load` decodes a whole data set, for device memory; `open_records` opens one to be streamed.
@@ -6,14 +6,16 @@ TFDS data sets are read without TensorFlow, from ArrayRecord files that were pre
 
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, UnidentifiedImageError
 
+from bigbatch.data import cifar, folder, splits
 from bigbatch.data.augment import check_window
-from bigbatch.data.prepared import MODES, Records, open_tfds, tfds_records
+from bigbatch.data.prepared import MODES, Records, data_folder, open_tfds, tfds_records
 from bigbatch.dotted import is_dotted, resolve
 from bigbatch.mistake import Mistake
 
@@ -39,6 +41,11 @@ def load(data: ConfigDict) -> Dataset:
         return _digits(data)
     if is_dotted(data.name):
         return _from_function(data)
+    archive = _cifar(data)
+    if archive:
+        return _from_archive(data, *archive)
+    if data.name == folder.NAME:
+        return _from_folder(data)
     builder = open_tfds(data)
     channels = builder.info.features["image"].shape[-1]
     splits = (data.train_split, data.test_split)
@@ -59,21 +66,28 @@ def open_records(data: ConfigDict) -> tuple[Records, Records]:
     Raises:
         Mistake: if they do not, or cannot be read; the message has the key to change.
     """
-    if data.name == "digits" or is_dotted(data.name):
+    archive = _cifar(data)
+    if data.name == "digits" or is_dotted(data.name) or archive:
+        where = f" in {archive[1]}" if archive else ""
         raise Mistake(
-            "config.data.streaming is True, but only a TFDS data set can be streamed and "
-            f"{data.name} is none: set --config.data.streaming=False."
+            "config.data.streaming is True, but only a TFDS data set or a folder can be streamed "
+            f"and {data.name}{where} is none: set --config.data.streaming=False."
         )
-    builder = open_tfds(data)
-    channels = builder.info.features["image"].shape[-1]
-    if channels != 3:
-        raise Mistake(
-            "config.data.streaming is True, but only images of 3 channels can be streamed and "
-            f"{data.name} has {channels}: set --config.data.streaming=False."
+    channels = 3
+    if data.name == folder.NAME:
+        train, test = folder.open_files(data)
+    else:
+        builder = open_tfds(data)
+        channels = builder.info.features["image"].shape[-1]
+        if channels != 3:
+            raise Mistake(
+                "config.data.streaming is True, but only images of 3 channels can be streamed and "
+                f"{data.name} has {channels}: set --config.data.streaming=False."
+            )
+        train, test = (
+            tfds_records(builder, data.name, split)
+            for split in (data.train_split, data.test_split)
         )
-    train, test = (
-        tfds_records(builder, data.name, split) for split in (data.train_split, data.test_split)
-    )
     _check_sizes(data, len(train), len(test), (data.image_size, data.image_size, channels))
     for split, records in ((data.train_split, train), (data.test_split, test)):
         _read(records, [0], f"split {split!r} of {data.name}")
@@ -180,7 +194,8 @@ def _decode_all(source: Records, what: str, channels: int) -> tuple[np.ndarray, 
             try:
                 pixels = decode(example["image"], channels)
             except Mistake as error:
-                raise Mistake(f"record {record} of {what} is {error}.") from None
+                file = f" ({example['file_name']})" if "file_name" in example else ""
+                raise Mistake(f"record {record}{file} of {what} is {error}.") from None
             if record == 0:
                 images = np.empty((len(source), *pixels.shape), np.uint8)
             if pixels.shape != images.shape[1:]:
@@ -211,6 +226,50 @@ def _digits(data: ConfigDict) -> Dataset:
         Dataset(images[~test], digits.target[~test], images[test], digits.target[test]),
         "the digits", data.num_classes,
     )
+
+
+def _cifar(data: ConfigDict) -> tuple[cifar.Archive, Path] | None:
+    """The original archive of CIFAR that is in `data.dir`, and where, if no TFDS set is there."""
+    if data.name not in cifar.ARCHIVES or "://" in data.dir:
+        return None
+    place = Path(data_folder(data))
+    return None if (place / data.name).is_dir() else cifar.find(data.name, place)
+
+
+def _from_archive(data: ConfigDict, archive: cifar.Archive, path: Path) -> Dataset:
+    classes = cifar.CLASSES[data.name]
+    if data.num_classes != classes:
+        raise Mistake(
+            f"config.data.num_classes is {data.num_classes} but {data.name} has {classes} classes: "
+            f"set --config.data.num_classes={classes}."
+        )
+    parts = dict(zip(("train", "test"), cifar.load(archive, path), strict=True))
+    arrays = []
+    for split in (data.train_split, data.test_split):
+        name = splits.name_of(split)
+        if name not in parts:
+            raise Mistake(
+                f"{data.name} has no split {split!r}; it has train, test, or a part of one, as "
+                "'train[:90%]'."
+            )
+        numbers = splits.stretch(split, len(parts[name][0]))
+        arrays += [array[numbers.start : numbers.stop] for array in parts[name]]
+    return _checked(Dataset(*arrays), f"{data.name} in {path}", data.num_classes)
+
+
+def _from_folder(data: ConfigDict) -> Dataset:
+    channels = len(data.mean)
+    if channels not in MODES:
+        raise Mistake(
+            f"config.data.mean is {tuple(data.mean)}; it must have one value per channel of the "
+            "images, and these are read with as many channels: 1, 3 or 4."
+        )
+    arrays = []
+    for records, split in zip(
+        folder.open_files(data), (data.train_split, data.test_split), strict=True
+    ):
+        arrays += _decode_all(records, f"split {split!r} of {data.dir}", channels)
+    return _checked(Dataset(*arrays), data.dir, data.num_classes)
 
 
 def _from_function(data: ConfigDict) -> Dataset:

@@ -227,7 +227,7 @@ def test_faulty_tfds_data_is_named(tmp_path):
         ("cut", "record 3 of split 'train' of cifar10 is 100 bytes that are no whole image"),
         ("noise", "record 3 of split 'train' of cifar10 is 8 bytes that are no whole image"),
         ("lost", "split 'train' of cifar10 cannot be read.*array_record-00000-of-00001"),
-        ("unlabelled", "cifar10 is no data set of labelled images.*neither regress.*'digit': Class"),
+        ("unlabelled", "cifar10 is no data set of labelled images.*neither.*'digit': ClassLabel"),
     ):
         with pytest.raises(ValueError, match=message):
             sources.load(data_config(name="cifar10", dir=str(tmp_path / folder)))
