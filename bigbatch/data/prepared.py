@@ -97,7 +97,7 @@ def open_tfds(data: ConfigDict) -> Any:
         fault = _metadata_fault(data.name, folder)
         if not fault and not isinstance(error, ValueError):
             fault = f"{folder} cannot be read: {one_line(error)}"
-        raise Mistake(fault or _not_prepared(data.name, folder)) from None
+        raise Mistake(fault or _not_prepared(data.name, folder)) from error
     formats = {file_format.value for file_format in builder.info.available_file_formats()}
     if "array_record" not in formats:
         raise Mistake(
@@ -199,6 +199,7 @@ def _metadata_fault(name: str, folder: Any) -> str:
     if not re.fullmatch(r"\w+(/[\w.-]+)?", base):
         return ""
     described = ("features.json", "dataset_info.json")
+    file, place = None, folder  # what was looked at last
     try:
         versions = sorted({
             file.parent for depth in ("*", "*/*") for json_name in described
