@@ -67,42 +67,64 @@ def open_files(data: ConfigDict) -> tuple[Files, Files]:
             "folder of each host that holds train/ and test/, with a folder for each class in them."
         )
     root = Path(data.dir).expanduser()
-    found = {}
-    for key in ("train_split", "test_split"):
-        name = splits.name_of(data[key])
-        if name not in found:
-            found[name] = _classes(root, name, key)
     trained = splits.name_of(data.train_split)
-    train = found[trained]
-    if len(train) != data.num_classes:
+    keys = {trained: "train_split"}
+    keys.setdefault(splits.name_of(data.test_split), "test_split")
+    classes, parts = open_parts(root, trained, keys)
+    if len(classes) != data.num_classes:
         raise Mistake(
-            f"config.data.num_classes is {data.num_classes} but {root / trained} has {len(train)} "
-            f"class folders: set --config.data.num_classes={len(train)}."
+            f"config.data.num_classes is {data.num_classes} but {root / trained} has "
+            f"{len(classes)} class folders: set --config.data.num_classes={len(classes)}."
         )
-    numbers = {name: number for number, name in enumerate(train)}
 
-    def opened(split: str) -> Files:
-        part = splits.name_of(split)
-        unknown = sorted(found[part].keys() - numbers.keys())
+    def stretch(split: str) -> Files:
+        whole = parts[splits.name_of(split)]
+        kept = splits.stretch(split, len(whole))
+        rows = slice(kept.start, kept.stop)
+        return Files(whole.root, whole.paths[rows], whole.labels[rows])
+
+    return stretch(data.train_split), stretch(data.test_split)
+
+
+def open_parts(
+    root: Path, trained: str, keys: Mapping[str, str]
+) -> tuple[list[str], dict[str, Files]]:
+    """The names of the classes, and the records in each of some folders in `root`, whole.
+
+    Args:
+        root: the folder that holds these folders.
+        trained: the one whose folders are the classes.
+        keys: by the name of each of them, the key of config.data to change if it is not there.
+
+    Raises:
+        Mistake: see `open_files`.
+    """
+    found = {name: _classes(root, name, key) for name, key in keys.items()}
+    classes = list(found[trained])
+    for name, images in found[trained].items():
+        if not images:
+            raise Mistake(f"{root / trained / name} has no JPEG or PNG files: add some, or remove "
+                          "it.")
+    numbers = {name: number for number, name in enumerate(classes)}
+    parts = {}
+    for part, images in found.items():
+        unknown = sorted(images.keys() - numbers.keys())
         if unknown:
             raise Mistake(
                 f"{root / part / unknown[0]} is the folder of a class that {root / trained} "
-                "does not have: the classes are the folders of the training split."
+                f"does not have: the classes are the folders in {trained}/."
             )
         rows = sorted(
             (hashlib.blake2b(path, digest_size=8).digest(), path, numbers[name])
-            for name, paths in found[part].items() for path in paths
+            for name, paths in images.items() for path in paths
         )
         if not rows:
             raise Mistake(f"{root / part} has no JPEG or PNG images in its class folders.")
-        kept = splits.stretch(split, len(rows))
-        rows = rows[kept.start : kept.stop]
-        return Files(
+        parts[part] = Files(
             os.fspath(root / part), np.array([path for _, path, _ in rows]),
             np.array([label for *_, label in rows], np.int32),
         )
-
-    return opened(data.train_split), opened(data.test_split)
+    return classes, parts
 
 
 def _classes(root: Path, name: str, key: str) -> dict[str, list[bytes]]:
@@ -122,12 +144,7 @@ def _classes(root: Path, name: str, key: str) -> dict[str, list[bytes]]:
             f"{folder} has no class folders; it must have one folder for each class, with its "
             "JPEG or PNG files."
         )
-    found = {}
-    for name in classes:
-        found[name] = _images(folder, name)
-        if not found[name] and key == "train_split":
-            raise Mistake(f"{folder / name} has no JPEG or PNG files: add some, or remove it.")
-    return found
+    return {name: _images(folder, name) for name in classes}
 
 
 def _images(folder: Path, name: str) -> list[bytes]:
