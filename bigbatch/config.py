@@ -7,7 +7,7 @@ text after the colon in `--config=file.py:preset,key=value`.
 import ast
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
@@ -45,6 +45,13 @@ RANGES = {
     "label_smoothing": ("lie in [0, 1)", 0, 1),
     "optimizer.beta2": ("lie in [0, 1)", 0, 1),
 }
+# Of tuples, what each of their numbers must be, likewise. Images are normalised in float32.
+LARGEST, SMALLEST = (2 - 2**-23) * 2.0**127, 2.0**-126
+ELEMENT_RANGES = {
+    "data.mean": ("be finite numbers", -LARGEST, LARGEST),
+    "data.std": ("be finite numbers over 0", SMALLEST, LARGEST),
+}
+FREE = ["data", "options"]  # the group whose keys need not be known
 MAY_BE_NONE = ("scale_up.momentum", "limits.max_batch_size", "limits.granularity")
 
 
@@ -92,8 +99,9 @@ def base_config() -> ConfigDict:
     config.model = ConfigDict()  # its keyword arguments
 
     config.data = ConfigDict({
-        "name": "digits",  # digits, a TFDS name, or the dotted path of a function of arrays
-        "dir": "",  # TFDS data_dir; empty: TFDS's own default
+        "name": "digits",  # digits, folder, a TFDS name, or the dotted path of a function of arrays
+        # TFDS data_dir (empty: TFDS's own default), or what holds a folder's splits.
+        "dir": "",
         "train_split": "train",
         "test_split": "test",
         "train_examples": 1437,  # N; checked when the data are loaded
@@ -103,6 +111,7 @@ def base_config() -> ConfigDict:
         "mean": (0.0,),  # per channel, on the scale 0 to 255
         "std": (255.0,),
         "streaming": False,  # False: the data set is kept in device memory as uint8
+        "options": {},  # keys of your own, for the function that `name` names
         # Pixels of reflection padding; side of the random crop (0: none); random left-right flips.
         "augment": {"pad": 0, "crop": 0, "flip": False},
         # The keys below are read only if streaming is True.
@@ -126,7 +135,7 @@ def base_config() -> ConfigDict:
     config.keep_checkpoints = 2  # the newest ones; those at phase boundaries are kept too
     config.tensorboard = True
     config.lock()  # so that a misspelt key in a config file is an error and not a new key
-    config.model.unlock()
+    _unlock_free_groups(config)
     return config
 
 
@@ -154,6 +163,7 @@ def from_argument(
     """
     options = options or {}
     config.lock()
+    _unlock_free_groups(config)
     preset, *settings = _split(argument) or [next(iter(presets))]
     if "=" in preset:
         settings, preset = [preset, *settings], next(iter(presets))
@@ -173,10 +183,15 @@ def from_argument(
 def set_from_text(config: ConfigDict, key: str, text: str) -> None:
     """Sets the dotted `key` from the text of a command line, without changing the key's type.
 
+    A new key of `data.options` takes its type from the text.
+
     Raises:
         Mistake: if there is no such key, or the text is no value of its type.
     """
     group, name = _find(config, key)
+    if name not in group:
+        group[name] = _parse_free(text)
+        return
     kind = group.get_type(name)
     try:
         group[name] = None if text == "None" and key in MAY_BE_NONE else _parse(text, kind)
@@ -207,9 +222,9 @@ def saved_config(run: Mapping[str, Any]) -> ConfigDict:
 
 
 def _fill(config: ConfigDict, saved: Mapping[str, Any]) -> None:
-    """Sets the values of `saved` in `config`, group by group; the group `model` as a whole."""
+    """Sets the values of `saved` in `config`, group by group; `model` and `options` as a whole."""
     for key, value in saved.items():
-        if isinstance(value, Mapping) and key in config and key != "model":
+        if isinstance(value, Mapping) and key in config and key not in ("model", "options"):
             _fill(config[key], value)
         else:
             config[key] = ConfigDict(value) if isinstance(value, Mapping) else value
@@ -224,8 +239,8 @@ def make_recipe(config: ConfigDict) -> schedule.Recipe:
     """
     falls = config.recipe.falls
     try:
-        falls = tuple((float(epoch), float(factor)) for epoch, factor in falls)
-    except (TypeError, ValueError):
+        falls = tuple((_number(epoch), _number(factor)) for epoch, factor in falls)
+    except (TypeError, ValueError, OverflowError):
         raise Mistake(
             f"recipe.falls is {falls!r}; it must be pairs of (epoch, factor), such as ((60, 5), "
             "(120, 5))."
@@ -302,7 +317,13 @@ def check(config: ConfigDict) -> None:
         if group[name] not in allowed:
             raise Mistake(
                 f"config.{key} is {group[name]!r}; allowed are {', '.join(allowed)}."
+                f"{_other_name(group[name])}"
             )
+    _check_plain(config)
+    for key, (allowed, least, most) in ELEMENT_RANGES.items():
+        group, name = _find(config, key)
+        if not all(_is_number(value) and least <= value <= most for value in group[name]):
+            raise Mistake(f"config.{key} is {tuple(group[name])}; its values must {allowed}.")
     for key, (allowed, least, below) in RANGES.items():
         group, name = _find(config, key)
         if not least <= group[name] < below:
@@ -321,6 +342,50 @@ def check(config: ConfigDict) -> None:
         )
 
 
+def _check_plain(config: ConfigDict) -> None:
+    """Checks that each value is one that a run's files can hold, and give back as it was."""
+    for key, whole in _items(config):
+        for value in _leaves(whole):
+            if value is None or isinstance(value, bool | int | float | str | type):
+                continue
+            change = ("call its .tolist()" if hasattr(value, "tolist") else
+                      "name it by its dotted path" if callable(value) else "change its type")
+            raise Mistake(
+                f"config.{key} has a value of the type {type(value).__name__}; allowed are numbers,"
+                f" texts, True, False, None, and tuples, lists and dicts of them: {change}."
+            )
+
+
+def _items(group: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key with its value."""
+    for name in group:
+        value = group[name]
+        if isinstance(value, ConfigDict):
+            yield from _items(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _leaves(value: Any) -> list[Any]:
+    """A value, or the values inside of a tuple, list or dict."""
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if not isinstance(value, tuple | list):
+        return [value]
+    return [leaf for inner in value for leaf in _leaves(inner)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> float:
+    """`value` as a float; a TypeError if it is something else, were it a text of digits."""
+    if not _is_number(value):
+        raise TypeError
+    return float(value)
+
+
 def _set_all(config: ConfigDict, settings: Mapping[str, Any]) -> None:
     for key, value in settings.items():
         group, name = _find(config, key)
@@ -329,47 +394,73 @@ def _set_all(config: ConfigDict, settings: Mapping[str, Any]) -> None:
 
 def _choose(what: str, name: str, choices: Mapping[str, Any]) -> Any:
     if name not in choices:
-        raise Mistake(f"{what} {name!r} is unknown; allowed are {', '.join(choices)}.")
+        raise Mistake(f"{what} {name!r} is unknown; allowed are {', '.join(choices)}."
+                      f"{_other_name(name)}")
     return choices[name]
 
 
 def _find(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
-    """The group that holds the dotted `key`, and the key's last part."""
+    """The group that holds the dotted `key`, and the key's last part.
+
+    Of the group `data.options` the key need not be there yet.
+    """
     group = config
     *path, name = key.split(".")
     for depth, part in enumerate([*path, name]):
+        if path == FREE and depth == len(path) and part.isidentifier() and part not in group:
+            return group, part
         if not isinstance(group, ConfigDict) or part not in group:
             parent = ".".join(["config", *key.split(".")[:depth]])
             if not isinstance(group, ConfigDict):
                 raise Mistake(f"config.{key} is unknown: {parent} is a value, not a group.")
+            own = (f" A key for a loader of your own is config.data.options.{part}."
+                   if depth == len(path) and path == FREE[:1] else "")
             raise Mistake(
                 f"config.{key} is unknown{_near(config, key)}; {parent} has "
-                f"{', '.join(sorted(group))}."
+                f"{', '.join(sorted(group)) or 'no keys, as its config file gives it none'}.{own}"
             )
         if depth < len(path):
             group = group[part]
     if isinstance(group[name], ConfigDict):
-        raise Mistake(
-            f"config.{key} is a group; set one of its keys: "
-            f"{', '.join(f'{key}.{inner}' for inner in sorted(group[name]))}."
-        )
+        keys = ", ".join(f"{key}.{inner}" for inner in sorted(group[name]))
+        keys = keys or (f"{key}.NAME, with a name of your own" if key.split(".") == FREE else
+                        "it has none, as its config file gives it none")
+        raise Mistake(f"config.{key} is a group; set one of its keys: {keys}.")
     return group, name
 
 
 def _near(config: ConfigDict, key: str) -> str:
     """A hint at keys of the same name in other groups, or else at the most similar key."""
-    keys = _dotted_keys(config)
+    keys = sorted(key for key, _ in _items(config))
     named = [known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]]
-    near = named or difflib.get_close_matches(key, keys, n=1)
+    group, _, name = key.rpartition(".")
+    beside = [known.rpartition(".")[2] for known in keys if known.rpartition(".")[0] == group]
+    near = named or (
+        [f"{group}.{close}".lstrip(".") for close in difflib.get_close_matches(name, beside, n=1)]
+        if beside else difflib.get_close_matches(key, keys, n=1))
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
-def _dotted_keys(group: ConfigDict, prefix: str = "") -> list[str]:
-    keys = []
-    for name in sorted(group):
-        inner = isinstance(group[name], ConfigDict)
-        keys += _dotted_keys(group[name], f"{prefix}{name}.") if inner else [prefix + name]
-    return keys
+def _unlock_free_groups(config: ConfigDict) -> None:
+    """Lets a config file put keys of its own into the groups that are the user's."""
+    config.model.unlock()
+    config.data.options.unlock()
+
+
+def _other_name(name: str) -> str:
+    """A sentence about what bigbatch has under another name."""
+    is_adamw = isinstance(name, str) and name.lower() == "adamw"
+    return " AdamW is adam with config.optimizer.decoupled=True." if is_adamw else ""
+
+
+def _parse_free(text: str) -> Any:
+    """`text` as the value it looks like; a text if it looks like none."""
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return text
 
 
 def _parse(text: str, kind: type) -> Any:

@@ -1,7 +1,9 @@
 """Configs: presets and settings from a text, what a config means, and what is refused."""
 
+import json
 import math
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict, config_dict
 
@@ -12,8 +14,10 @@ from bigbatch.config import (
     make_limits,
     make_phases,
     make_recipe,
+    saved_config,
     set_from_text,
 )
+from bigbatch.mistake import Mistake
 from tests.support import configs
 
 PRESETS = {"first": {"seed": 1}, "second": {"seed": 2, "recipe.learning_rate": 0.5}}
@@ -111,6 +115,15 @@ def test_a_limit_can_be_set_and_unset_again():
     ("first,recipe=3", ("config.recipe is a group", "recipe.batch_size", "recipe.falls")),
     ("first,data.augment=3", ("is a group", "data.augment.crop", "data.augment.pad")),
     ("first,seed.x=3", ("config.seed.x is unknown", "config.seed is a value, not a group")),
+    ("first,data.root=/x", ("config.data.root is unknown; config.data has augment",
+                            "A key for a loader of your own is config.data.options.root.")),
+    ("first,data.stdd=(1,)", ("did you mean data.std?",)),
+    ("first,data.options=3", ("is a group", "data.options.NAME")),
+    ("first,data.options.a.b=3", ("config.data.options.a.b is unknown",)),
+    ("first,data.options.no-name=3", ("config.data.options.no-name is unknown",)),
+    ("first,model=3", ("config.model is a group", "it has none, as its config file gives")),
+    ("first,model.depth=3", ("config.model.depth is unknown; config.model has no keys, as",)),
+    ("first,optimizer=AdamW", ("optimizer 'AdamW' is unknown", "adam with config.optimizer.deco")),
     ("first,seed", ("'seed' is no setting", "key=value")),
     ("first,=3", ("config. is unknown",)),
 ))
@@ -120,6 +133,32 @@ def test_what_is_unknown_is_named_with_what_is_allowed(argument, parts):
     for part in parts:
         assert part in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("text", "value"), (
+    ("3", 3), ("0.5", 0.5), ("true", True), ("False", False), ("(1, 2)", (1, 2)), ("/a/b", "/a/b"),
+    ("", ""), ("a b", "a b"), ("1e-3", 0.001), ("'3'", "3"),
+))
+def test_the_options_of_a_loader_are_whatever_is_set(text, value):
+    config = config_of("second")
+    set_from_text(config, "data.options.mine", text)
+    assert config.data.options.mine == value and type(config.data.options.mine) is type(value)
+    check(config)
+
+
+def test_an_option_keeps_the_type_it_was_given_and_is_saved_with_the_run():
+    config = base_config()
+    config.data.options.root = "/here"
+    config.data.options.share = 0.5
+    config = from_argument(config, "first,data.options.share=1", {
+        "first": {"data.options.folds": 5, "data.options.root": "/there"}})
+    assert config.data.options.to_dict() == {"root": "/there", "share": 1.0, "folds": 5}
+    with pytest.raises(Mistake, match="config.data.options.folds takes a whole number"):
+        set_from_text(config, "data.options.folds", "many")
+    saved = {"version": "x", "config": json.loads(config.to_json())}
+    assert saved_config(saved).to_json() == config.to_json()
+    del saved["config"]["data"]["options"]  # of an older run
+    assert saved_config(saved).data.options.to_dict() == {}
 
 
 def test_a_preset_of_a_family_may_not_name_an_unknown_key():
@@ -182,7 +221,8 @@ def test_phases_obey_the_configs_limits_and_falls_by_batch():
         384, 1920, 9600, 48_000]
 
 
-@pytest.mark.parametrize("falls", ("(60, 5)", "((60,),)", "((60, 5, 1),)", "('ab', 'cd')"))
+@pytest.mark.parametrize("falls", ("(60, 5)", "((60,),)", "((60, 5, 1),)", "('ab', 'cd')",
+                                   "(('60', '5'),)", "((True, 5),)"))
 def test_falls_that_are_no_pairs_are_refused(falls):
     with pytest.raises(ValueError, match="recipe.falls is .*pairs of .epoch, factor."):
         make_recipe(configs.load("cifar10", f"decay,recipe.falls={falls}"))
@@ -191,6 +231,7 @@ def test_falls_that_are_no_pairs_are_refused(falls):
 @pytest.mark.parametrize(("setting", "parts"), (
     ("dtype=float16", ("config.dtype is 'float16'", "float32, bfloat16, float64")),
     ("strategy=grow", ("config.strategy is 'grow'", "constant, decay, hybrid, increase")),
+    ("optimizer.name=adamw", ("'adamw'", "AdamW is adam with config.optimizer.decoupled=True.")),
     ("optimizer.name=sgdm", ("'sgdm'", "momentum, nesterov, sgd, adam")),
     ("optimizer.weight_decay_on=none", ("'none'", "all, no_norms, no_norms_or_biases")),
     ("seed=-1", ("config.seed is -1", "0 or more")),
@@ -220,6 +261,44 @@ def test_a_value_of_no_use_is_refused_with_what_is_allowed(setting, parts):
     with pytest.raises(ValueError) as refused:
         check(config)
         make_phases(config)
+    for part in parts:
+        assert part in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(("setting", "parts"), (
+    ("data.std=(1e999,)", ("config.data.std is (inf,)", "be finite numbers over 0")),
+    ("data.std=(1,0)", ("config.data.std is (1, 0)", "over 0")),
+    ("data.std=(1e39,)", ("finite",)),  # which float32 does not hold; nor this:
+    ("data.std=(1e-46,)", ("over 0",)),
+    ("data.std=('a',)", ("config.data.std is ('a',)", "numbers")),
+    ("data.std=((1, 2),)", ("config.data.std is ((1, 2),)", "numbers")),
+    ("data.std=(True,)", ("config.data.std is (True,)",)),
+    ("data.mean=(1e999,)", ("config.data.mean is (inf,)", "be finite numbers.")),
+    ("data.mean=(None,)", ("config.data.mean is (None,)", "be finite numbers.")),
+))
+def test_the_elements_of_tuples_are_checked_like_values(setting, parts):
+    config = configs.load("cifar10", f"increase,{setting}")
+    with pytest.raises(Mistake) as refused:
+        check(config)
+    for part in parts:
+        assert part in str(refused.value)
+
+
+@pytest.mark.parametrize(("key", "value", "parts"), (
+    ("data.mean", (np.float32(125.3),) * 3, ("config.data.mean", "float32", ".tolist()")),
+    ("recipe.falls", ((60, np.int64(5)),), ("config.recipe.falls", "int64")),
+    ("model.widths", np.arange(3), ("config.model.widths", "ndarray")),
+    ("model.activation", math.sqrt, ("config.model.activation", "dotted path")),
+    ("model.parts", {1, 2}, ("config.model.parts", "set", "change its type")),
+))
+def test_a_value_that_no_file_can_hold_is_refused_by_its_key(key, value, parts):
+    config = configs.load("cifar10", "increase")
+    group, name = key.split(".")
+    with config.unlocked():
+        config[group][name] = value
+    with pytest.raises(Mistake) as refused:
+        check(config)
     for part in parts:
         assert part in str(refused.value)
     assert "\n" not in str(refused.value)

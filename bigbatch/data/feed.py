@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from bigbatch.data import sources, streaming
 from bigbatch.job.devices import cut, place, replicated
+from bigbatch.mistake import Mistake
 from bigbatch.schedule import Phase, order
 from bigbatch.schedule.layout import Layout, examples_by_slot, lay_out_examples
 
@@ -59,8 +60,10 @@ class Feed:
             NumPy array, which the program that is called with it transfers sooner.
 
         Raises:
-            Mistake: if a record cannot be read or decoded; the message names the record.
+            Mistake: if a record cannot be read or decoded, or (in a job of one process, which sees
+                all of them) if all images of the update were skipped; the message names records.
         """
+        before = self.skipped
         records_Bx3 = order.records(
             self.config.seed, examples_seen, phase.batch_size, self.config.data.train_examples
         )
@@ -68,7 +71,8 @@ class Feed:
             fed = {"examples": examples}
             if jax.process_count() > 1:
                 fed = place(fed, cut(self.mesh))
-            yield fed | self._put_next(True, examples_seen) if self.stream else fed
+            # No name may hold the images here, while the caller asks for the next.
+            yield fed | self._put_next_of(phase, examples_seen, before) if self.stream else fed
 
     def evaluation(self) -> Iterator[Arrays]:
         """Yields the batches of the whole test set, in order.
@@ -91,10 +95,25 @@ class Feed:
         """How many images this process has skipped so far; see `streaming.Stream`."""
         return self.stream.skipped if self.stream else 0
 
+    def none_of_use(self, what: str) -> Mistake:
+        """The mistake that all images of `what` had to be skipped, with the last of them."""
+        last = "; ".join(self.stream.last_skipped) if self.stream else ""
+        return Mistake(
+            f"no image of {what} is of use: all were skipped, as config.data.on_bad_image is "
+            f"'skip'{last and f'. The last of them: {last}'}. Repair them, or take another split."
+        )
+
     def close(self) -> None:
         """Stops the threads or processes that read images."""
         if self.stream:
             self.stream.close()
+
+    def _put_next_of(self, phase: Phase, examples_seen: int, skipped_before: int) -> Arrays:
+        """As `_put_next`, of an update; raises Mistake if all of its images were skipped."""
+        arrays = self._put_next(True, examples_seen)
+        if self.skipped - skipped_before == phase.batch_size:
+            raise self.none_of_use(f"the update from example {examples_seen}")
+        return arrays
 
     def _put_next(self, train: bool, start: int, record_S: np.ndarray | None = None) -> Arrays:
         """Puts this process's part of the stream's next microbatch, with `record`, on its devices.

@@ -25,6 +25,7 @@ import signal
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -209,6 +210,7 @@ class Stream:
     Attributes:
         skipped: the number of images skipped so far, because they could not be decoded or their
             label is not a class.
+        last_skipped: what the last few of them are, and what is wrong with them.
     """
 
     def __init__(self, stretches: Sequence[Stretch], workers: int, threads: int):
@@ -223,6 +225,7 @@ class Stream:
             Mistake: if the images on their way from the workers do not fit into shared memory.
         """
         self.skipped = 0
+        self.last_skipped: deque[str] = deque(maxlen=3)
         self._microbatches = (
             (stretch.reader, stretch.start + update * stretch.batch_size, slots_S)
             for stretch in stretches
@@ -247,6 +250,7 @@ class Stream:
             if reason:
                 logging.warning("Skipped %s.", reason)
                 self.skipped += 1
+                self.last_skipped.append(reason)
         return Microbatch(reader.train, start, images, labels)
 
     def close(self) -> None:

@@ -70,6 +70,9 @@ def whole_test_set(
         batch_stats: running statistics.
         fed: the feed that yields the test set.
         before_batch: called before each batch; its exceptions are not caught.
+
+    Raises:
+        Mistake: if a record cannot be read or decoded, or if all images were skipped.
     """
     sums = []
     for batch in fed.evaluation():
@@ -79,4 +82,6 @@ def whole_test_set(
         if len(sums) > 1:
             sums[-2].block_until_ready()
     loss, correct, examples = np.sum([np.asarray(part, np.float64) for part in sums], axis=0)
+    if not examples:  # the same in all processes
+        raise fed.none_of_use("the test set")
     return {"test_loss": float(loss / examples), "test_accuracy": float(correct / examples)}

@@ -22,6 +22,7 @@ from PIL import Image
 from bigbatch.config import base_config, make_phases
 from bigbatch.data import feed
 from bigbatch.job.devices import AXIS, make_mesh
+from bigbatch.mistake import Mistake
 from bigbatch.schedule import order
 from bigbatch.schedule.layout import make_layout
 from bigbatch.update import evaluation, network, update
@@ -275,6 +276,27 @@ def test_a_skipped_picture_is_an_empty_slot_and_counted(tmp_path):
     with pytest.raises(ValueError, match="record 7 .*of split 'train': the image is truncated"):
         for phase, start in run.updates:
             list(run.microbatches(phase, start))
+    run.feed.close()
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_where_no_image_is_of_use_the_last_of_them_are_named(tmp_path, microbatches):
+    images = [encoded(pixels)[:60] for pixels in pictures()]
+    prepare(tmp_path, images, channels=3)
+    config = make_config(str(tmp_path), True, on_bad_image="skip")
+    run = Run(config, 1, microbatches, evaluated_at=(0,))
+    net = network.build(config)
+    state = update.init_state(config, net)
+    with pytest.raises(Mistake, match="no image of the test set is of use: all were skipped.*"
+                                      "record 20 of split 'test.*truncated"):
+        evaluation.whole_test_set(
+            evaluation.make_evaluate(config, net, run.mesh), state.params, state.batch_stats,
+            run.feed)
+    taken = iter(run.microbatches(*run.updates[0]))
+    for _ in range(microbatches - 1):
+        next(taken)
+    with pytest.raises(Mistake, match="no image of the update from example 0 is of use.*record"):
+        next(taken)
     run.feed.close()
 
 

@@ -12,9 +12,10 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 from tensorflow_datasets.proto import tf_example_pb2
 
-from bigbatch.config import base_config
-from bigbatch.data import smaller, sources
+from bigbatch.config import base_config, set_from_text
+from bigbatch.data import decode, smaller, sources
 from bigbatch.dotted import resolve
+from bigbatch.mistake import Mistake
 from tests.support import configs
 from tests.support.sample_data import data_dir
 
@@ -158,6 +159,27 @@ def test_a_prepared_data_set_is_read_to_the_pixel(tmp_path):
     np.testing.assert_array_equal(dataset.test_images, images[1:3])
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("file_format", ["png", "tiff"])
+def test_a_grey_image_of_16_bits_is_read_by_its_upper_8(file_format, channels):
+    pixels = np.array([[0, 255, 256, 32768, 65279, 65535]], np.uint16)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, file_format)
+    found = sources.decode(buffer.getvalue(), channels)
+    np.testing.assert_array_equal(found, (pixels >> 8)[..., None].repeat(channels, 2))
+    if file_format == "png":  # as the same image is streamed
+        streamed = decode.decode(buffer.getvalue(), (0, 0, 6, 1), 6, "bilinear")
+        np.testing.assert_array_equal(streamed[0, :, :channels], found[0])
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_an_image_of_32_bits_a_pixel_is_refused(kind):
+    buffer = io.BytesIO()
+    Image.fromarray(np.ones((2, 2), kind)).save(buffer, "tiff")
+    with pytest.raises(Mistake, match="TIFF image of 32 bits a pixel.*save it with 8 bits"):
+        sources.decode(buffer.getvalue(), 1)
+
+
 def refusal(**changes):
     with pytest.raises(ValueError) as refused:
         sources.load(data_config(**changes))
@@ -205,7 +227,7 @@ def test_faulty_tfds_data_is_named(tmp_path):
         ("cut", "record 3 of split 'train' of cifar10 is 100 bytes that are no whole image"),
         ("noise", "record 3 of split 'train' of cifar10 is 8 bytes that are no whole image"),
         ("lost", "split 'train' of cifar10 cannot be read.*array_record-00000-of-00001"),
-        ("unlabelled", "cifar10 is no data set of labelled images.*'digit': ClassLabel"),
+        ("unlabelled", "cifar10 is no data set of labelled images.*neither.*'digit': ClassLabel"),
     ):
         with pytest.raises(ValueError, match=message):
             sources.load(data_config(name="cifar10", dir=str(tmp_path / folder)))
@@ -214,6 +236,63 @@ def test_faulty_tfds_data_is_named(tmp_path):
     assert "'train[:0]' of cifar10 is empty" in refusal(**good, train_split="train[:0]")
     assert "set --config.data.num_classes=10" in refusal(**good, num_classes=7)
     assert "have the splits 'train' and 'test' only" in refusal(train_split="train[:5]")
+
+
+SHARD = "cifar10-train.array_record-00000-of-00001"
+
+
+def of_no_records(file):
+    ArrayRecordWriter(str(file), "group_size:1").close()
+
+
+def cut_to(size):
+    return lambda file: file.write_bytes(file.read_bytes()[:size])
+
+
+def of_records(*records):
+    def write(file):
+        writer = ArrayRecordWriter(str(file), "group_size:1")
+        for record in records:
+            writer.write(record)
+        writer.close()
+    return write
+
+
+@pytest.mark.parametrize("open_it", [sources.load, sources.open_records])
+@pytest.mark.parametrize(("name", "spoil", "message"), [
+    (SHARD, of_no_records, "has 0 records, and dataset_info.json says 60"),
+    (SHARD, of_records(b"", b""), "has 2 records, and dataset_info.json says 60"),
+    (SHARD, cut_to(1 << 16), "is cut short or damaged"),
+    (SHARD, cut_to(100_000), "Corrupted"),
+    (SHARD, cut_to(0), "at least 64KB"),
+    (SHARD, Path.unlink, "is absent"),
+    (SHARD, of_records(*[b"\x99nonsense"] * 60), "Error parsing message"),
+    (SHARD, of_records(*[b""] * 60), "the record has no image"),
+    ("dataset_info.json", cut_to(60), "is no whole JSON file"),
+    ("dataset_info.json", cut_to(0), "is no whole JSON file"),
+    ("dataset_info.json", Path.unlink, "is absent"),
+    ("features.json", cut_to(60), "is no whole JSON file"),
+    ("features.json", Path.unlink, "is absent"),
+    ("features.json", lambda file: file.write_text("{}"), "cannot be opened"),
+])
+def test_a_file_of_a_data_set_that_is_faulty_is_named(tmp_path, open_it, name, spoil, message):
+    noise = [np.random.default_rng(number).bytes(3000) for number in range(60)]
+    file = prepare(tmp_path, noise, channels=3) / name
+    spoil(file)
+    with pytest.raises(Mistake) as refused:
+        open_it(streamed(dir=str(tmp_path), train_examples=60, test_examples=60))
+    text = str(refused.value)
+    assert message in text and "\n" not in text and "prepared there" not in text
+    assert str(file if message != "cannot be opened" else file.parent) in text
+
+
+def test_of_many_faulty_files_one_is_named_and_the_others_are_counted(tmp_path):
+    version = prepare(tmp_path, [b"image"] * 3, channels=3)
+    info = json.loads((version / "dataset_info.json").read_text())
+    info["splits"][0]["shardLengths"] = ["1", "1", "1"]
+    (version / "dataset_info.json").write_text(json.dumps(info))
+    with pytest.raises(Mistake, match="-00000-of-00003 is absent .and 2 more files are faulty."):
+        sources.open_records(streamed(dir=str(tmp_path)))
 
 
 # --- streamed ------------------------------------------------------------------------------------
@@ -300,13 +379,32 @@ def test_a_function_of_the_users_gives_the_arrays(returning, pack):
     ({"test_images": np.zeros((2, 8, 8), np.uint8)}, r"test_images have the shape \(2, 8, 8\)"),
     ({"test_images": np.zeros((2, 9, 8, 1), np.uint8)}, ".*they must be alike"),
     ({"train_labels": np.arange(5)}, r"train_labels are int64 of shape \(5,\)"),
-    ({"train_labels": np.arange(6.0)}, "train_labels are float64"),
+    ({"train_labels": np.arange(6.0)}, "train_labels are float64.*neither regression nor several"),
+    ({"train_labels": np.eye(6, dtype=int)}, r"train_labels are int64 of shape \(6, 6\).*several"),
+    ({"train_images": [np.zeros((8, 8, 1), np.uint8), np.zeros((9, 8, 1), np.uint8)]},
+     "train_images cannot be made one array.*Images must be of one size"),
+    ({"train_images": [np.zeros((8, 8, 1), np.uint8), None]}, "train_images cannot be made one"),
+    ({"test_labels": [[0], [1, 2]]}, "test_labels cannot be made one array.*one whole number"),
     ({"test_labels": np.array([0, 10])}, r"test_labels run from 0 to 10; .* \[0, 10\)"),
     ({"test_labels": np.array([-1, 3])}, "test_labels run from -1 to 3"),
 ])
 def test_faulty_arrays_name_the_function_and_the_fault(returning, change, message):
     with pytest.raises(ValueError, match=rf"^my_data\.make: {message}"):
         sources.load(data_config(name=returning(ARRAYS | change)))
+
+
+def test_a_function_of_the_users_has_options_of_its_own(monkeypatch, tmp_path):
+    (tmp_path / "my_data.py").write_text("def make(data):\n    raise ValueError(data.options)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_data", raising=False)
+    config = base_config()
+    config.data.name = "my_data.make"
+    set_from_text(config, "data.options.root", "/photos")
+    set_from_text(config, "data.options.folds", "(1, 2)")
+    with pytest.raises(ValueError) as called:
+        sources.load(config.data)
+    sys.modules.pop("my_data", None)
+    assert called.value.args[0].to_dict() == {"root": "/photos", "folds": (1, 2)}
 
 
 @pytest.mark.parametrize(("answer", "message"), [
@@ -343,7 +441,6 @@ def test_an_error_inside_the_users_module_is_shown_as_it_is(monkeypatch, tmp_pat
     ({"test_examples": 1}, "set --config.data.test_examples=360"),
     ({"mean": (1.0, 2.0)}, "config.data.mean is .1.0, 2.0., but .* 1 channel:"),
     ({"std": ()}, "config.data.std is .., but"),
-    ({"std": (0.0,)}, "its values must be over 0"),
     ({"image_size": 9}, "is 9, but .* are 8x8, uncropped: set --config.data.image_size=8"),
     ({"augment": {"crop": 6}}, "image_size is 8, but .* cropped to 6x6"),
     ({"augment": {"pad": 1}}, "pad=1 and crop=0"),
