@@ -6,11 +6,12 @@ PYTHON ?= $(shell for python in $(CANDIDATES); do \
 	if $$python -c '$(IN_RANGE)' 2>/dev/null; then echo $$python; break; fi; done)
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest -n 2 --dist=worksteal
-# What most changes break first, and no TPU compiler is needed for. Of the update's identities those
-# with small networks, which compile in seconds.
+# What most changes break first, and no TPU compiler is needed for; without what compiles longest.
 CORE := tests/test_rooms.py tests/test_config.py tests/test_config_files.py \
 	tests/test_command_line.py tests/test_loop.py tests/schedule tests/update \
 	tests/models/test_normalization.py tests/storage/test_lease.py
+LONGEST := test_a_wide_resnet_is_the_same_on_eight_devices_and_in_single_ghost_batches \
+	test_a_step_of_sgd_is_the_rate_times_the_mean_gradient
 
 .PHONY: demo check test test-slow lint soak slices clean
 
@@ -19,7 +20,7 @@ demo: .venv/installed
 
 # After each change: within 90 seconds on 2 cores.
 check: lint
-	$(PYTEST) -m "not slow" -k "not wide_resnet" $(CORE)
+	$(PYTEST) $(LONGEST:%=--deselect=tests/update/test_update.py::%) $(CORE)
 
 # All but the slow ones: under 12 minutes on 2 cores.
 test: .venv/installed .tpu/installed
