@@ -12,6 +12,7 @@ import pytest
 from bigbatch import evaluate, train
 from bigbatch.config import make_layouts, make_phases
 from bigbatch.data import decode
+from bigbatch.mistake import Mistake
 from bigbatch.programs import compilation
 from bigbatch.storage import checkpoint
 from bigbatch.storage.logs import read_events
@@ -157,7 +158,7 @@ def test_a_slow_source_shows_as_time_spent_waiting_for_input(tmp_path, monkeypat
     def slow(*arguments):
         time.sleep(0.005)
         if next(decoded) % 64 == 0:
-            raise ValueError("is no image today")
+            raise Mistake("is no image today")
         return decode_image(*arguments)
 
     monkeypatch.setattr(decode, "decode", slow)
