@@ -12,6 +12,8 @@ None for a workdir in a local folder; see `bucket.Mirror`.
 import contextlib
 import hashlib
 import json
+import logging
+import math
 import shutil
 import sys
 from collections.abc import Collection, Iterator, Mapping
@@ -28,6 +30,7 @@ from bigbatch.mistake import Mistake
 from bigbatch.storage import bucket
 from bigbatch.storage.bucket import MARKER as CHECKSUMS
 from bigbatch.storage.logs import replace_text
+from bigbatch.storage.workdir import plain_path
 
 UNFINISHED = ".unfinished"
 # Saves may overlap, but one thread commits them, in the order in which they were started.
@@ -108,7 +111,31 @@ def faults_of(path: Path) -> list[str]:
                 faults.append(f"{file} is damaged (its checksum differs)")
         except OSError as error:
             faults.append(f"{file} cannot be read: {error.strerror}")
+    if not faults and (wrong := _why_not_open(path)):
+        faults.append(f"the arrays in {path / 'state'} cannot be opened ({wrong})")
     return faults
+
+
+def _why_not_open(path: Path) -> str:
+    """Why the smallest array of the checkpoint `path` cannot be read; "" if it can.
+
+    Checksums say only that the files are as they were written. Orbax may have written them so that
+    nothing finds the arrays, and has then said so in a warning and gone on.
+    """
+    logging.disable(logging.CRITICAL)  # Orbax reports at length what is told here in one line
+    try:
+        leaves, tree = jax.tree.flatten(_shapes(path))
+        if leaves:
+            smallest = min(leaves, key=lambda array: math.prod(array.shape))
+            chosen = [leaf if leaf is smallest else ocp.PLACEHOLDER for leaf in leaves]
+            _read(path, jax.tree.unflatten(tree, chosen))
+        elif (path / "state").is_dir() and any((path / "state").rglob("d/*")):
+            return "there is none, but there are files of arrays"
+    except Exception as error:  # whatever Orbax and TensorStore raise
+        return " ".join(f"{type(error).__name__}: {error}".split())[:160]
+    finally:
+        logging.disable(logging.NOTSET)
+    return ""
 
 
 def restore(path: Path, like: Any, mirror: bucket.Mirror | None = None) -> Any:
@@ -169,11 +196,7 @@ def load_newest(workdir: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
         if found.path is None:
             raise Mistake(
                 f"{workdir} has no checkpoint: no run was made there, or it has saved none yet.")
-        with _single_process_reading():
-            arrays = ocp.metadata(found.path / "state").metadata
-        # As NumPy arrays: by default Orbax puts them on the devices they were saved from.
-        return found.run, _read(
-            found.path, jax.tree.map(lambda array: np.empty(array.shape, array.dtype), arrays))
+        return found.run, _read(found.path, _shapes(found.path))
 
 
 def save(
@@ -204,17 +227,20 @@ def save(
         done.set_result(path)
         return done
     unfinished = path.with_name(path.name + UNFINISHED)
+    link = contextlib.ExitStack()
     try:
         logs = mirror.logs() if mirror else {}
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        writing = _start_writing(unfinished / "state", state)
+        writing = _start_writing(link.enter_context(plain_path(unfinished)) / "state", state)
     except Exception as error:
+        link.close()
         raise write_error(path, workdir, error, mirror) from error
 
     def commit() -> Path:
         try:
-            writing.wait_until_finished()
+            with link:
+                writing.wait_until_finished()
             _commit(unfinished, path, run)
             if mirror:
                 mirror.send(path, logs)
@@ -277,8 +303,19 @@ def _on_one_device(array: Any) -> Any:
 
 def _read(path: Path, like: Any) -> Any:
     """The arrays of the checkpoint `path`, in the tree, types and shapes of `like`."""
-    with _single_process_reading():
-        return ocp.load(path / "state", like)
+    with _single_process_reading(), plain_path(path) as plain:
+        return ocp.load(plain / "state", like)
+
+
+def _shapes(path: Path) -> Any:
+    """Empty NumPy arrays in the tree, types and shapes of the checkpoint `path`.
+
+    With them Orbax reads NumPy arrays: by default it puts arrays on the devices they were saved
+    from.
+    """
+    with _single_process_reading(), plain_path(path) as plain:
+        arrays = ocp.metadata(plain / "state").metadata
+    return jax.tree.map(lambda array: np.empty(array.shape, array.dtype), arrays)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from flax import nnx
 
 from bigbatch import train
 from bigbatch.programs import program_cache
-from bigbatch.storage import checkpoint
+from bigbatch.storage import checkpoint, workdir
 from bigbatch.storage.logs import read_events
 from tests import soak
 from tests.storage.test_continuing import assert_same_bits, run, small
@@ -172,13 +173,60 @@ def test_a_relative_workdir_and_one_that_is_no_folder(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
+# What Orbax, TensorStore, a shell, a URL or a format string may take for something else.
+NAMES = ("a[1]", "a]b[", "a*b", "a?b", "a\\b", "a{b}c", "sp ace", "a#b", "a%20b", "a%b",
+         "new\nline", "ümlaut日", "a:b", "a'b\"", "~x", "a$HOME", "x" * 255)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_workdir_of_any_name_can_be_read_back(tmp_path, monkeypatch, name):
+    above = tmp_path / name
+    above.mkdir()
+    monkeypatch.chdir(above)  # so that the name is in no path that is given
+    folder = workdir.local_folder("run")
+    with workdir.open_workdir(folder):
+        state = {"weight": np.arange(6.0).reshape(2, 3), "more": {"bias": np.ones(4)}}
+        checkpoint.save(folder, state, {"examples_seen": 100}, 1, set()).result()
+    found = checkpoint.find_newest(folder)
+    assert (found.path, found.faults) == (checkpoint.folder(folder, 100), [])
+    assert_same_bits(checkpoint.load("run"), state, name)
+    assert_same_bits(checkpoint.restore(found.path, state), state, name)
+
+
+def test_a_workdir_that_could_not_be_read_back_is_refused_before_training(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="'.*udcff/run' is not text in UTF-8.*give --workdir"):
+        run(small(), os.fsdecode(os.fsencode(tmp_path) + b"/a\xff/run"))
+    long = tmp_path / "/".join(["x" * 200] * 19)
+    with pytest.raises(ValueError, match="path of 3.* bytes, .* at most 38.*; give a shorter"):
+        run(small(), long)
+    assert not (long / "checkpoints").exists()
+    # A folder that takes a link, where there can be none.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    with pytest.raises(ValueError, match=r"a\[1\] cannot be written: No such file or directory"):
+        run(small(), tmp_path / "a[1]")
+
+
+def test_a_checkpoint_whose_arrays_cannot_be_opened_is_not_whole(tmp_path, monkeypatch):
+    """Its files have their checksums: so Orbax wrote them, in a folder with a pattern's letters."""
+    folder = tmp_path / "a[1]"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "plain_path", contextlib.nullcontext)
+        for shape in ({"weight": np.ones(4)}, {str(size): np.ones(size) for size in range(1, 41)}):
+            checkpoint.save(folder, shape, {"examples_seen": len(shape)}, 9, set()).result()
+    with pytest.raises(ValueError, match="no checkpoint is whole") as caught:
+        checkpoint.find_newest(folder)
+    assert str(caught.value).count("cannot be opened") == 2, caught.value
+    checkpoint.save(folder, {"weight": np.ones(4)}, {"examples_seen": 0}, 9, set()).result()
+    assert checkpoint.find_newest(folder).path == checkpoint.folder(folder, 0)
+
+
 # --- stopped ----------------------------------------------------------------------------------
 
 
 SLOW_SAVES = """
 import time
 from bigbatch import command_line, main
-from bigbatch.storage import checkpoint
+from bigbatch.storage import checkpoint, workdir
 checkpoint._commit = lambda *_: time.sleep(60)
 command_line.run(main.main)
 """
