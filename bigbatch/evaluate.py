@@ -19,6 +19,7 @@ from bigbatch import command_line
 from bigbatch.config import saved_config
 from bigbatch.data.feed import open_feed
 from bigbatch.job.devices import make_mesh
+from bigbatch.job.output import answer
 from bigbatch.mistake import Mistake
 from bigbatch.storage import checkpoint
 from bigbatch.update import network
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str]) -> None:
     given = flags.FLAGS
     if not given.workdir:
         raise Mistake("--workdir is missing: the folder of the run to evaluate.")
-    print(json.dumps(evaluate_run(given.workdir, given.data_dir)))
+    answer(json.dumps(evaluate_run(given.workdir, given.data_dir)))
 
 
 def define_flags() -> None:

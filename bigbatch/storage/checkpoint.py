@@ -15,7 +15,6 @@ import json
 import logging
 import math
 import shutil
-import sys
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -26,6 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp0
 from orbax.checkpoint.experimental import v1 as ocp
 
+from bigbatch.job.output import say
 from bigbatch.mistake import Mistake
 from bigbatch.storage import bucket
 from bigbatch.storage.bucket import MARKER as CHECKSUMS
@@ -368,7 +368,7 @@ def sending_last_logs(
         try:
             mirror.send_logs(mirror.logs())
         except Exception as error:
-            print(f"bigbatch: {failed(error)}", file=sys.stderr)
+            say(f"bigbatch: {failed(error)}")
         raise
     try:
         mirror.send_logs(mirror.logs())
