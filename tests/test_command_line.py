@@ -174,7 +174,7 @@ def test_a_run_goes_on_where_nobody_can_watch_it(tmp_path, stderr):
 
 def test_a_run_shows_its_own_lines_and_nothing_of_its_libraries(tmp_path):
     done = start(
-        "-m", "bigbatch.main", "--compilation_cache=", f"--workdir={tmp_path}",
+        "-m", "bigbatch.main", f"--compilation_cache={started.CACHE}", f"--workdir={tmp_path}",
         "--config=configs/digits.py:decay,strategy=constant,recipe.epochs=0.02",
     )
     assert (done.returncode, done.stdout) == (0, ""), done.stderr

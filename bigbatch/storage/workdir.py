@@ -21,14 +21,19 @@ def local_folder(path: str | Path) -> Path:
     """`path` as an absolute path with ~ expanded, which means the same to all libraries.
 
     Raises:
-        Mistake: if it is a URL, such as s3://bucket/run, or is not text in UTF-8.
+        Mistake: if it is a URL, such as s3://bucket/run, or is not text in UTF-8, or there is no
+            such home folder.
     """
     if "://" in str(path) or str(path).startswith("gs:/"):  # pathlib makes gs:/ of gs://
         raise Mistake(
             f"{path} is no folder of this machine; give a folder that all hosts share, such as a "
             "network disk, or a path in a bucket, as the text gs://BUCKET/PATH."
         )
-    absolute = Path(path).expanduser().absolute()
+    try:
+        absolute = Path(path).expanduser().absolute()
+    except (RuntimeError, FileNotFoundError) as error:  # no such home, or no current folder
+        raise Mistake(
+            f"the workdir {path} is nowhere ({error}); give --workdir a whole path.") from None
     try:
         str(absolute).encode()
     except UnicodeEncodeError:

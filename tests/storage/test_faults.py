@@ -1,6 +1,7 @@
 """What a run does when it is killed, stopped, spoiled, crowded out or in the dark."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -10,11 +11,13 @@ import tempfile
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 from bigbatch import train
+from bigbatch.mistake import Mistake
 from bigbatch.programs import program_cache
 from bigbatch.storage import checkpoint, workdir
 from bigbatch.storage.logs import read_events
@@ -74,6 +77,60 @@ def test_an_unusable_cache_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="file/cache cannot be used.*--compilation_cache"):
         program_cache.keep(str(tmp_path / "file" / "cache"))
+
+
+@pytest.fixture
+def cache_of_jax(monkeypatch):
+    """What JAX's cache is set to now; it is set back afterwards."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs",
+             "jax_persistent_cache_min_entry_size_bytes")
+    before = {name: getattr(jax.config, name) for name in names}
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    yield lambda: jax.config.jax_compilation_cache_dir
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_training_can_do_without_a_cache_that_nobody_named(tmp_path, monkeypatch, cache_of_jax):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    line = program_cache.keep(None)
+    assert "file/.cache/bigbatch cannot be used: Not a directory. They are compiled anew" in line
+    assert not cache_of_jax()
+    # A user without a home.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert "~/.cache/bigbatch cannot be used: there is no such home folder." in (
+        program_cache.keep(None))
+    with pytest.raises(Mistake, match="~/cache cannot be used: there is no such home folder; give"):
+        program_cache.keep("~/cache")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_cache_that_jax_knows_is_used_and_left_to_its_others(
+    tmp_path, monkeypatch, cache_of_jax
+):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "shared"))
+    assert program_cache.keep(None) == "" and cache_of_jax() == str(tmp_path / "shared")
+    (tmp_path / "shared/of-another-cache").write_bytes(b"1")
+    program_cache.keep(None)
+    assert [path.name for path in (tmp_path / "shared").iterdir()] == ["of-another-cache"]
+    # The flag goes first, and empty it says none.
+    assert program_cache.keep(str(tmp_path / "own")) == ""
+    assert cache_of_jax() == str(tmp_path / "own")
+    assert program_cache.keep("") == "" and not cache_of_jax()
+
+
+def test_an_entry_of_another_user_is_left_where_it_is(tmp_path, monkeypatch, cache_of_jax):
+    (tmp_path / "a-cache").write_bytes(b"1")
+
+    def forbidden(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "unlink", forbidden)
+    assert program_cache.keep(str(tmp_path)) == "" and cache_of_jax() == str(tmp_path)
+    monkeypatch.setattr(Path, "exists", forbidden)
+    assert program_cache.keep(str(tmp_path)) == "" and cache_of_jax() == str(tmp_path)
 
 
 # --- spoiled checkpoints ----------------------------------------------------------------------
