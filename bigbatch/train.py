@@ -261,13 +261,13 @@ def _open_log(
     """Opens the logs of the run. Only the first process writes to them."""
     config, writing = goal.config, jax.process_index() == 0
     names_what_fails = partial(checkpoint.names_what_fails, folder, mirror)
-    write_board = None
+    write_board, damaged = None, []
     if writing:
         if mirror:
             at_end.enter_context(checkpoint.sending_last_logs(folder, mirror, saves.pending))
         with names_what_fails():
             workdir.write_config(folder, continuing.describe_run(config, goal.phases, at))
-            logs.cut_events(
+            damaged = logs.cut_events(
                 folder / "metrics.jsonl", at.examples_seen, at.pending_evaluation is not None)
             logs.cut_half_line(folder / "timing.jsonl")
         if config.tensorboard:
@@ -293,6 +293,8 @@ def _open_log(
     log.timing(
         "start", at.examples_seen, devices=goal.mesh.size,
         device_kind=goal.mesh.devices.flat[0].device_kind, jax=jax.__version__, time=time.time())
+    for text in damaged:
+        log.notice(mirror.named(text) if mirror else text, at.examples_seen)
     return log
 
 
