@@ -170,6 +170,13 @@ def test_a_run_goes_on_where_nobody_can_watch_it(tmp_path, stderr):
     assert done.returncode == 0
     assert checkpoint.find_newest(tmp_path).run["updates"] == 9
     assert checkpoint.load(tmp_path)["params"]
+    if stderr == "/dev/full":
+        return
+    at = int(checkpoint.finished(tmp_path)[0].name)
+    done = start("-m", "bigbatch.evaluate", f"--workdir={tmp_path}", f"--at={at}")
+    assert json.loads(done.stdout)["examples_seen"] == at, done.stderr
+    done = start("-m", "bigbatch.evaluate", f"--workdir={tmp_path}", "--at=1")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and f"at {at}, " in done.stderr
 
 
 def test_a_run_shows_its_own_lines_and_nothing_of_its_libraries(tmp_path):

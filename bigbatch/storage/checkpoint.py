@@ -75,8 +75,7 @@ def find_newest(workdir: Path, mirror: bucket.Mirror | None = None) -> Found:
             mirror.fetch(path)
         wrong = faults_of(path)
         if not wrong:
-            run = json.loads((path / "run.json").read_text(encoding="utf-8"))
-            return Found(path, run, unfinished + faults)
+            return Found(path, _run_of(path), unfinished + faults)
         if mirror:
             mirror.empty(path)
             wrong = list(map(mirror.named, wrong))
@@ -167,36 +166,72 @@ def restore(path: Path, like: Any, mirror: bucket.Mirror | None = None) -> Any:
     return state
 
 
-def load(workdir: str | Path) -> dict[str, Any]:
-    """The state in the newest whole checkpoint of a run, for use outside of training.
+def load(workdir: str | Path, examples_seen: int | None = None) -> dict[str, Any]:
+    """The state in a checkpoint of a run, for use outside of training.
 
     Args:
         workdir: a folder, or gs://bucket/path.
+        examples_seen: the checkpoint's position; None for the newest whole checkpoint.
 
     Returns:
         `params`, `batch_stats` and `opt_state`, as nested dicts of NumPy arrays.
 
     Raises:
-        Mistake: if there is no whole checkpoint.
+        Mistake: if there is no such checkpoint, or it is not whole.
     """
-    return load_newest(workdir)[1]
+    return load_run(workdir, examples_seen)[1]
 
 
-def load_newest(workdir: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The newest whole checkpoint of a run: the content of its run.json, and what `load` returns.
+def load_run(
+    workdir: str | Path, examples_seen: int | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A checkpoint of a run: the content of its run.json, and what `load` returns.
 
     Args:
         workdir: a folder, or gs://bucket/path.
+        examples_seen: see `load`.
 
     Raises:
-        Mistake: if there is no whole checkpoint.
+        Mistake: see `load`.
     """
     with bucket.opened(workdir) as (local, mirror):
-        found = find_newest(local, mirror)
+        if examples_seen is None:
+            found = find_newest(local, mirror)
+        else:
+            found = _find_at(local, examples_seen, mirror)
         if found.path is None:
             raise Mistake(
                 f"{workdir} has no checkpoint: no run was made there, or it has saved none yet.")
         return found.run, _read(found.path, _shapes(found.path))
+
+
+def _find_at(workdir: Path, examples_seen: int, mirror: bucket.Mirror | None) -> Found:
+    """The checkpoint at a position, if it is whole; its path is None if there is none at all.
+
+    Raises:
+        Mistake: if there are only others, or it is not whole.
+    """
+    if mirror:
+        mirror.list_checkpoints()
+    positions = [int(path.name) for path in finished(workdir)]
+    if not positions:
+        return Found(None, {}, [])
+    where = mirror.url if mirror else workdir
+    if examples_seen not in positions:
+        raise Mistake(
+            f"{where} has no checkpoint at {examples_seen!r} examples seen; those that it has are "
+            f"at {', '.join(map(str, positions))}."
+        )
+    path = folder(workdir, examples_seen)
+    if mirror:
+        mirror.fetch(path)
+    if wrong := "; ".join(faults_of(path)):
+        raise Mistake(f"{mirror.named(wrong) if mirror else wrong}: this checkpoint is not whole.")
+    return Found(path, _run_of(path), [])
+
+
+def _run_of(path: Path) -> dict[str, Any]:
+    return json.loads((path / "run.json").read_text(encoding="utf-8"))
 
 
 def save(

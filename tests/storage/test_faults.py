@@ -218,6 +218,24 @@ def test_retention_counts_what_was_written_and_not_what_is_damaged(tmp_path):
     assert int(checkpoint.find_newest(tmp_path).path.name) == 150
 
 
+def test_an_earlier_checkpoint_is_loaded_by_its_position(tmp_path):
+    for seen in (100, 200, 300, 400):
+        checkpoint.save(
+            tmp_path, {"weight": np.full(3, seen)}, {"examples_seen": seen}, 9, set()).result()
+    for seen in (100, 400):
+        run, state = checkpoint.load_run(tmp_path, seen)
+        assert run["examples_seen"] == seen and (state["weight"] == seen).all()
+    assert (checkpoint.load(tmp_path)["weight"] == 400).all()
+    for absent in (0, 150, -100):
+        with pytest.raises(Mistake, match=f"no checkpoint at {absent} .* at 100, 200, 300, 400"):
+            checkpoint.load(tmp_path, absent)
+    damage("truncated", checkpoint.folder(tmp_path, 200) / "run.json")
+    with pytest.raises(Mistake, match=r"run\.json is damaged .* is not whole"):
+        checkpoint.load(tmp_path, 200)
+    with pytest.raises(Mistake, match="none has no checkpoint"):
+        checkpoint.load(tmp_path / "none", 200)
+
+
 def test_a_relative_workdir_and_one_that_is_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run(small("recipe.epochs=1.5", "tensorboard=true"), "runs/a")
