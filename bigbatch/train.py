@@ -202,7 +202,8 @@ def begin(
         config, goal.net, mesh, layouts, feed.resident, feed.test, counted=peak is not None)
     run = Run(
         goal.phases, phases, layouts, programs,
-        partial(take_update, before_pass=watch.poll, before_reduction=watch.before_reduction),
+        partial(take_update, before_pass=watch.poll, before_reduction=watch.before_reduction,
+                started=clock.update_started, landed=clock.update_landed),
         lambda state: evaluation.whole_test_set(
             programs.evaluate(), state.params, state.batch_stats, feed, watch.before_reduction),
         feed,
