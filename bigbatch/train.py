@@ -274,7 +274,8 @@ def _open_log(
         if config.tensorboard:
             from bigbatch.watching import tensorboard  # its docstring says why not above
 
-            board = tensorboard.open_board(folder, at.examples_seen)
+            board = tensorboard.open_board(
+                folder, at.examples_seen, mirror.list_boards() if mirror else ())
             at_end.callback(tensorboard.close_board, board)
             write_board = partial(tensorboard.write_board, board)
     display = progress.Display(goal.phases, config.data.train_examples, show and writing)
