@@ -43,8 +43,6 @@ for line in sys.stdin:
             else:
                 opened = os.open(onto.get(name, f"{folder}/{name}"), os.O_CREAT | os.O_RDWR)
             os.dup2(opened, number)
-            if onto.get(name) == "closed":
-                os.close(number)
         sys.argv = [program, *arguments]
         run = runpy.run_path if program.endswith(".py") else runpy.run_module
         run(program, run_name="__main__")

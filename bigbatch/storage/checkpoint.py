@@ -35,6 +35,7 @@ from bigbatch.storage.workdir import plain_path
 UNFINISHED = ".unfinished"
 # Saves may overlap, but one thread commits them, in the order in which they were started.
 _commits = ThreadPoolExecutor(1, thread_name_prefix="save")
+_read_back: set[Path] = set()  # workdirs of which a checkpoint was opened after it was written
 
 
 class WriteError(RuntimeError):
@@ -276,6 +277,10 @@ def save(
         try:
             with link:
                 writing.wait_until_finished()
+            if workdir not in _read_back:  # what goes for one checkpoint goes for the others
+                if wrong := _why_not_open(unfinished):
+                    raise OSError(f"its arrays cannot be opened again ({wrong})")
+                _read_back.add(workdir)
             _commit(unfinished, path, run)
             if mirror:
                 mirror.send(path, logs)

@@ -286,6 +286,10 @@ def test_a_checkpoint_whose_arrays_cannot_be_opened_is_not_whole(tmp_path, monke
     folder = tmp_path / "a[1]"
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "plain_path", contextlib.nullcontext)
+        with pytest.raises(checkpoint.WriteError, match="arrays cannot be opened again .* none:"):
+            checkpoint.save(folder, {"weight": np.ones(4)}, {"examples_seen": 1}, 9, set()).result()
+        assert checkpoint.finished(folder) == []
+        patch.setattr(checkpoint, "_read_back", {folder})
         for shape in ({"weight": np.ones(4)}, {str(size): np.ones(size) for size in range(1, 41)}):
             checkpoint.save(folder, shape, {"examples_seen": len(shape)}, 9, set()).result()
     with pytest.raises(ValueError, match="no checkpoint is whole") as caught:
