@@ -2,6 +2,7 @@
 
 import functools
 import gc
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 
@@ -11,6 +12,7 @@ from ml_collections import ConfigDict
 from bigbatch import config_files
 from bigbatch.config import set_from_text
 from bigbatch.job import statuses
+from bigbatch.job.output import unbreakable
 from bigbatch.job.processes import leave
 from bigbatch.mistake import Mistake
 
@@ -32,6 +34,7 @@ def define_config() -> None:
 def run(main: Callable[[Sequence[str]], None]) -> None:
     """Parses the command line and calls `main`; a user's mistake is one line and status 2."""
     settings: list[tuple[str, str]] = []
+    sys.stderr = unbreakable(sys.stderr)  # for what libraries say there, too
 
     def parse(arguments: Sequence[str]) -> list[str]:
         # Orbax reports every step of a save at INFO. Set, and not made the default, because absl

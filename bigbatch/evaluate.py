@@ -1,6 +1,6 @@
-"""Evaluates a run's last checkpoint: loss and accuracy over the whole test set.
+"""Evaluates a run's last checkpoint, or an earlier one: loss and accuracy over the whole test set.
 
-    python -m bigbatch.evaluate --workdir=DIR    (or gs://bucket/path)
+    python -m bigbatch.evaluate --workdir=DIR [--at=EXAMPLES_SEEN]    (or gs://bucket/path)
 
 or, where the package is installed, `bigbatch-evaluate` in the place of `python -m
 bigbatch.evaluate`.
@@ -18,26 +18,30 @@ from bigbatch import command_line
 from bigbatch.config import saved_config
 from bigbatch.data.feed import open_feed
 from bigbatch.job.devices import make_mesh, pin_options
+from bigbatch.job.output import answer
 from bigbatch.mistake import Mistake
 from bigbatch.storage import checkpoint
 from bigbatch.update import network
 from bigbatch.update.evaluation import make_evaluate, whole_test_set
 
 
-def evaluate_run(workdir: str | Path, data_dir: str = "") -> dict[str, Any]:
-    """Evaluates the newest whole checkpoint in `workdir`; nothing is written.
+def evaluate_run(
+    workdir: str | Path, data_dir: str = "", examples_seen: int | None = None
+) -> dict[str, Any]:
+    """Evaluates a checkpoint in `workdir`; nothing is written.
 
     Args:
         workdir: of a run, finished or not.
         data_dir: where the data set is now; "" for where the run found it.
+        examples_seen: the checkpoint's position; None for the newest whole one.
 
     Returns:
         `updates`, `examples_seen`, `epoch`, `test_loss` and `test_accuracy`.
 
     Raises:
-        Mistake: if there is no whole checkpoint, or the data is not that of the run.
+        Mistake: if there is no such checkpoint or it is not whole, or the data is not the run's.
     """
-    run, state = checkpoint.load_newest(workdir)
+    run, state = checkpoint.load_run(workdir, examples_seen)
     config = saved_config(run)
     if data_dir:
         config.data.dir = data_dir
@@ -57,12 +61,14 @@ def main(arguments: Sequence[str]) -> None:
     given = flags.FLAGS
     if not given.workdir:
         raise Mistake("--workdir is missing: the folder of the run to evaluate.")
-    print(json.dumps(evaluate_run(given.workdir, given.data_dir)))
+    answer(json.dumps(evaluate_run(given.workdir, given.data_dir, given.at)))
 
 
 def define_flags() -> None:
     """Only of the program itself: `main` has a --workdir too, and either may import the other."""
     flags.DEFINE_string("workdir", None, "Folder of the run to evaluate.")
+    flags.DEFINE_integer(
+        "at", None, "Position (examples seen) of the checkpoint to evaluate; the newest without.")
     flags.DEFINE_string("data_dir", "", "TFDS data_dir, where it is no more the run's.")
 
 

@@ -22,7 +22,7 @@ import jax
 from absl import flags
 
 from bigbatch import command_line, train
-from bigbatch.job import processes, statuses
+from bigbatch.job import output, processes, statuses
 from bigbatch.mistake import Mistake
 from bigbatch.programs import program_cache
 from bigbatch.storage import checkpoint
@@ -36,7 +36,8 @@ PROFILE = flags.DEFINE_string(
     "profile", "", "START:COUNT: trace so many updates from this one on into WORKDIR/profile."
 )
 CACHE = flags.DEFINE_string(
-    "compilation_cache", "~/.cache/bigbatch", "Folder for compiled programs; empty for none."
+    "compilation_cache", None, "Folder for compiled programs; empty for none. Without the flag: "
+    f"${program_cache.VARIABLE}, or else {program_cache.DEFAULT}."
 )
 COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of a job's first process.")
 PROCESSES = flags.DEFINE_integer("processes", 0, "How many processes the job has.")
@@ -53,8 +54,8 @@ def main(arguments: Sequence[str]) -> None:
         raise Mistake("--workdir is missing: the folder for this run's logs and checkpoints.")
     try:
         processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, DEAD_PEER_SECONDS.value)
-        if CACHE.value:
-            program_cache.keep(CACHE.value)
+        if notice := program_cache.keep(CACHE.value):
+            output.say(f"bigbatch: {notice}")
         train.train_and_evaluate(
             config, WORKDIR.value, STOP_AFTER_PHASE.value, profile=PROFILE.value)
     except train.StoppedAfterPhase:

@@ -14,7 +14,6 @@ is 1 if a program does not fit into a device's memory.
 
 import dataclasses
 import json
-import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from ml_collections import ConfigDict
 from bigbatch import command_line, schedule
 from bigbatch.config import check, make_layouts, make_phases, make_recipe
 from bigbatch.job import chips, processes, statuses
+from bigbatch.job.output import answer, say
 from bigbatch.mistake import Mistake
 from bigbatch.planning import topology
 from bigbatch.update import network
@@ -126,8 +126,7 @@ def plan_for_slices(config: ConfigDict, topology_text: str, cache: str) -> dict[
     phases = make_phases(config)
     chosen = slices.parse(topology_text, phases)
     return plan(config, [one.devices for one in chosen]) | {"compiled": slices.compile_for(
-        config, phases, chosen, Path(cache).expanduser() if cache else None,
-        lambda text: print(text, file=sys.stderr, flush=True),
+        config, phases, chosen, Path(cache).expanduser() if cache else None, say,
     )}
 
 
@@ -278,7 +277,7 @@ def main(arguments: Sequence[str]) -> None:
         planned = plan_for_slices(config, TOPOLOGY.value, CACHE.value)
     else:
         planned = plan(config, DEVICES.value or 1)
-    print(json.dumps(planned) if FORMAT.value == "json" else as_text(planned))
+    answer(json.dumps(planned) if FORMAT.value == "json" else as_text(planned))
     if TOPOLOGY.value and not planned["compiled"]["fits"]:
         processes.leave(statuses.FAILED)
 

@@ -201,7 +201,8 @@ def begin(
         config, goal.net, mesh, layouts, feed.resident, feed.test, counted=peak is not None)
     run = Run(
         goal.phases, phases, layouts, programs,
-        partial(take_update, before_pass=watch.poll, before_reduction=watch.before_reduction),
+        partial(take_update, before_pass=watch.poll, before_reduction=watch.before_reduction,
+                started=clock.update_started, landed=clock.update_landed),
         lambda state: evaluation.whole_test_set(
             programs.evaluate(), state.params, state.batch_stats, feed, watch.before_reduction),
         feed,
@@ -260,19 +261,20 @@ def _open_log(
     """Opens the logs of the run. Only the first process writes to them."""
     config, writing = goal.config, jax.process_index() == 0
     names_what_fails = partial(checkpoint.names_what_fails, folder, mirror)
-    write_board = None
+    write_board, damaged = None, []
     if writing:
         if mirror:
             at_end.enter_context(checkpoint.sending_last_logs(folder, mirror, saves.pending))
         with names_what_fails():
             workdir.write_config(folder, continuing.describe_run(config, goal.phases, at))
-            logs.cut_events(
+            damaged = logs.cut_events(
                 folder / "metrics.jsonl", at.examples_seen, at.pending_evaluation is not None)
             logs.cut_half_line(folder / "timing.jsonl")
         if config.tensorboard:
             from bigbatch.watching import tensorboard  # its docstring says why not above
 
-            board = tensorboard.open_board(folder, at.examples_seen)
+            board = tensorboard.open_board(
+                folder, at.examples_seen, mirror.list_boards() if mirror else ())
             at_end.callback(tensorboard.close_board, board)
             write_board = partial(tensorboard.write_board, board)
     display = progress.Display(goal.phases, config.data.train_examples, show and writing)
@@ -292,6 +294,8 @@ def _open_log(
     log.timing(
         "start", at.examples_seen, devices=goal.mesh.size,
         device_kind=goal.mesh.devices.flat[0].device_kind, jax=jax.__version__, time=time.time())
+    for text in damaged:
+        log.notice(mirror.named(text) if mirror else text, at.examples_seen)
     return log
 
 

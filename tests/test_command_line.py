@@ -11,7 +11,9 @@ import pytest
 
 from bigbatch import schedule
 from bigbatch.mistake import Mistake
+from bigbatch.storage import checkpoint
 from tests.conftest import REPOSITORY
+from tests.support import started
 
 CIFAR = "--config=configs/cifar10.py:increase"
 
@@ -29,13 +31,18 @@ FORKS = """
 import json, os, runpy, sys, warnings
 import bigbatch.planning.slices, bigbatch.train, clu.parameter_overview
 for line in sys.stdin:
-    folder, program, *arguments = json.loads(line)
+    folder, onto, program, *arguments = json.loads(line)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # JAX's, about its threads, of which it has none yet
         process = os.fork()
     if process == 0:
         for number, name in enumerate(("stdin", "stdout", "stderr")):
-            os.dup2(os.open(f"{folder}/{name}", os.O_CREAT | os.O_RDWR), number)
+            if onto.get(name) == "closed pipe":
+                reader, opened = os.pipe()
+                os.close(reader)
+            else:
+                opened = os.open(onto.get(name, f"{folder}/{name}"), os.O_CREAT | os.O_RDWR)
+            os.dup2(opened, number)
         sys.argv = [program, *arguments]
         run = runpy.run_path if program.endswith(".py") else runpy.run_module
         run(program, run_name="__main__")
@@ -46,19 +53,20 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def start_forked(tmp_path_factory):
-    """Runs a module, as `python -m` would, or a file."""
+    """Runs a module, as `python -m` would, or a file; `onto` is where an output goes instead."""
     with subprocess.Popen(
         [sys.executable, "-c", FORKS], cwd=REPOSITORY, text=True, stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, env=os.environ | {"XLA_FLAGS": ""},
     ) as forks:
 
-        def run(*command):
+        def run(*command, **onto):
             folder = tmp_path_factory.mktemp("output")
-            forks.stdin.write(json.dumps([str(folder), *command]) + "\n")
+            forks.stdin.write(json.dumps([str(folder), onto, *command]) + "\n")
             forks.stdin.flush()
             status = int(forks.stdout.readline())
             return subprocess.CompletedProcess(
-                command, status, *((folder / name).read_text() for name in ("stdout", "stderr")))
+                command, status, *("" if name in onto else (folder / name).read_text()
+                                   for name in ("stdout", "stderr")))
 
         yield run
         forks.stdin.close()
@@ -130,9 +138,48 @@ def test_main_refuses_before_it_writes(start_forked, tmp_path):
     assert not workdir.exists()
 
 
+BROKEN = ("/dev/full", "closed pipe")
+
+
+def test_an_output_that_breaks_changes_no_status(start_forked, tmp_path):
+    """As `| head`, a closed terminal and a full disk break it."""
+    for stderr in BROKEN:
+        refused = start_forked("bigbatch.main", "--compilation_cache=", stderr=stderr)
+        assert refused.returncode == 2, stderr
+    for stdout, status in (("closed pipe", 0), ("/dev/full", 2)):
+        planned = start_forked("bigbatch.plan", CIFAR, stdout=stdout)
+        assert planned.returncode == status, planned.stderr
+        assert ("No space left on device" in planned.stderr) == bool(status)
+        assert planned.stderr.count("\n") == bool(status), planned.stderr
+    nowhere = start_forked("bigbatch.plan", stdout="closed pipe", stderr="closed pipe")
+    assert nowhere.returncode == 2
+
+
+@pytest.mark.parametrize("stderr", BROKEN)
+def test_a_run_goes_on_where_nobody_can_watch_it(tmp_path, stderr):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with (open("/dev/full", "w") if stderr == "/dev/full" else open(writer, "w")) as broken:
+        done = subprocess.run(
+            [sys.executable, "-m", "bigbatch.main", f"--compilation_cache={started.CACHE}",
+             f"--workdir={tmp_path}", "--config=tests/support/small_config.py:resident"],
+            cwd=REPOSITORY, env=os.environ | {"XLA_FLAGS": ""}, stderr=broken, stdout=broken,
+            check=False, timeout=240)
+    assert done.returncode == 0
+    assert checkpoint.find_newest(tmp_path).run["updates"] == 9
+    assert checkpoint.load(tmp_path)["params"]
+    if stderr == "/dev/full":
+        return
+    at = int(checkpoint.finished(tmp_path)[0].name)
+    done = start("-m", "bigbatch.evaluate", f"--workdir={tmp_path}", f"--at={at}")
+    assert json.loads(done.stdout)["examples_seen"] == at, done.stderr
+    done = start("-m", "bigbatch.evaluate", f"--workdir={tmp_path}", "--at=1")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and f"at {at}, " in done.stderr
+
+
 def test_a_run_shows_its_own_lines_and_nothing_of_its_libraries(tmp_path):
     done = start(
-        "-m", "bigbatch.main", "--compilation_cache=", f"--workdir={tmp_path}",
+        "-m", "bigbatch.main", f"--compilation_cache={started.CACHE}", f"--workdir={tmp_path}",
         "--config=configs/digits.py:decay,strategy=constant,recipe.epochs=0.02",
     )
     assert (done.returncode, done.stdout) == (0, ""), done.stderr

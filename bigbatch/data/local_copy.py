@@ -8,10 +8,10 @@ and breaks the connection off after that record (40 random records of CIFAR-10 t
 import fcntl
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
+from bigbatch.job.output import say
 from bigbatch.mistake import Mistake
 from bigbatch.storage import bucket
 
@@ -54,8 +54,8 @@ def bring_down(builder: Any, splits: tuple[str, ...]) -> Any:
                     "on a larger disk, or --config.data.dir to where the bucket is mounted."
                 )
             if missing:
-                print(f"bigbatch: copying {len(missing)} files, {total / 1e9:.3f} GB, from {url} "
-                      f"to {folder} ...", file=sys.stderr, flush=True)
+                say(f"bigbatch: copying {len(missing)} files, {total / 1e9:.3f} GB, from {url} "
+                    f"to {folder} ...")
             for name in missing:
                 part = folder / (name + ".part")
                 files.get_file(f"{root}/{name}", str(part))

@@ -17,6 +17,7 @@ import jax
 
 from bigbatch.job import preemption, statuses
 from bigbatch.job.jax_private import job_state, running_in_cloud_tpu_vm
+from bigbatch.job.output import say, unbreakable
 from bigbatch.mistake import Mistake
 
 # How long to wait for the first process, which may have large checkpoints to check.
@@ -179,9 +180,9 @@ def leave(status: int, text: str = "", together: bool = False) -> None:
             the connections of the job end, and JAX aborts all processes that are left.
     """
     if text:
-        print(f"bigbatch: {' '.join(text.split())}", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+        say(f"bigbatch: {' '.join(text.split())}")
+    for stream in (sys.stdout, sys.stderr):  # that they break is no reason to end otherwise
+        unbreakable(stream).flush()
     if together and job_state.num_processes > 1:
         _end_together(job_state.client, job_state.process_id, job_state.num_processes)
     elif job_state.process_id == 0 and job_state.num_processes > 1:

@@ -17,6 +17,7 @@ def take_update(
     batches: Iterator[Mapping], rates: tuple[jax.Array, jax.Array],
     before_pass: Callable[[], None] = lambda: None,
     before_reduction: Callable[[], None] = lambda: None, running: jax.Array | None = None,
+    started: Callable[[], None] = lambda: None, landed: Callable[[float], None] = lambda _: None,
 ) -> tuple[update.State, update.Sums | None, update.Metrics, float]:
     """Dispatches one update: one program, or one for each microbatch and then the reduction.
 
@@ -32,6 +33,10 @@ def take_update(
         running: an output of the previous update, or None. After each of several passes is
             dispatched, the program before it is waited for, so that the devices hold two
             microbatches at most.
+        started: called when the input is there and the first program is dispatched.
+        landed: called when the previous update is found to have ended, with the seconds of this
+            call up to then in which the devices were idle for want of input. Only where there are
+            several passes: with one, nothing is waited for here.
 
     Returns:
         The new state, sums and metrics, and an upper bound on the seconds that the devices were
@@ -41,15 +46,20 @@ def take_update(
     if len(calls) == 1:
         batch = microbatches.next()
         before_reduction()
+        started()
         state, measured = calls[0](state, resident, batch, *rates)
         return state, sums, measured, microbatches.waited
     accumulate, apply = calls
     first = True
     while (batch := microbatches.next()) is not None:
         before_pass()
+        if first:
+            started()
         sums, done = accumulate(state, sums, resident, batch, np.bool_(first))
         if microbatches.running is not None:
             microbatches.running.block_until_ready()
+            if first:
+                landed(microbatches.waited)
         microbatches.running, first = done, False
     before_reduction()
     state, measured = apply(state, sums, *rates)

@@ -166,6 +166,16 @@ class Mirror:
                             [str(self.folder / name) for name in present])
         self._sent = {name: _stamp(self.folder / name) for name in present}
 
+    def list_boards(self) -> list[str]:
+        """The names of TensorBoard's files in the bucket, which are not downloaded.
+
+        Raises:
+            Mistake: if the bucket cannot be used.
+        """
+        with explained(self.url):
+            found = self._files.find(f"{self._root}/tensorboard")
+        return [path.rpartition("/")[2] for path in found]
+
     def list_checkpoints(self) -> list[str]:
         """Creates an empty folder for each finished checkpoint in the bucket.
 

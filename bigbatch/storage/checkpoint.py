@@ -12,8 +12,9 @@ None for a workdir in a local folder; see `bucket.Mirror`.
 import contextlib
 import hashlib
 import json
+import logging
+import math
 import shutil
-import sys
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -24,14 +25,17 @@ import numpy as np
 import orbax.checkpoint as ocp0
 from orbax.checkpoint.experimental import v1 as ocp
 
+from bigbatch.job.output import say
 from bigbatch.mistake import Mistake
 from bigbatch.storage import bucket
 from bigbatch.storage.bucket import MARKER as CHECKSUMS
 from bigbatch.storage.logs import replace_text
+from bigbatch.storage.workdir import plain_path
 
 UNFINISHED = ".unfinished"
 # Saves may overlap, but one thread commits them, in the order in which they were started.
 _commits = ThreadPoolExecutor(1, thread_name_prefix="save")
+_read_back: set[Path] = set()  # workdirs of which a checkpoint was opened after it was written
 
 
 class WriteError(RuntimeError):
@@ -72,8 +76,7 @@ def find_newest(workdir: Path, mirror: bucket.Mirror | None = None) -> Found:
             mirror.fetch(path)
         wrong = faults_of(path)
         if not wrong:
-            run = json.loads((path / "run.json").read_text(encoding="utf-8"))
-            return Found(path, run, unfinished + faults)
+            return Found(path, _run_of(path), unfinished + faults)
         if mirror:
             mirror.empty(path)
             wrong = list(map(mirror.named, wrong))
@@ -108,7 +111,31 @@ def faults_of(path: Path) -> list[str]:
                 faults.append(f"{file} is damaged (its checksum differs)")
         except OSError as error:
             faults.append(f"{file} cannot be read: {error.strerror}")
+    if not faults and (wrong := _why_not_open(path)):
+        faults.append(f"the arrays in {path / 'state'} cannot be opened ({wrong})")
     return faults
+
+
+def _why_not_open(path: Path) -> str:
+    """Why the smallest array of the checkpoint `path` cannot be read; "" if it can.
+
+    Checksums say only that the files are as they were written. Orbax may have written them so that
+    nothing finds the arrays, and has then said so in a warning and gone on.
+    """
+    logging.disable(logging.CRITICAL)  # Orbax reports at length what is told here in one line
+    try:
+        leaves, tree = jax.tree.flatten(_shapes(path))
+        if leaves:
+            smallest = min(leaves, key=lambda array: math.prod(array.shape))
+            chosen = [leaf if leaf is smallest else ocp.PLACEHOLDER for leaf in leaves]
+            _read(path, jax.tree.unflatten(tree, chosen))
+        elif (path / "state").is_dir() and any((path / "state").rglob("d/*")):
+            return "there is none, but there are files of arrays"
+    except Exception as error:  # whatever Orbax and TensorStore raise
+        return " ".join(f"{type(error).__name__}: {error}".split())[:160]
+    finally:
+        logging.disable(logging.NOTSET)
+    return ""
 
 
 def restore(path: Path, like: Any, mirror: bucket.Mirror | None = None) -> Any:
@@ -140,40 +167,72 @@ def restore(path: Path, like: Any, mirror: bucket.Mirror | None = None) -> Any:
     return state
 
 
-def load(workdir: str | Path) -> dict[str, Any]:
-    """The state in the newest whole checkpoint of a run, for use outside of training.
+def load(workdir: str | Path, examples_seen: int | None = None) -> dict[str, Any]:
+    """The state in a checkpoint of a run, for use outside of training.
 
     Args:
         workdir: a folder, or gs://bucket/path.
+        examples_seen: the checkpoint's position; None for the newest whole checkpoint.
 
     Returns:
         `params`, `batch_stats` and `opt_state`, as nested dicts of NumPy arrays.
 
     Raises:
-        Mistake: if there is no whole checkpoint.
+        Mistake: if there is no such checkpoint, or it is not whole.
     """
-    return load_newest(workdir)[1]
+    return load_run(workdir, examples_seen)[1]
 
 
-def load_newest(workdir: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The newest whole checkpoint of a run: the content of its run.json, and what `load` returns.
+def load_run(
+    workdir: str | Path, examples_seen: int | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A checkpoint of a run: the content of its run.json, and what `load` returns.
 
     Args:
         workdir: a folder, or gs://bucket/path.
+        examples_seen: see `load`.
 
     Raises:
-        Mistake: if there is no whole checkpoint.
+        Mistake: see `load`.
     """
     with bucket.opened(workdir) as (local, mirror):
-        found = find_newest(local, mirror)
+        if examples_seen is None:
+            found = find_newest(local, mirror)
+        else:
+            found = _find_at(local, examples_seen, mirror)
         if found.path is None:
             raise Mistake(
                 f"{workdir} has no checkpoint: no run was made there, or it has saved none yet.")
-        with _single_process_reading():
-            arrays = ocp.metadata(found.path / "state").metadata
-        # As NumPy arrays: by default Orbax puts them on the devices they were saved from.
-        return found.run, _read(
-            found.path, jax.tree.map(lambda array: np.empty(array.shape, array.dtype), arrays))
+        return found.run, _read(found.path, _shapes(found.path))
+
+
+def _find_at(workdir: Path, examples_seen: int, mirror: bucket.Mirror | None) -> Found:
+    """The checkpoint at a position, if it is whole; its path is None if there is none at all.
+
+    Raises:
+        Mistake: if there are only others, or it is not whole.
+    """
+    if mirror:
+        mirror.list_checkpoints()
+    positions = [int(path.name) for path in finished(workdir)]
+    if not positions:
+        return Found(None, {}, [])
+    where = mirror.url if mirror else workdir
+    if examples_seen not in positions:
+        raise Mistake(
+            f"{where} has no checkpoint at {examples_seen!r} examples seen; those that it has are "
+            f"at {', '.join(map(str, positions))}."
+        )
+    path = folder(workdir, examples_seen)
+    if mirror:
+        mirror.fetch(path)
+    if wrong := "; ".join(faults_of(path)):
+        raise Mistake(f"{mirror.named(wrong) if mirror else wrong}: this checkpoint is not whole.")
+    return Found(path, _run_of(path), [])
+
+
+def _run_of(path: Path) -> dict[str, Any]:
+    return json.loads((path / "run.json").read_text(encoding="utf-8"))
 
 
 def save(
@@ -204,17 +263,24 @@ def save(
         done.set_result(path)
         return done
     unfinished = path.with_name(path.name + UNFINISHED)
+    link = contextlib.ExitStack()
     try:
         logs = mirror.logs() if mirror else {}
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        writing = _start_writing(unfinished / "state", state)
+        writing = _start_writing(link.enter_context(plain_path(unfinished)) / "state", state)
     except Exception as error:
+        link.close()
         raise write_error(path, workdir, error, mirror) from error
 
     def commit() -> Path:
         try:
-            writing.wait_until_finished()
+            with link:
+                writing.wait_until_finished()
+            if workdir not in _read_back:  # what goes for one checkpoint goes for the others
+                if wrong := _why_not_open(unfinished):
+                    raise OSError(f"its arrays cannot be opened again ({wrong})")
+                _read_back.add(workdir)
             _commit(unfinished, path, run)
             if mirror:
                 mirror.send(path, logs)
@@ -277,8 +343,19 @@ def _on_one_device(array: Any) -> Any:
 
 def _read(path: Path, like: Any) -> Any:
     """The arrays of the checkpoint `path`, in the tree, types and shapes of `like`."""
-    with _single_process_reading():
-        return ocp.load(path / "state", like)
+    with _single_process_reading(), plain_path(path) as plain:
+        return ocp.load(plain / "state", like)
+
+
+def _shapes(path: Path) -> Any:
+    """Empty NumPy arrays in the tree, types and shapes of the checkpoint `path`.
+
+    With them Orbax reads NumPy arrays: by default it puts arrays on the devices they were saved
+    from.
+    """
+    with _single_process_reading(), plain_path(path) as plain:
+        arrays = ocp.metadata(plain / "state").metadata
+    return jax.tree.map(lambda array: np.empty(array.shape, array.dtype), arrays)
 
 
 @contextlib.contextmanager
@@ -331,7 +408,7 @@ def sending_last_logs(
         try:
             mirror.send_logs(mirror.logs())
         except Exception as error:
-            print(f"bigbatch: {failed(error)}", file=sys.stderr)
+            say(f"bigbatch: {failed(error)}")
         raise
     try:
         mirror.send_logs(mirror.logs())

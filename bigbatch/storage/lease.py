@@ -9,12 +9,12 @@ the lease before it marks a checkpoint as finished, and fails there if another j
 import contextlib
 import json
 import os
-import sys
 import threading
 import time
 import uuid
 from typing import Any
 
+from bigbatch.job.output import say
 from bigbatch.mistake import Mistake
 
 BEAT_SECONDS = 10.0  # between two renewals by the holder
@@ -101,8 +101,8 @@ class Lease:
         Raises:
             Mistake: if the holder renews the lease meanwhile.
         """
-        print(f"bigbatch: {self._held_by()} Waiting for {STALE_SECONDS:g} s to see whether "
-              "that job still renews its lease ...", file=sys.stderr, flush=True)
+        say(f"bigbatch: {self._held_by()} Waiting for {STALE_SECONDS:g} s to see whether that "
+            "job still renews its lease ...")
         until = time.monotonic() + STALE_SECONDS
         while time.monotonic() < until:
             time.sleep(LOOK_SECONDS)

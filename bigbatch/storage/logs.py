@@ -5,51 +5,102 @@ leaves the same bytes as one that was not. `timing.jsonl` holds starts, speeds, 
 """
 
 import json
+import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bigbatch.mistake import Mistake
 
-def append_event(path: Path, event: dict[str, Any]) -> None:
+
+def append_event(path: Path, event: Mapping[str, Any]) -> None:
     """Adds `event` as one line at the end of the file."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(event) + "\n")
+        file.write(_line(event))
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """All events of the file, without a last line that a kill cut short; [] if it is absent."""
-    if not path.exists():
-        return []
-    whole = path.read_text(encoding="utf-8").split("\n")[:-1]
-    return [json.loads(line) for line in whole]
+    """All events of the file, without a last line that a kill cut short; [] if it is absent.
+
+    Raises:
+        Mistake: if a line before it is damaged.
+    """
+    events, faults = _read(path)
+    if faults:
+        raise Mistake(
+            f"{'; '.join(faults)}. Take it out; a run that is continued here does so itself.")
+    return events
 
 
-def cut_events(path: Path, examples_seen: int, pending_evaluation: bool = False) -> None:
+def cut_events(path: Path, examples_seen: int, pending_evaluation: bool = False) -> list[str]:
     """Removes what a killed run wrote after its checkpoint: later events and an incomplete line.
 
-    The file is replaced in one step, so a kill leaves either the old file or the new one.
+    Damaged lines are removed too, as nothing reads them. The file is replaced in one step, so a
+    kill leaves either the old file or the new one.
 
     Args:
         path: of metrics.jsonl.
         examples_seen: the position of the checkpoint.
         pending_evaluation: whether there is a pending evaluation at this position, after which the
             event of this position is written; it is then removed too.
+
+    Returns:
+        One text a damaged line.
     """
     if not path.exists():
-        return
+        return []
     last = examples_seen - pending_evaluation
-    kept = [event for event in read_events(path) if event["examples_seen"] <= last]
-    text = "".join(json.dumps(event) + "\n" for event in kept)
-    if text != path.read_text(encoding="utf-8"):
+    events, faults = _read(path, "examples_seen")
+    text = "".join(_line(event) for event in events if event["examples_seen"] <= last)
+    if text.encode() != path.read_bytes():
         replace_text(path, text)
+    return [f"{fault}, and was removed" for fault in faults]
 
 
 def cut_half_line(path: Path) -> None:
     """Removes a last line that has no line end, which a kill during a write leaves."""
     if path.exists():
-        text = path.read_text(encoding="utf-8")
-        if text and not text.endswith("\n"):
-            replace_text(path, text[: text.rfind("\n") + 1])
+        content = path.read_bytes()
+        if not content.endswith(b"\n"):
+            os.truncate(path, content.rfind(b"\n") + 1)
+
+
+def _read(path: Path, number: str = "") -> tuple[list[dict[str, Any]], list[str]]:
+    """The events of the file that are whole, and one text for each damaged line.
+
+    Args:
+        path: of the file.
+        number: a key that each event has a number for; "" for none.
+    """
+    if not path.exists():
+        return [], []
+    events, faults = [], []
+    for count, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+        try:
+            event = json.loads(line.decode("ascii"))  # as `_line` writes it
+            if not isinstance(event, dict):
+                raise ValueError("no event")
+            if number and not isinstance(event.get(number), int):
+                raise ValueError(f"no {number}")
+        except ValueError:
+            faults.append(f"line {count} of {path} is damaged ({line[:30]!r}...)")
+        else:
+            events.append(event)
+    return events, faults
+
+
+def _line(event: Mapping[str, Any]) -> str:
+    """The line for an event, with null for what is no finite number: JSON has no other."""
+    return json.dumps(_finite(event), allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def replace_text(path: Path, text: str) -> None:

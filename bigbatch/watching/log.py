@@ -56,6 +56,7 @@ class Log:
             event: a line of metrics.jsonl; None if none is due, and nothing is written.
         """
         if event is None:
+            self.clock.no_line()
             return
         if "test_accuracy" in event:
             self.line(
@@ -66,7 +67,7 @@ class Log:
         speed = self.clock.speed(event["updates"], event["batch_size"])
         skipped = {"images_skipped": self._skipped()} if self._skipped else {}
         self.timing("speed", event["examples_seen"], **speed, **skipped)
-        if speed["updates"]:
+        if speed["updates_per_second"]:
             self._pace[event["batch_size"]] = 1 / speed["updates_per_second"]
         self._display.advance(event["examples_seen"], self._pace)
 

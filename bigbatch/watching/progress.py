@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+from bigbatch.job.output import unbreakable
 from bigbatch.schedule import Phase
 
 
@@ -66,7 +67,7 @@ class Display:
     def __init__(self, phases: Sequence[Phase], examples: int, shown: bool = True):
         """`examples` is N, the examples of an epoch; positions are shown in epochs."""
         self._phases, self._examples = phases, examples
-        self._console = Console(file=sys.stderr, quiet=not shown, soft_wrap=True)
+        self._console = Console(file=unbreakable(sys.stderr), quiet=not shown, soft_wrap=True)
         self._bar = Progress(
             BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"),
             console=self._console, disable=not (shown and self._console.is_terminal),

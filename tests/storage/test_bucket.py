@@ -196,7 +196,7 @@ def test_killed_and_spoiled_it_goes_on_from_the_newest_whole_checkpoint(
     assert f"{url}/{state} is damaged" in notices
     assert f"{url}/{unfinished} was not finished" in notices
     assert not [name for name in server.names(beginning) if name.startswith(unfinished)]
-    assert checkpoint.load_newest(url)[0]["examples_seen"] == END
+    assert checkpoint.load_run(url)[0]["examples_seen"] == END
 
 
 def test_two_processes_told_to_stop_release_the_lease_and_one_goes_on_at_once(server, whole):

@@ -1,21 +1,25 @@
 """What a run does when it is killed, stopped, spoiled, crowded out or in the dark."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 from bigbatch import train
+from bigbatch.mistake import Mistake
 from bigbatch.programs import program_cache
-from bigbatch.storage import checkpoint
+from bigbatch.storage import checkpoint, workdir
 from bigbatch.storage.logs import read_events
 from tests import soak
 from tests.storage.test_continuing import assert_same_bits, run, small
@@ -73,6 +77,60 @@ def test_an_unusable_cache_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="file/cache cannot be used.*--compilation_cache"):
         program_cache.keep(str(tmp_path / "file" / "cache"))
+
+
+@pytest.fixture
+def cache_of_jax(monkeypatch):
+    """What JAX's cache is set to now; it is set back afterwards."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs",
+             "jax_persistent_cache_min_entry_size_bytes")
+    before = {name: getattr(jax.config, name) for name in names}
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    yield lambda: jax.config.jax_compilation_cache_dir
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_training_can_do_without_a_cache_that_nobody_named(tmp_path, monkeypatch, cache_of_jax):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HOME", str(tmp_path / "file"))
+    line = program_cache.keep(None)
+    assert "file/.cache/bigbatch cannot be used: Not a directory. They are compiled anew" in line
+    assert not cache_of_jax()
+    # A user without a home.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert "~/.cache/bigbatch cannot be used: there is no such home folder." in (
+        program_cache.keep(None))
+    with pytest.raises(Mistake, match="~/cache cannot be used: there is no such home folder; give"):
+        program_cache.keep("~/cache")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_cache_that_jax_knows_is_used_and_left_to_its_others(
+    tmp_path, monkeypatch, cache_of_jax
+):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "shared"))
+    assert program_cache.keep(None) == "" and cache_of_jax() == str(tmp_path / "shared")
+    (tmp_path / "shared/of-another-cache").write_bytes(b"1")
+    program_cache.keep(None)
+    assert [path.name for path in (tmp_path / "shared").iterdir()] == ["of-another-cache"]
+    # The flag goes first, and empty it says none.
+    assert program_cache.keep(str(tmp_path / "own")) == ""
+    assert cache_of_jax() == str(tmp_path / "own")
+    assert program_cache.keep("") == "" and not cache_of_jax()
+
+
+def test_an_entry_of_another_user_is_left_where_it_is(tmp_path, monkeypatch, cache_of_jax):
+    (tmp_path / "a-cache").write_bytes(b"1")
+
+    def forbidden(*_, **__):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "unlink", forbidden)
+    assert program_cache.keep(str(tmp_path)) == "" and cache_of_jax() == str(tmp_path)
+    monkeypatch.setattr(Path, "exists", forbidden)
+    assert program_cache.keep(str(tmp_path)) == "" and cache_of_jax() == str(tmp_path)
 
 
 # --- spoiled checkpoints ----------------------------------------------------------------------
@@ -160,6 +218,24 @@ def test_retention_counts_what_was_written_and_not_what_is_damaged(tmp_path):
     assert int(checkpoint.find_newest(tmp_path).path.name) == 150
 
 
+def test_an_earlier_checkpoint_is_loaded_by_its_position(tmp_path):
+    for seen in (100, 200, 300, 400):
+        checkpoint.save(
+            tmp_path, {"weight": np.full(3, seen)}, {"examples_seen": seen}, 9, set()).result()
+    for seen in (100, 400):
+        run, state = checkpoint.load_run(tmp_path, seen)
+        assert run["examples_seen"] == seen and (state["weight"] == seen).all()
+    assert (checkpoint.load(tmp_path)["weight"] == 400).all()
+    for absent in (0, 150, -100):
+        with pytest.raises(Mistake, match=f"no checkpoint at {absent} .* at 100, 200, 300, 400"):
+            checkpoint.load(tmp_path, absent)
+    damage("truncated", checkpoint.folder(tmp_path, 200) / "run.json")
+    with pytest.raises(Mistake, match=r"run\.json is damaged .* is not whole"):
+        checkpoint.load(tmp_path, 200)
+    with pytest.raises(Mistake, match="none has no checkpoint"):
+        checkpoint.load(tmp_path / "none", 200)
+
+
 def test_a_relative_workdir_and_one_that_is_no_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run(small("recipe.epochs=1.5", "tensorboard=true"), "runs/a")
@@ -172,13 +248,64 @@ def test_a_relative_workdir_and_one_that_is_no_folder(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
+# What Orbax, TensorStore, a shell, a URL or a format string may take for something else.
+NAMES = ("a[1]", "a]b[", "a*b", "a?b", "a\\b", "a{b}c", "sp ace", "a#b", "a%20b", "a%b",
+         "new\nline", "ümlaut日", "a:b", "a'b\"", "~x", "a$HOME", "x" * 255)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_workdir_of_any_name_can_be_read_back(tmp_path, monkeypatch, name):
+    above = tmp_path / name
+    above.mkdir()
+    monkeypatch.chdir(above)  # so that the name is in no path that is given
+    folder = workdir.local_folder("run")
+    with workdir.open_workdir(folder):
+        state = {"weight": np.arange(6.0).reshape(2, 3), "more": {"bias": np.ones(4)}}
+        checkpoint.save(folder, state, {"examples_seen": 100}, 1, set()).result()
+    found = checkpoint.find_newest(folder)
+    assert (found.path, found.faults) == (checkpoint.folder(folder, 100), [])
+    assert_same_bits(checkpoint.load("run"), state, name)
+    assert_same_bits(checkpoint.restore(found.path, state), state, name)
+
+
+def test_a_workdir_that_could_not_be_read_back_is_refused_before_training(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="'.*udcff/run' is not text in UTF-8.*give --workdir"):
+        run(small(), os.fsdecode(os.fsencode(tmp_path) + b"/a\xff/run"))
+    long = tmp_path / "/".join(["x" * 200] * 19)
+    with pytest.raises(ValueError, match="path of 3.* bytes, .* at most 38.*; give a shorter"):
+        run(small(), long)
+    assert not (long / "checkpoints").exists()
+    # A folder that takes a link, where there can be none.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    with pytest.raises(ValueError, match=r"a\[1\] cannot be written: No such file or directory"):
+        run(small(), tmp_path / "a[1]")
+
+
+def test_a_checkpoint_whose_arrays_cannot_be_opened_is_not_whole(tmp_path, monkeypatch):
+    """Its files have their checksums: so Orbax wrote them, in a folder with a pattern's letters."""
+    folder = tmp_path / "a[1]"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "plain_path", contextlib.nullcontext)
+        with pytest.raises(checkpoint.WriteError, match="arrays cannot be opened again .* none:"):
+            checkpoint.save(folder, {"weight": np.ones(4)}, {"examples_seen": 1}, 9, set()).result()
+        assert checkpoint.finished(folder) == []
+        patch.setattr(checkpoint, "_read_back", {folder})
+        for shape in ({"weight": np.ones(4)}, {str(size): np.ones(size) for size in range(1, 41)}):
+            checkpoint.save(folder, shape, {"examples_seen": len(shape)}, 9, set()).result()
+    with pytest.raises(ValueError, match="no checkpoint is whole") as caught:
+        checkpoint.find_newest(folder)
+    assert str(caught.value).count("cannot be opened") == 2, caught.value
+    checkpoint.save(folder, {"weight": np.ones(4)}, {"examples_seen": 0}, 9, set()).result()
+    assert checkpoint.find_newest(folder).path == checkpoint.folder(folder, 0)
+
+
 # --- stopped ----------------------------------------------------------------------------------
 
 
 SLOW_SAVES = """
 import time
 from bigbatch import command_line, main
-from bigbatch.storage import checkpoint
+from bigbatch.storage import checkpoint, workdir
 checkpoint._commit = lambda *_: time.sleep(60)
 command_line.run(main.main)
 """

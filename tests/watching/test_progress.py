@@ -1,5 +1,9 @@
 """What a person watching is told."""
 
+import contextlib
+import os
+import sys
+
 import pytest
 
 from bigbatch.config import make_phases
@@ -19,6 +23,23 @@ def test_the_time_to_go_knows_the_phases():
     assert progress.seconds_to_go(phases, 0, {48: 1.0}) == pytest.approx(21 + 11 * 2 + 5 * 4)
     assert progress.seconds_to_go(phases, phases[-1].end_example, known) == 0
     assert [progress.format_seconds(s) for s in (None, 59.6, 3723)] == ["--:--", "01:00", "1:02:03"]
+
+
+def test_a_terminal_that_breaks_ends_no_run(monkeypatch):
+    """With the bar, too, which a thread of its own draws."""
+    phases = make_phases(configs.tiny())
+    reader, writer = os.pipe()
+    os.close(reader)
+    with contextlib.suppress(BrokenPipeError), open(writer, "w") as broken:
+        monkeypatch.setattr(sys, "stderr", broken)
+        monkeypatch.setattr(broken, "isatty", lambda: True, raising=False)
+        display = progress.Display(phases, 1000)
+        for seen in (48, 96):
+            display.line("a line")
+            display.advance(seen, {48: 1.0})
+        display.close()
+    monkeypatch.setattr(sys, "stderr", None)  # as Python has it where it was closed
+    progress.Display(phases, 1000).line("a line")
 
 
 def test_a_phase_is_announced_in_one_line():
