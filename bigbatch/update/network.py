@@ -2,11 +2,13 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.errors
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen, nnx
 from ml_collections import ConfigDict
 
@@ -68,6 +70,7 @@ def build(config: ConfigDict) -> Network:
         rngs.default = _Stream(key, tag="default")  # for streams of any name
         module = function(num_classes, dtype, rngs, **arguments)
         _check_callable(module, name)
+        _check_constants(module, name)
         for bridge in _bridges(module).values():
             # Streams left from initialisation; numbers from them would not be those of one example.
             bridge.to_nnx__rngs = None
@@ -185,6 +188,73 @@ def _check_callable(module: Any, name: str) -> None:
         ) from None
 
 
+_CONSTANTS = (
+    "Create constants where they are used: inside __call__, or as NumPy arrays outside of the "
+    "class."
+)
+
+
+def _check_constants(module: nnx.Module, name: str) -> None:
+    """Refuses arrays that `__init__` leaves in the module beside its variables.
+
+    `__init__` is traced. So what jax.numpy makes in it is a value of that trace and means nothing
+    in a call, and Flax keeps it, as it keeps an `nnx.static` array, among the settings that it
+    compares and hashes.
+    """
+    for path, part in nnx.iter_modules(module):
+        for attribute, value in vars(part).items():
+            found = _find_array(value)
+            if found is not None:
+                raise Mistake(
+                    f"{name} keeps an array at {_where((*path, attribute))}{found}, which is "
+                    "no parameter: arrays that __init__ makes mean nothing in a call. "
+                    f"{_CONSTANTS}"
+                )
+
+
+def _find_array(
+    value: Any, where: str = "", constant: bool = False, depth: int = 0
+) -> str | None:
+    """The place in `value` of an array that is in no variable; None if there is none.
+
+    Args:
+        value: of an attribute.
+        where: a text for the place of `value` in the attribute.
+        constant: whether arrays are constants there, unless a trace made them.
+        depth: how far `value` lies within the attribute.
+    """
+    if isinstance(value, jax.core.Tracer) or (
+        isinstance(value, jax.Array | np.ndarray) and depth and not constant
+    ):
+        return where
+    if depth > 8 or isinstance(value, nnx.Variable | nnx.Module):
+        return None
+    inside: list[tuple[str, Any]] = []
+    if isinstance(value, Mapping):
+        inside = [(f"[{key!r}]", one) for key, one in value.items()]
+    elif isinstance(value, list | tuple):
+        inside = [(f"[{at}]", one) for at, one in enumerate(value)]
+    elif isinstance(value, partial):
+        held = [value.func, *value.args, *value.keywords.values()]
+        inside, constant = [(" (in a partial)", one) for one in held], True
+    elif inspect.isfunction(value):
+        held = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+        inside = [(f" (in a function, as {key})", _content(cell)) for key, cell in held]
+        constant = True
+    elif isinstance(value, linen.Module):
+        inside = [(f".{key}", getattr(value, key, None)) for key in value.__dataclass_fields__
+                  if key not in ("parent", "name")]
+    found = (_find_array(one, where + place, constant, depth + 1) for place, one in inside)
+    return next((place for place in found if place is not None), None)
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing was assigned yet
+        return None
+
+
 _INSTEAD = {
     "BatchNorm": "bigbatch.models.normalization.GhostBatchNorm",
     "Dropout": "bigbatch.models.dropout.dropout",
@@ -233,8 +303,7 @@ def _check_state(
         kind = type(leaf).__name__ if isinstance(leaf, nnx.Variable) else "a plain array"
         raise Mistake(
             f"{name} keeps {kind} at {_where(path)}; only parameters (nnx.Param) and "
-            "GhostBatchNorm's statistics are kept from update to update. Create constants where "
-            "they are used."
+            f"GhostBatchNorm's statistics are kept from update to update. {_CONSTANTS}"
         )
     for path, variable in nnx.to_flat_state(batch_stats):
         metadata = variable.get_metadata()

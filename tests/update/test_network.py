@@ -1,5 +1,7 @@
 """Models from outside of the package: what they may be, and what is refused, naming the layer."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,6 +128,54 @@ class Noise(linen.Module):
         return x + jax.random.normal(self.make_rng("noise"), x.shape)
 
 
+class Shifted(linen.Module):
+    shift: np.ndarray
+
+    def __call__(self, x):
+        return x + self.shift
+
+
+def adding(number):
+    return lambda x: x + number
+
+
+def keeping(make):
+    """A model that makes a table in `__init__`, as one would in PyTorch."""
+    class Model(nnx.Module):
+        def __init__(self, num_classes, dtype, rngs):
+            self.head = nnx.Linear(64, num_classes, rngs=rngs)
+            self.table = make()
+
+        def __call__(self, images, train, keys):
+            return self.head(images.reshape(len(images), -1))
+    return Model
+
+
+TABLE = np.linspace(0, 1, 64)
+
+
+class WithConstants(nnx.Module):
+    """Constants where they may be: of the file, in `__call__`, in a function, or plain numbers."""
+
+    def __init__(self, num_classes, dtype, rngs):
+        self.head = nnx.Linear(64, num_classes, rngs=rngs)
+        self.add, self.shift = adding(TABLE), (0.5, 0.25)
+
+    def __call__(self, images, train, keys):
+        x = self.add(images.reshape(len(images), -1)) * TABLE + jnp.arange(64.0)
+        return self.head(x + self.shift[0])
+
+
+def test_a_model_may_use_constants():
+    net = network.build(with_model("update.test_network.WithConstants", {}))
+    params, batch_stats = net.init(np.uint32(0))
+    images = np.ones((3, 8, 8, 1), np.float32)
+    logits, *_ = jax.jit(lambda *arrays: net.apply(*arrays, True, None))(
+        params, batch_stats, images)
+    expected = ((1 + TABLE) * TABLE + np.arange(64) + 0.5) @ params["head"]["kernel"]
+    np.testing.assert_allclose(logits[0], expected, rtol=1e-4)
+
+
 class Counter(nnx.Variable):
     pass
 
@@ -184,7 +234,22 @@ UNFIT = {
         r"keeps Counter at inner.0.held; only parameters"),
     "table": (
         holding(lambda rngs: nnx.data(jnp.arange(64.0)), lambda table, x: x + table),
-        r"keeps a plain array at inner.0.held; .*Create constants where they are used"),
+        r"keeps an array at inner.0.held, which is no parameter: .*constants where they are used"),
+    "made_in_init": (
+        keeping(lambda: jnp.ones(64)),
+        r"keeps an array at table, which is no parameter: .*where they are used: inside __call__"),
+    "listed_in_init": (keeping(lambda: [jnp.ones(64)]), r"keeps an array at table\[0\], which"),
+    "named_in_init": (keeping(lambda: {"a": jnp.ones(64)}), r"an array at table\['a'\], which"),
+    "static": (keeping(lambda: nnx.static(jnp.ones(64))), "an array at table, which"),
+    "in_a_closure": (
+        keeping(lambda: adding(jnp.ones(64))), r"an array at table \(in a function, as number\)"),
+    "in_a_partial": (
+        keeping(lambda: partial(jnp.add, jnp.ones(64))), r"an array at table \(in a partial\)"),
+    "numpy": (keeping(lambda: np.ones(64)), r"keeps a plain array at table; .*inside __call__"),
+    "variable": (
+        keeping(lambda: nnx.Variable(jnp.ones(64))), r"keeps Variable at table; .*inside __call__"),
+    "linen_table": (
+        linen_holding(Shifted(np.ones(64))), r"an array at to_nnx__module.layer.shift, which"),
     "half_parameters": (
         holding(lambda rngs: nnx.Param(jnp.zeros(3, jnp.bfloat16))),
         r"keeps bfloat16 at inner.0.held; where config.dtype is float32, .*are float32: give"),
