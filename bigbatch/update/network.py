@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from bigbatch import dotted
 from bigbatch.mistake import Mistake
+from bigbatch.update import independence
 
 Tree = Mapping[str, Any]
 
@@ -352,15 +353,18 @@ def _is_pair(value: Any) -> bool:
 
 def _trace(apply: Callable, params: Tree, batch_stats: Tree, config: ConfigDict) -> None:
     """Checks a training call of the module by tracing it; nothing is computed."""
-    data, ghost, name = config.data, config.ghost_size, config.network
+    data, name, examples = config.data, config.network, config.ghost_size * independence.GHOSTS
     images = jax.ShapeDtypeStruct(
-        (ghost, data.image_size, data.image_size, len(data.mean)), jnp.dtype(config.dtype)
+        (examples, data.image_size, data.image_size, len(data.mean)), jnp.dtype(config.dtype)
     )
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), ghost))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), examples))
+
+    def call(*arrays: Any) -> tuple[list[jax.Array], Tree]:
+        logits, auxiliary, rows = apply(*arrays[:3], True, arrays[3])
+        return [logits, *(more for _, more in auxiliary)], rows
+
     try:
-        *_, rows = jax.eval_shape(
-            lambda *arrays: apply(*arrays[:3], True, arrays[3]), params, batch_stats, images, keys
-        )
+        shapes, found = independence.trace(call, params, batch_stats, images, keys)
     except flax.errors.InvalidRngError as error:
         raise Mistake(
             f"{name} draws from a random stream of Linen's; draw from the keys the module is "
@@ -368,10 +372,25 @@ def _trace(apply: Callable, params: Tree, batch_stats: Tree, config: ConfigDict)
             f"over devices and microbatches. Flax says: {error}"
         ) from None
     running = dict(jax.tree_util.tree_leaves_with_path(batch_stats))
-    for path, row in jax.tree_util.tree_leaves_with_path(rows):
-        if row.shape != (1, *running[path].shape):
+    for path, row in jax.tree_util.tree_leaves_with_path(shapes[1]):
+        if row.shape != (independence.GHOSTS, *running[path].shape):
             raise Mistake(
                 f"{name} does not update the statistic {jax.tree_util.keystr(path)} in training; "
                 "call GhostBatchNorm with train=True there (through Flax's bridge also with "
                 "mutable=['batch_stats'])."
+            )
+    _check_apart(found, shapes, name)
+
+
+def _check_apart(found: Tree, shapes: Tree, name: str) -> None:
+    """Raises Mistake if a ghost batch's results were seen to depend on other examples."""
+    is_leaf = partial(lambda kind, one: isinstance(one, kind), independence.Dependence)
+    for one, shape in zip(
+        jax.tree.leaves(found, is_leaf=is_leaf), jax.tree.leaves(shapes), strict=True
+    ):
+        if not independence.is_apart(one, shape.shape):
+            raise Mistake(
+                f"{name} mixes the examples of a batch{one.origin and ' at ' + one.origin}, so its "
+                "result would depend on how a batch is cut over devices and microbatches; look at "
+                "one example at a time, as layer or group norm does, or use GhostBatchNorm."
             )

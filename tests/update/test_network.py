@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 
+from bigbatch.models.dropout import dropout
 from bigbatch.models.normalization import GhostBatchNorm
 from bigbatch.update import network
 from bigbatch.update.update import init_state
@@ -191,6 +192,77 @@ def returning(outputs):
     return Model
 
 
+def mixing(mix):
+    """A model that puts its images through `mix`."""
+    class Model(nnx.Module):
+        def __init__(self, num_classes, dtype, rngs):
+            self.conv = nnx.Conv(1, 4, (3, 3), rngs=rngs)
+            self.head = nnx.Linear(256, num_classes, rngs=rngs)
+
+        def __call__(self, images, train, keys):
+            return self.head(mix(self.conv(images)).reshape(len(images), -1))
+    return Model
+
+
+def attention(x):
+    x = x.reshape(len(x), -1)
+    return jax.nn.softmax(x @ x.T) @ x
+
+
+def over_layers(x):
+    return jax.lax.scan(lambda x, _: (x - x.mean(axis=0), None), x, length=3)[0]
+
+
+MIXING = {
+    "centred": lambda x: x - x.mean(axis=0),
+    "scaled": lambda x: x / jnp.linalg.norm(x),
+    "batch_norm": lambda x: jax.nn.standardize(x, axis=(0, 1, 2)),
+    "flat": lambda x: jax.nn.softmax(x.reshape(-1)),
+    "turned": lambda x: x.T - x.T.max(axis=3, keepdims=True),
+    "mixed_up": lambda x: 0.9 * x + 0.1 * x[::-1],
+    "paired": lambda x: x + jnp.concatenate([x[16:], x[:16]]),
+    "attention": attention,
+    "sorted": lambda x: jnp.sort(x, axis=0),
+    "over_layers": over_layers,
+    "recomputed": jax.checkpoint(lambda x: jax.jit(lambda x: x - x.sum(axis=0))(x)),
+}
+
+
+class Apart(nnx.Module):
+    """Much that looks at one example at a time, or at one ghost batch."""
+
+    def __init__(self, num_classes, dtype, rngs):
+        self.conv = nnx.Conv(1, 8, (3, 3), rngs=rngs)
+        self.group = nnx.GroupNorm(8, num_groups=2, rngs=rngs)
+        self.layer = nnx.LayerNorm(8, rngs=rngs)
+        self.instance = nnx.InstanceNorm(8, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+        self.ghost = GhostBatchNorm(8, ghost_size=16, rngs=rngs)
+        self.head = nnx.Linear(8, num_classes, rngs=rngs)
+
+    def __call__(self, images, train, keys):
+        x = self.instance(self.layer(self.group(self.conv(images))))
+        x = nnx.max_pool(x, (2, 2), strides=(2, 2)) + nnx.avg_pool(x, (2, 2), strides=(2, 2))
+        x = dropout(x, 0.3, keys, train, tag=0)
+        x = x + jax.vmap(lambda one, key: one * jax.random.normal(key, (4, 4, 1)))(x, keys)
+        x = x.reshape(len(x), -1, x.shape[-1])
+        x = self.attention(x + jax.nn.one_hot(jnp.arange(16), 8))
+        x = jax.lax.scan(lambda x, _: (x - x.mean(axis=1, keepdims=True), None), x, length=2)[0]
+        ghosts = x.reshape(-1, 16, *x.shape[1:])
+        x = (ghosts - ghosts.mean(axis=1, keepdims=True)).reshape(x.shape)
+        # Ghost batches by masks, of which the check cannot see that they keep them apart.
+        ghost = jnp.arange(len(x)) // 16
+        mask = (ghost[:, None] == ghost[None, :]).astype(x.dtype)
+        x = x - jnp.tensordot(mask, x, axes=1) / 16
+        x = x - (mask[:, :, None, None] * x[None]).sum(axis=1) / 16
+        x = jnp.roll(jnp.sort(x[:, ::-1], axis=1), 1, axis=1).transpose(1, 2, 0).mean(axis=0).T
+        return self.head(self.ghost(x, train))
+
+
+def test_a_model_that_keeps_examples_or_ghost_batches_apart_is_taken():
+    network.build(with_model("update.test_network.Apart", {}))
+
+
 class Frozen(nnx.Module):
     def __init__(self, num_classes, dtype, rngs):
         self.norm = GhostBatchNorm(1, ghost_size=16, rngs=rngs)
@@ -261,9 +333,9 @@ UNFIT = {
         r"does not update the statistic \['norm'\]\['mean'\] in training; call GhostBatchNorm"),
     "narrow": (
         returning(lambda logits: logits[:, :9]),
-        r"logits of shape \(16, 9\) for 16 images; they must be \(16, 10\)"),
+        r"logits of shape \(32, 9\) for 32 images; they must be \(32, 10\)"),
     "summed": (
-        returning(lambda logits: logits.sum(axis=0)), r"logits of shape \(10,\) for 16 images"),
+        returning(lambda logits: logits.sum(axis=0)), r"logits of shape \(10,\) for 32 images"),
     "three": (returning(lambda logits: (logits, [], 0)), "logits of shape tuple"),
     "bare_auxiliary": (
         returning(lambda logits: (logits, logits)),
@@ -272,6 +344,10 @@ UNFIT = {
         returning(lambda logits: (logits, [logits])), r"must be a list of \(weight, auxiliary"),
     "narrow_auxiliary": (
         returning(lambda logits: (logits, [(0.3, logits[:8])])), r"logits of shape \(8, 10\)"),
+    **{name: (mixing(mix), r"mixes the examples of a batch at .*test_network.py:\d+, so")
+       for name, mix in MIXING.items()},
+    # Each entry depends on one example, of another ghost batch: no line is the first to mix them.
+    "rolled": (mixing(lambda x: jnp.roll(x, 1, axis=0)), "mixes the examples of a batch, so"),
     "no_module": (
         lambda num_classes, dtype, rngs: linen.Dense(10),
         r"returns a Dense; it must return a flax.nnx.Module \(a Linen module comes in as"),
