@@ -1,7 +1,9 @@
 """The network that a config names, as pure functions of its parameters and running statistics."""
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +17,7 @@ from ml_collections import ConfigDict
 from bigbatch import dotted
 from bigbatch.mistake import Mistake
 from bigbatch.update import independence
+from bigbatch.update.user_lines import is_users
 
 Tree = Mapping[str, Any]
 
@@ -72,15 +75,19 @@ def build(config: ConfigDict) -> Network:
         module = function(num_classes, dtype, rngs, **arguments)
         _check_callable(module, name)
         _check_constants(module, name)
+        # Streams that no training call draws from.
         for bridge in _bridges(module).values():
-            # Streams left from initialisation; numbers from them would not be those of one example.
-            bridge.to_nnx__rngs = None
+            bridge.to_nnx__rngs = None  # left from initialisation
+        for _, part in nnx.iter_modules(module):
+            if isinstance(part, nnx.Dropout) and part.rate == 0:
+                part.rngs = nnx.data(None)
         return nnx.split(module, nnx.Param, nnx.BatchStat, ...)
 
     linen_layers: dict[tuple, str] = {}  # class name by path
     with linen.intercept_methods(_watch_linen(linen_layers, name)):
         seed = jax.ShapeDtypeStruct((), jnp.uint32)
-        graph, params, batch_stats, rest = jax.eval_shape(construct, seed)
+        with _naming_the_layer(name):
+            graph, params, batch_stats, rest = jax.eval_shape(construct, seed)
         abstract = nnx.merge(graph, params, batch_stats, rest)
         _check_modules(abstract, name)
         _check_state(params, batch_stats, rest, config)
@@ -97,7 +104,8 @@ def build(config: ConfigDict) -> Network:
             return logits, auxiliary, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
 
         shapes = nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
-        _trace(apply, *shapes, config)
+        with _naming_the_layer(name):
+            _trace(apply, *shapes, config)
 
     def init(seed: jax.Array) -> tuple[Tree, Tree]:
         _, drawn, began, _ = construct(seed)
@@ -262,11 +270,23 @@ _INSTEAD = {
 }
 
 
+_ATTENTIONS = (nnx.MultiHeadAttention, linen.MultiHeadDotProductAttention)
+
+
 def _refuse_layer(layer: nnx.Module | linen.Module, path: tuple, name: str) -> None:
-    """Raises Mistake for Flax's own BatchNorm and Dropout."""
+    """Raises Mistake for Flax's own BatchNorm and Dropout, and for attention that drops out."""
+    if isinstance(layer, _ATTENTIONS) and layer.dropout_rate:
+        raise Mistake(
+            f"{name} holds {type(layer).__name__} at {_where(path)} with dropout_rate="
+            f"{layer.dropout_rate}, which draws one mask for a whole microbatch; give it "
+            f"dropout_rate=0.0 and call {_INSTEAD['Dropout']}(x, rate, keys, train, tag) on its "
+            "result, which takes the keys the module is called with. For dropout of the attention "
+            "weights call flax.nnx.dot_product_attention(..., dropout_rng=key) of one example "
+            "under jax.vmap over the examples and their keys."
+        )
     for library, module in (("nnx", nnx), ("linen", linen)):
         for kind, instead in _INSTEAD.items():
-            if isinstance(layer, getattr(module, kind)):
+            if isinstance(layer, getattr(module, kind)) and getattr(layer, "rate", None) != 0:
                 raise Mistake(
                     f"{name} holds flax.{library}.{kind} at {_where(path)}, whose result depends "
                     f"on how a batch is cut over devices and microbatches; use {instead} instead."
@@ -327,6 +347,33 @@ def _check_state(
                 f"{config.dtype}, parameters and statistics are {wide}: give layers "
                 "param_dtype=jax.numpy.promote_types(dtype, jax.numpy.float32)."
             )
+
+
+@contextlib.contextmanager
+def _naming_the_layer(name: str) -> Iterator[None]:
+    """Adds to a Mistake from inside a model's layer the layer and the user's line that asked."""
+    try:
+        yield
+    except Mistake as error:
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        layers = [frame.f_locals["self"] for frame in frames
+                  if isinstance(frame.f_locals.get("self"), nnx.Module | linen.Module)]
+        if not layers or str(error).startswith(f"{name} "):  # from the checks of this file
+            raise
+        root = next((one for one in layers if isinstance(one, nnx.Module)), None)
+        paths = {id(part): path for path, part in nnx.iter_modules(root)} if root else {}
+        paths |= {id(one): one.path for one in layers
+                  if isinstance(one, linen.Module) and one.scope is not None}
+        path = next((paths[id(one)] for one in reversed(layers) if paths.get(id(one))), ())
+        lines = [
+            f"{frame.f_code.co_filename}:{line}"
+            for frame, line in traceback.walk_tb(error.__traceback__)
+            if is_users(frame.f_code.co_filename)
+        ]
+        raise Mistake(
+            f"{name}{' at ' + _where(path) if path else ''}: {error}"
+            f"{' Called at ' + lines[-1] + '.' if lines else ''}"
+        ) from None
 
 
 def _check_outputs(outputs: Any, shape: tuple[int, int], name: str) -> tuple[jax.Array, list]:

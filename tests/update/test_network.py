@@ -263,6 +263,59 @@ def test_a_model_that_keeps_examples_or_ghost_batches_apart_is_taken():
     network.build(with_model("update.test_network.Apart", {}))
 
 
+class OneByOne(nnx.Module):
+    """Calls a layer two levels down on one example."""
+
+    def __init__(self, num_classes, dtype, rngs):
+        self.inner = nnx.List([nnx.Linear(64, 10, rngs=rngs)])
+        self.inner[0].norm = GhostBatchNorm(64, ghost_size=16, rngs=rngs)
+
+    def __call__(self, images, train, keys):
+        return self.inner[0](self.inner[0].norm(images.reshape(len(images), -1)[:1], train))
+
+
+class LinenOneByOne(linen.Module):
+    @linen.compact
+    def __call__(self, images, train, keys):
+        norm = nnx.bridge.ToLinen(GhostBatchNorm, (64,), {"ghost_size": 16}, name="norm")
+        return linen.Dense(10)(norm(images.reshape(len(images), -1)[:1 + 16 * (1 - train)], train))
+
+
+def from_linen(module):
+    def model(num_classes, dtype, rngs):
+        return nnx.bridge.ToNNX(module, rngs=rngs).lazy_init(jnp.zeros((32, 8, 8, 1)), False, None)
+    return model
+
+
+class Attending(nnx.Module):
+    """Attention with dropout as the refusal of Flax's own advises it; and dropout at rate 0."""
+
+    def __init__(self, num_classes, dtype, rngs):
+        self.attention = nnx.MultiHeadAttention(
+            2, 8, decode=False, rngs=rngs, attention_fn=nnx.dot_product_attention)
+        self.dropout = nnx.Dropout(0.0, rngs=rngs)
+        self.head = nnx.Linear(64, num_classes, rngs=rngs)
+
+    def __call__(self, images, train, keys):
+        def weights_dropped(x, key):
+            return nnx.dot_product_attention(x, x, x, dropout_rng=key, dropout_rate=0.2)
+
+        x = dropout(self.attention(images[..., 0]), 0.1, keys, train, tag=0)
+        x = self.dropout(x, deterministic=not train)
+        if train:
+            x = jax.vmap(weights_dropped)(x[:, :, None], keys)
+        return self.head(x.reshape(len(x), -1))
+
+
+def test_attention_may_drop_out_by_the_keys_and_dropout_at_rate_0_is_harmless():
+    net = network.build(with_model("update.test_network.Attending", {}))
+    assert set(net.params) == {"attention", "head"}
+    network.build(with_model("update.test_network.linen_dropout_of_0", {}))
+
+
+linen_dropout_of_0 = linen_holding(linen.Dropout(0.0, deterministic=False))
+
+
 class Frozen(nnx.Module):
     def __init__(self, num_classes, dtype, rngs):
         self.norm = GhostBatchNorm(1, ghost_size=16, rngs=rngs)
@@ -348,6 +401,25 @@ UNFIT = {
        for name, mix in MIXING.items()},
     # Each entry depends on one example, of another ghost batch: no line is the first to mix them.
     "rolled": (mixing(lambda x: jnp.roll(x, 1, axis=0)), "mixes the examples of a batch, so"),
+    "attention_dropout": (
+        holding(lambda rngs: nnx.MultiHeadAttention(2, 64, decode=False, dropout_rate=0.1,
+                                                    rngs=rngs)),
+        r"MultiHeadAttention at inner.0.held with dropout_rate=0.1, .* keys, train, tag\) on its"),
+    "linen_attention_dropout": (
+        linen_holding(linen.MultiHeadDotProductAttention(2, dropout_rate=0.1, deterministic=True)),
+        r"MultiHeadDotProductAttention at Inner_0.unfit with dropout_rate=0.1, .*dropout_rate=0.0"),
+    "one_by_one": (
+        OneByOne, r"at inner.0.norm: GhostBatchNorm got 1 examples, .*; call it with the whole "
+        r"batch, .* Called at .*test_network.py:\d+\.$"),
+    "linen_one_by_one": (
+        from_linen(LinenOneByOne()),
+        r"at norm: GhostBatchNorm got 1 examples, .* Called at .*test_network.py:\d+\.$"),
+    "dropped_out": (
+        holding(lambda rngs: None, lambda _, x: dropout(x, 2.0, None, True, tag=0)),
+        r" dropout: rate is 2.0; .* Called at .*test_network.py:\d+\.$"),
+    "decayed": (
+        holding(lambda rngs: GhostBatchNorm(64, ghost_size=16, decay=2.0, rngs=rngs)),
+        r" GhostBatchNorm: decay is 2.0; .* Called at .*test_network.py:\d+\.$"),
     "no_module": (
         lambda num_classes, dtype, rngs: linen.Dense(10),
         r"returns a Dense; it must return a flax.nnx.Module \(a Linen module comes in as"),
@@ -362,7 +434,7 @@ def test_an_unfit_model_is_refused_before_compiling(name):
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None)
-    said = f"^tests.update.test_network.{name} .*{UNFIT[name][1]}"
+    said = f"^tests.update.test_network.{name}[ :].*{UNFIT[name][1]}"
     with pytest.raises(ValueError, match=said) as told:
         network.build(with_model(f"update.test_network.{name}", {}))
     assert "\n" not in str(told.value)
