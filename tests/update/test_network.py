@@ -397,10 +397,10 @@ UNFIT = {
         returning(lambda logits: (logits, [logits])), r"must be a list of \(weight, auxiliary"),
     "narrow_auxiliary": (
         returning(lambda logits: (logits, [(0.3, logits[:8])])), r"logits of shape \(8, 10\)"),
-    **{name: (mixing(mix), r"mixes the examples of a batch at .*test_network.py:\d+, so")
+    **{f"mixes_{name}": (mixing(mix), r"mixes the examples of a batch at .*test_network.py:\d+, so")
        for name, mix in MIXING.items()},
     # Each entry depends on one example, of another ghost batch: no line is the first to mix them.
-    "rolled": (mixing(lambda x: jnp.roll(x, 1, axis=0)), "mixes the examples of a batch, so"),
+    "mixes_rolled": (mixing(lambda x: jnp.roll(x, 1, axis=0)), "mixes the examples of a batch, so"),
     "attention_dropout": (
         holding(lambda rngs: nnx.MultiHeadAttention(2, 64, decode=False, dropout_rate=0.1,
                                                     rngs=rngs)),
