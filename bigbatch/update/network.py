@@ -99,7 +99,7 @@ def build(config: ConfigDict) -> Network:
                 graph, _fill(params, params_dict), _fill(batch_stats, stats_dict), copy=True
             )
             logits, auxiliary = _check_outputs(
-                module(images, train, keys), (len(images), num_classes), name
+                module(images, train, keys), (images.shape[0], num_classes), name
             )
             return logits, auxiliary, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
 
