@@ -20,6 +20,7 @@ from jax import export
 
 from bigbatch import checkpoint, command_line
 from bigbatch.mistake import Mistake
+from bigbatch.update.initial_weights import names
 
 LIBRARIES = {"safetensors": ["safetensors.numpy"], "stablehlo": ["flatbuffers"]}  # not required
 PLATFORMS = ("cpu", "cuda", "tpu")  # that a StableHLO file runs on
@@ -76,11 +77,7 @@ def export_run(
 
 def named(model: checkpoint.Model) -> dict[str, np.ndarray]:
     """All arrays of a network by name, such as params/head/kernel."""
-    tree = {"params": model.params, "batch_stats": model.batch_stats}
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    return names({"params": model.params, "batch_stats": model.batch_stats})
 
 
 def _write_npz(model: checkpoint.Model, request: Request) -> None:
