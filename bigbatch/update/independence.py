@@ -5,7 +5,7 @@ question: on which ghost batches do the entries of this array depend? Nothing is
 compiled, so it takes milliseconds whatever the network and the size of its images. The price is
 that the answer is a lower bound. Of operations that are not listed here, of loops over examples,
 and where a constant that differs between examples may mask them, nothing is claimed. So what is
-refused does mix examples, and what passes was not seen to.
+refused mixes examples, and what passes was not seen to.
 """
 
 import operator
@@ -289,8 +289,10 @@ def _concatenate(equation: Any, operands: list[Dependence]) -> list[Dependence]:
         operand.along.get(axis, np.zeros(shape[axis], np.uint8)) | np.uint8(operand.everywhere)
         for operand, shape in zip(operands, shapes, strict=True)
     ])}
-    for other in set.intersection(*(set(operand.along) for operand in operands)) - {axis}:
-        along[other] = np.bitwise_and.reduce([operand.along[other] for operand in operands])
+    # Along other axes this claims too much of a constant, such as a token put before each example's
+    # own, but only what its neighbours depend on: else nothing would be known of what follows.
+    joined = _joined(operands).along
+    along |= {other: bits for other, bits in joined.items() if other != axis}
     return [Dependence(everywhere, along, frozenset(range(len(shapes[0]))))]
 
 
@@ -334,6 +336,37 @@ def _window(equation: Any, operands: list[Dependence]) -> list[Dependence]:
     along = {axis: bits for axis, bits in operand.along.items()
              if sizes[axis] == 1 and shape[axis] == len(bits)}
     return _outputs(equation, Dependence(operand.everywhere, along, frozenset(range(len(shape)))))
+
+
+def _dynamic_slice(equation: Any, operands: list[Dependence]) -> list[Dependence]:
+    """Of a slice at a computed place, the axes that it takes whole."""
+    shape = _shape(equation.outvars[0])
+    along = {axis: bits for axis, bits in operands[0].along.items() if len(bits) == shape[axis]}
+    everywhere = _joined(operands).everywhere
+    return [Dependence(everywhere, along, frozenset(range(len(shape))))]
+
+
+def _gather(equation: Any, operands: list[Dependence]) -> list[Dependence]:
+    """Of indexing by arrays, the axes that are taken whole, and those of one index an example."""
+    numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
+    old, shape = _shape(equation.invars[0]), _shape(equation.outvars[0])
+    batching = list(numbers.operand_batching_dims)
+    left = [axis for axis in range(len(old))
+            if axis not in batching and axis not in numbers.collapsed_slice_dims]
+    of_indices = [axis for axis in range(len(shape)) if axis not in numbers.offset_dims]
+    along = {}
+    for axis, bits in operands[0].along.items():
+        if axis in batching:
+            along[of_indices[numbers.start_indices_batching_dims[batching.index(axis)]]] = bits
+        elif axis in left and sizes[axis] == old[axis]:
+            along[numbers.offset_dims[left.index(axis)]] = bits
+    everywhere = _joined(operands).everywhere
+    return [Dependence(everywhere, along, frozenset(range(len(shape))))]
+
+
+def _written(equation: Any, operands: list[Dependence]) -> list[Dependence]:
+    """Of an array of which a part is written over: what is left of it keeps what it depends on."""
+    return [operands[0]._replace(varies=frozenset(range(len(_shape(equation.outvars[0])))))]
 
 
 def _per_line(key: str) -> Callable:
@@ -398,7 +431,9 @@ RULES: dict[str, Callable[[Any, list[Dependence]], list[Dependence]]] = {
     "broadcast_in_dim": _broadcast, "transpose": _transpose, "reshape": _reshape,
     "squeeze": _squeeze, "slice": _cut(_sliced), "pad": _cut(_padded), "rev": _cut(_reversed),
     "concatenate": _concatenate, "dot_general": _dot, "conv_general_dilated": _convolution,
-    "iota": _iota, "sort": _per_line("dimension"),
+    "iota": _iota, "gather": _gather, "dynamic_slice": _dynamic_slice,
+    **dict.fromkeys(["scatter", "scatter-add", "dynamic_update_slice"], _written),
+    "sort": _per_line("dimension"),
     **dict.fromkeys(["cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"], _per_line("axis")),
     **dict.fromkeys(["random_wrap", "random_unwrap", "random_bits", "random_split",
                      "bitcast_convert_type"], _leading),

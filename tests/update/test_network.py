@@ -10,9 +10,9 @@ from flax import linen, nnx
 
 from bigbatch.models.dropout import dropout
 from bigbatch.models.normalization import GhostBatchNorm
-from bigbatch.update import network
+from bigbatch.update import independence, network
 from bigbatch.update.update import init_state
-from tests.support.configs import tiny
+from tests.support.configs import load, tiny
 from tests.support.updates import conv_net, train, with_model
 
 
@@ -213,7 +213,26 @@ def over_layers(x):
     return jax.lax.scan(lambda x, _: (x - x.mean(axis=0), None), x, length=3)[0]
 
 
+def after_a_token(x):
+    tokens = x.reshape(len(x), 64, 4)
+    tokens = jnp.concatenate([jnp.zeros((len(x), 1, 4)), tokens[:, 1:]], axis=1)
+    return tokens - tokens.mean(axis=0)
+
+
+def before_a_token(x):
+    tokens = (x - x.mean(axis=0)).reshape(len(x), 64, 4)
+    tokens = jnp.concatenate([jnp.zeros((len(x), 1, 4)), tokens], axis=1)
+    return jnp.tile(tokens[:, 0] + tokens[:, 1], 64)
+
+
 MIXING = {
+    "after_a_token": after_a_token,
+    "before_a_token": before_a_token,
+    "taken": lambda x: jnp.take(x - x.mean(axis=0), jnp.arange(8)[::-1], axis=1),
+    "taken_along": lambda x: jnp.take_along_axis(
+        x - x.mean(axis=0), jnp.argsort(x, axis=3), axis=3),
+    "cut_out": lambda x: jax.lax.dynamic_slice_in_dim(x - x.mean(axis=0), 0, 8, axis=1),
+    "written": lambda x: (x - x.mean(axis=0)).at[:, 0].set(0.0),
     "centred": lambda x: x - x.mean(axis=0),
     "scaled": lambda x: x / jnp.linalg.norm(x),
     "batch_norm": lambda x: jax.nn.standardize(x, axis=(0, 1, 2)),
@@ -246,6 +265,9 @@ class Apart(nnx.Module):
         x = dropout(x, 0.3, keys, train, tag=0)
         x = x + jax.vmap(lambda one, key: one * jax.random.normal(key, (4, 4, 1)))(x, keys)
         x = x.reshape(len(x), -1, x.shape[-1])
+        x = jnp.concatenate([jnp.zeros((len(x), 1, x.shape[-1])), x[:, 1:]], axis=1)
+        x = x.at[:, 0].set(1.0)[:, jnp.arange(16)[::-1]]
+        x = jnp.take_along_axis(x, jnp.argsort(x, axis=1), axis=1)
         x = self.attention(x + jax.nn.one_hot(jnp.arange(16), 8))
         x = jax.lax.scan(lambda x, _: (x - x.mean(axis=1, keepdims=True), None), x, length=2)[0]
         ghosts = x.reshape(-1, 16, *x.shape[1:])
@@ -259,8 +281,16 @@ class Apart(nnx.Module):
         return self.head(self.ghost(x, train))
 
 
-def test_a_model_that_keeps_examples_or_ghost_batches_apart_is_taken():
-    network.build(with_model("update.test_network.Apart", {}))
+@pytest.mark.parametrize("config", [
+    with_model("update.test_network.Apart", {}), tiny(), load("imagenet_resnet50"),
+    conv_net(dropout_rate=0.3), with_model("support.foreign_models.FromLinen", {"ghost_size": 16}),
+], ids=["Apart", "WideResNet", "ResNet", "ConvNet", "FromLinen"])
+def test_a_model_that_keeps_examples_or_ghost_batches_apart_is_taken(config, monkeypatch):
+    """And each of its operations is known to the check, so that it would see one that mixes."""
+    unknown = []
+    monkeypatch.setattr(independence, "_unknown", lambda equation, _: unknown.append(equation))
+    network.build(config)
+    assert unknown == []
 
 
 class OneByOne(nnx.Module):
