@@ -1,8 +1,9 @@
 """Whether a network keeps ghost batches apart, told from its traced operations alone.
 
 The network is traced on two ghost batches, and each operation is followed with the answer to one
-question: on which ghost batches do the entries of this array depend? Nothing is computed or
-compiled, so it takes milliseconds whatever the network and the size of its images. The price is
+question: on which ghost batches do the entries of this array depend? (Random numbers for a whole
+batch that are drawn from one key depend on the places of all of its examples.) Nothing is computed
+or compiled, so it takes milliseconds whatever the network and the size of its images. The price is
 that the answer is a lower bound. Of operations that are not listed here, of loops over examples,
 and where a constant that differs between examples may mask them, nothing is claimed. So what is
 refused mixes examples, and what passes was not seen to.
@@ -33,6 +34,7 @@ class Dependence(NamedTuple):
     along: dict[int, np.ndarray] = {}  # never changed in place
     varies: frozenset[int] = frozenset()  # axes along which a value that depends on none may vary
     origin: str = ""  # the user's line that first made an entry depend on several; "" if unknown
+    drawn: bool = False  # whether random numbers of a key of no example are in it
 
     @property
     def none(self) -> bool:
@@ -84,14 +86,15 @@ def follow(jaxpr: core.Jaxpr, inputs: Sequence[Dependence]) -> list[Dependence]:
 def _results(equation: Any, operands: list[Dependence]) -> list[Dependence]:
     """The dependences of an equation's results, with the user's line if it is the first to mix."""
     name = equation.primitive.name
-    if all(operand.none for operand in operands) and name not in RULES.keys() | ELEMENTWISE:
-        return [_constant(out.aval.shape) for out in equation.outvars]
     rule = _elementwise if name in ELEMENTWISE else RULES.get(name, _unknown)
     try:
         results = rule(equation, operands)
     except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError):
         # A release of JAX may give an operation other parameters, which is no mistake of a user's.
         results = _unknown(equation, operands)
+    if all(operand.none for operand in operands):
+        drawn = name == "random_bits" or any(operand.drawn for operand in operands)
+        return [result._replace(drawn=drawn or result.drawn) for result in results]
     origins = [operand.origin for operand in operands if operand.origin]
     for at, result in enumerate(results):
         if result.mixed and not result.origin:
@@ -148,6 +151,10 @@ def _unknown(equation: Any, operands: list[Dependence]) -> list[Dependence]:
 
 
 def _elementwise(equation: Any, operands: list[Dependence]) -> list[Dependence]:
+    drawn = frozenset().union(*(one.varies for one in operands if one.none and one.drawn))
+    if any(bits.any() for one in operands for axis, bits in one.along.items() if axis in drawn):
+        # Which number an example gets follows from its place among the others.
+        return _outputs(equation, _joined(operands)._replace(everywhere=(1 << GHOSTS) - 1))
     if equation.primitive.name in MASKING:
         operands = _masked(equation, operands)
     return _outputs(equation, _joined(operands))
@@ -431,7 +438,7 @@ RULES: dict[str, Callable[[Any, list[Dependence]], list[Dependence]]] = {
     "broadcast_in_dim": _broadcast, "transpose": _transpose, "reshape": _reshape,
     "squeeze": _squeeze, "slice": _cut(_sliced), "pad": _cut(_padded), "rev": _cut(_reversed),
     "concatenate": _concatenate, "dot_general": _dot, "conv_general_dilated": _convolution,
-    "iota": _iota, "gather": _gather, "dynamic_slice": _dynamic_slice,
+    "iota": _iota, "random_seed": _unknown, "gather": _gather, "dynamic_slice": _dynamic_slice,
     **dict.fromkeys(["scatter", "scatter-add", "dynamic_update_slice"], _written),
     "sort": _per_line("dimension"),
     **dict.fromkeys(["cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"], _per_line("axis")),

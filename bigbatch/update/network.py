@@ -439,5 +439,6 @@ def _check_apart(found: Tree, shapes: Tree, name: str) -> None:
             raise Mistake(
                 f"{name} mixes the examples of a batch{one.origin and ' at ' + one.origin}, so its "
                 "result would depend on how a batch is cut over devices and microbatches; look at "
-                "one example at a time, as layer or group norm does, or use GhostBatchNorm."
+                "one example at a time, as layer or group norm does, or use GhostBatchNorm; draw "
+                "random numbers from the keys the module is called with, one per example."
             )

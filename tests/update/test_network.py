@@ -232,6 +232,10 @@ MIXING = {
     "taken_along": lambda x: jnp.take_along_axis(
         x - x.mean(axis=0), jnp.argsort(x, axis=3), axis=3),
     "cut_out": lambda x: jax.lax.dynamic_slice_in_dim(x - x.mean(axis=0), 0, 8, axis=1),
+    "one_key": lambda x: x * jax.random.bernoulli(jax.random.key(0), 0.5, x.shape),
+    "one_old_key": lambda x: jnp.where(
+        jax.random.uniform(jax.random.PRNGKey(0), (len(x), 1, 1, 1)) < 0.5, x, 0.0),
+    "noise": lambda x: x + jax.random.normal(jax.random.key(1), x.shape),
     "written": lambda x: (x - x.mean(axis=0)).at[:, 0].set(0.0),
     "centred": lambda x: x - x.mean(axis=0),
     "scaled": lambda x: x / jnp.linalg.norm(x),
@@ -263,6 +267,8 @@ class Apart(nnx.Module):
         x = self.instance(self.layer(self.group(self.conv(images))))
         x = nnx.max_pool(x, (2, 2), strides=(2, 2)) + nnx.avg_pool(x, (2, 2), strides=(2, 2))
         x = dropout(x, 0.3, keys, train, tag=0)
+        x = x + jax.random.normal(jax.random.key(0), x.shape[1:])  # one number for all examples
+        x = x @ jax.random.normal(jax.random.key(0), (8, 8))
         x = x + jax.vmap(lambda one, key: one * jax.random.normal(key, (4, 4, 1)))(x, keys)
         x = x.reshape(len(x), -1, x.shape[-1])
         x = jnp.concatenate([jnp.zeros((len(x), 1, x.shape[-1])), x[:, 1:]], axis=1)
