@@ -20,6 +20,11 @@ def evaluate() -> None:
     _run("bigbatch.evaluate")
 
 
+def export() -> None:
+    """The command `bigbatch-export`."""
+    _run("bigbatch.export")
+
+
 def _run(module: str) -> None:
     if not sys.flags.safe_path:
         # The working directory in the place of the command's own folder: a config may name models

@@ -97,6 +97,10 @@ def base_config() -> ConfigDict:
 
     config.network = "bigbatch.models.wide_resnet.WideResNet"  # dotted path of a model function
     config.model = ConfigDict()  # its keyword arguments
+    # Weights to begin with, in the place of those that the seed draws: a workdir, or an .npz file
+    # of bigbatch-export; and the layers that begin anew all the same, such as ("head",).
+    config.init_from = ""
+    config.init_anew = ()
 
     config.data = ConfigDict({
         "name": "digits",  # digits, folder, a TFDS name, or the dotted path of a function of arrays

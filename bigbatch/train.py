@@ -29,7 +29,7 @@ from bigbatch.schedule.layout import Layout
 from bigbatch.storage import bucket, checkpoint, continuing, logs, workdir
 from bigbatch.storage.continuing import Position
 from bigbatch.storage.saves import Saves
-from bigbatch.update import evaluation, network, update
+from bigbatch.update import evaluation, initial_weights, network, update
 from bigbatch.watching import profiling, progress
 from bigbatch.watching.clock import Clock
 from bigbatch.watching.log import Log
@@ -171,6 +171,7 @@ def begin(
     is_due = make_due(config, goal.phases[-1].end_example)
 
     # The data and the state, on the devices.
+    begin_with = {} if newest.path else initial_weights.read(config, goal.net)
     feed = open_feed(
         config, mesh, phases, layouts, at.examples_seen, _evaluations(at, phases, is_due))
     at_end.callback(feed.close)
@@ -198,7 +199,8 @@ def begin(
 
     dtype = jax.tree.leaves(state.params)[0].dtype
     programs = Programs(
-        config, goal.net, mesh, layouts, feed.resident, feed.test, counted=peak is not None)
+        config, goal.net, mesh, layouts, feed.resident, feed.test, peak is not None,
+        begin_with)
     run = Run(
         goal.phases, phases, layouts, programs,
         partial(take_update, before_pass=watch.poll, before_reduction=watch.before_reduction,

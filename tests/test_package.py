@@ -79,6 +79,10 @@ def test_the_commands_train_and_evaluate_in_another_folder(installed, tmp_path):
     found = json.loads(evaluated.stdout)
     assert found["updates"] == last["updates"] == 9
     assert found["test_accuracy"] == pytest.approx(last["test_accuracy"])
+    written = installed.run(
+        "bigbatch-export", "--workdir=run", "--output=net.npz", folder=tmp_path)
+    assert written.returncode == 0, written.stderr
+    assert json.loads(written.stdout)["bytes"] == (tmp_path / "net.npz").stat().st_size
 
 
 def test_a_plan_and_what_is_in_the_folder_one_works_in(installed, tmp_path):
@@ -132,8 +136,9 @@ def test_one_bound_a_library_wherever_it_is_stated():
         [line.partition("#")[0].strip() for line in
          (REPOSITORY / name).read_text(encoding="utf-8").splitlines()]
         for name in ("requirements.txt", "requirements-tpu.txt"))
-    testing = [line for line in EXTRAS["test"] if line != "bigbatch[gcs,plots]"]
-    asked = {*PROJECT["dependencies"], *testing, *EXTRAS["gcs"], *EXTRAS["plots"]}
+    testing = [line for line in EXTRAS["test"] if line != "bigbatch[gcs,plots,export]"]
+    asked = {*PROJECT["dependencies"], *testing, *EXTRAS["gcs"], *EXTRAS["plots"],
+             *EXTRAS["export"]}
     assert {*filter(None, checkout)} == asked
     assert [*filter(None, tpu)] == EXTRAS["tpu"]
     bounds = {}

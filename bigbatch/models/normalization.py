@@ -76,7 +76,7 @@ class GhostBatchNorm(nnx.Module):
         if train and len(inputs) % self.ghost_size:
             raise Mistake(
                 f"GhostBatchNorm got {len(inputs)} examples, no whole number of ghost batches of "
-                f"{self.ghost_size}."
+                f"{self.ghost_size}; call it with the whole batch, its examples on the first axis."
             )
         outputs, mean, var = _normalise(
             inputs, None if self.scale is None else self.scale[...], self.bias[...],

@@ -16,7 +16,7 @@ from bigbatch.programs import compilation, dispatch
 from bigbatch.programs.compilation import EVALUATE, INIT, Program
 from bigbatch.programs.lowering import lowering
 from bigbatch.schedule.layout import Layout
-from bigbatch.update import network, update
+from bigbatch.update import initial_weights, network, update
 
 
 class Ready(NamedTuple):
@@ -33,7 +33,7 @@ class Programs:
 
     def __init__(
         self, config: ConfigDict, net: network.Network, mesh: Mesh, layouts: Sequence[Layout],
-        resident: Mapping, test: Mapping, counted: bool,
+        resident: Mapping, test: Mapping, counted: bool, begin_with: Mapping | None = None,
     ):
         """Args:
         config: of the run.
@@ -43,10 +43,11 @@ class Programs:
         resident: see `feed.Feed`.
         test: see there.
         counted: whether to count floating-point operations.
+        begin_with: the weights of a new run, see `initial_weights.read`; none if not given.
         """
         self._config, self._net, self._mesh = config, net, mesh
         self._layouts, self._resident, self._test = layouts, resident, test
-        self._counted = counted
+        self._counted, self._begin_with = counted, begin_with or {}
         self._futures: dict[Program, Future] = {}
 
     def begin(
@@ -73,7 +74,8 @@ class Programs:
         if is_new:
             watch.wait(self._futures[INIT].done)
             initial = self._futures[INIT].result().call(np.uint32(self._config.seed))
-            state = place(jax.tree.map(np.asarray, initial), replicated(self._mesh))
+            initial = initial_weights.put(jax.tree.map(np.asarray, initial), self._begin_with)
+            state = place(initial, replicated(self._mesh))
         several = any(layout.microbatches > 1 for layout in self._layouts)
         sums = dispatch.room_for_sums(state, self._mesh) if several else None
         watch.wait(lambda: all(self._futures[program].done() for program in first))

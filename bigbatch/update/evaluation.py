@@ -27,7 +27,7 @@ def make_evaluate(config: ConfigDict, net: network.Network, mesh: Mesh) -> Calla
     streamed. `batch` has `record` (int32, -1 for padding) and, if the test set is streamed,
     `images` and `labels`.
     """
-    dtype = jnp.promote_types(config.dtype, jnp.float32)
+    dtype = jnp.promote_types(config.dtype, jnp.float32)  # of the logits
 
     def evaluate(params: Any, batch_stats: Any, test: Mapping, batch: Mapping) -> jax.Array:
         record = batch["record"]
@@ -36,13 +36,7 @@ def make_evaluate(config: ConfigDict, net: network.Network, mesh: Mesh) -> Calla
         else:
             rows = jnp.maximum(record, 0)
             source, labels = test["images"], test["labels"][rows]
-        images = augment.take_plain(source, rows, config.data.augment.crop)
-        images = augment.normalise(
-            images, config.data.mean, config.data.std, jnp.dtype(config.dtype)
-        )
-        keys = jax.random.split(jax.random.key(0), len(record))  # not used in evaluation
-        logits, *_ = net.apply(params, batch_stats, images, False, keys)
-        logits = logits.astype(dtype)
+        logits = logits_of(config, net, params, batch_stats, source, rows)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         real = record >= 0
         sums = jnp.stack([
@@ -56,6 +50,30 @@ def make_evaluate(config: ConfigDict, net: network.Network, mesh: Mesh) -> Calla
         evaluate, mesh=mesh, in_specs=(P(), P(), P(), P(AXIS)), out_specs=P(), check_vma=False
     )
     return jax.jit(mapped, compiler_options=compiler_options(mesh))
+
+
+def logits_of(
+    config: ConfigDict, net: network.Network, params: Any, batch_stats: Any,
+    images_NxHxWxC: jax.Array, rows_B: jax.Array,
+) -> jax.Array:
+    """The logits of images as they are in the data set, cropped and normalised for evaluation.
+
+    Args:
+        config: of the run.
+        net: its network.
+        params: its parameters.
+        batch_stats: its running statistics.
+        images_NxHxWxC: uint8.
+        rows_B: the indices of the images to take.
+
+    Returns:
+        (B, classes) in float32, or in float64 where `config.dtype` is.
+    """
+    images = augment.take_plain(images_NxHxWxC, rows_B, config.data.augment.crop)
+    images = augment.normalise(images, config.data.mean, config.data.std, jnp.dtype(config.dtype))
+    keys = jax.random.split(jax.random.key(0), rows_B.shape[0])  # not used in evaluation
+    logits, *_ = net.apply(params, batch_stats, images, False, keys)
+    return logits.astype(jnp.promote_types(config.dtype, jnp.float32))
 
 
 def whole_test_set(

@@ -1,17 +1,23 @@
 """The network that a config names, as pure functions of its parameters and running statistics."""
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.errors
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen, nnx
 from ml_collections import ConfigDict
 
 from bigbatch import dotted
 from bigbatch.mistake import Mistake
+from bigbatch.update import independence
+from bigbatch.update.user_lines import is_users
 
 Tree = Mapping[str, Any]
 
@@ -68,15 +74,20 @@ def build(config: ConfigDict) -> Network:
         rngs.default = _Stream(key, tag="default")  # for streams of any name
         module = function(num_classes, dtype, rngs, **arguments)
         _check_callable(module, name)
+        _check_constants(module, name)
+        # Streams that no training call draws from.
         for bridge in _bridges(module).values():
-            # Streams left from initialisation; numbers from them would not be those of one example.
-            bridge.to_nnx__rngs = None
+            bridge.to_nnx__rngs = None  # left from initialisation
+        for _, part in nnx.iter_modules(module):
+            if isinstance(part, nnx.Dropout) and part.rate == 0:
+                part.rngs = nnx.data(None)
         return nnx.split(module, nnx.Param, nnx.BatchStat, ...)
 
     linen_layers: dict[tuple, str] = {}  # class name by path
     with linen.intercept_methods(_watch_linen(linen_layers, name)):
         seed = jax.ShapeDtypeStruct((), jnp.uint32)
-        graph, params, batch_stats, rest = jax.eval_shape(construct, seed)
+        with _naming_the_layer(name):
+            graph, params, batch_stats, rest = jax.eval_shape(construct, seed)
         abstract = nnx.merge(graph, params, batch_stats, rest)
         _check_modules(abstract, name)
         _check_state(params, batch_stats, rest, config)
@@ -88,12 +99,13 @@ def build(config: ConfigDict) -> Network:
                 graph, _fill(params, params_dict), _fill(batch_stats, stats_dict), copy=True
             )
             logits, auxiliary = _check_outputs(
-                module(images, train, keys), (len(images), num_classes), name
+                module(images, train, keys), (images.shape[0], num_classes), name
             )
             return logits, auxiliary, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
 
         shapes = nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
-        _trace(apply, *shapes, config)
+        with _naming_the_layer(name):
+            _trace(apply, *shapes, config)
 
     def init(seed: jax.Array) -> tuple[Tree, Tree]:
         _, drawn, began, _ = construct(seed)
@@ -185,17 +197,96 @@ def _check_callable(module: Any, name: str) -> None:
         ) from None
 
 
+_CONSTANTS = (
+    "Create constants where they are used: inside __call__, or as NumPy arrays outside of the "
+    "class."
+)
+
+
+def _check_constants(module: nnx.Module, name: str) -> None:
+    """Refuses arrays that `__init__` leaves in the module beside its variables.
+
+    `__init__` is traced. So what jax.numpy makes in it is a value of that trace and means nothing
+    in a call, and Flax keeps it, as it keeps an `nnx.static` array, among the settings that it
+    compares and hashes.
+    """
+    for path, part in nnx.iter_modules(module):
+        for attribute, value in vars(part).items():
+            found = _find_array(value)
+            if found is not None:
+                raise Mistake(
+                    f"{name} keeps an array at {_where((*path, attribute))}{found}, which is "
+                    "no parameter: arrays that __init__ makes mean nothing in a call. "
+                    f"{_CONSTANTS}"
+                )
+
+
+def _find_array(
+    value: Any, where: str = "", constant: bool = False, depth: int = 0
+) -> str | None:
+    """The place in `value` of an array that is in no variable; None if there is none.
+
+    Args:
+        value: of an attribute.
+        where: a text for the place of `value` in the attribute.
+        constant: whether arrays are constants there, unless a trace made them.
+        depth: how far `value` lies within the attribute.
+    """
+    if isinstance(value, jax.core.Tracer) or (
+        isinstance(value, jax.Array | np.ndarray) and depth and not constant
+    ):
+        return where
+    if depth > 8 or isinstance(value, nnx.Variable | nnx.Module):
+        return None
+    inside: list[tuple[str, Any]] = []
+    if isinstance(value, Mapping):
+        inside = [(f"[{key!r}]", one) for key, one in value.items()]
+    elif isinstance(value, list | tuple):
+        inside = [(f"[{at}]", one) for at, one in enumerate(value)]
+    elif isinstance(value, partial):
+        held = [value.func, *value.args, *value.keywords.values()]
+        inside, constant = [(" (in a partial)", one) for one in held], True
+    elif inspect.isfunction(value):
+        held = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+        inside = [(f" (in a function, as {key})", _content(cell)) for key, cell in held]
+        constant = True
+    elif isinstance(value, linen.Module):
+        inside = [(f".{key}", getattr(value, key, None)) for key in value.__dataclass_fields__
+                  if key not in ("parent", "name")]
+    found = (_find_array(one, where + place, constant, depth + 1) for place, one in inside)
+    return next((place for place in found if place is not None), None)
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing was assigned yet
+        return None
+
+
 _INSTEAD = {
     "BatchNorm": "bigbatch.models.normalization.GhostBatchNorm",
     "Dropout": "bigbatch.models.dropout.dropout",
 }
 
 
+_ATTENTIONS = (nnx.MultiHeadAttention, linen.MultiHeadDotProductAttention)
+
+
 def _refuse_layer(layer: nnx.Module | linen.Module, path: tuple, name: str) -> None:
-    """Raises Mistake for Flax's own BatchNorm and Dropout."""
+    """Raises Mistake for Flax's own BatchNorm and Dropout, and for attention that drops out."""
+    if isinstance(layer, _ATTENTIONS) and layer.dropout_rate:
+        raise Mistake(
+            f"{name} holds {type(layer).__name__} at {_where(path)} with dropout_rate="
+            f"{layer.dropout_rate}, which draws one mask for a whole microbatch; give it "
+            f"dropout_rate=0.0 and call {_INSTEAD['Dropout']}(x, rate, keys, train, tag) on its "
+            "result, which takes the keys the module is called with. For dropout of the attention "
+            "weights call flax.nnx.dot_product_attention(..., dropout_rng=key) of one example "
+            "under jax.vmap over the examples and their keys."
+        )
     for library, module in (("nnx", nnx), ("linen", linen)):
         for kind, instead in _INSTEAD.items():
-            if isinstance(layer, getattr(module, kind)):
+            if isinstance(layer, getattr(module, kind)) and getattr(layer, "rate", None) != 0:
                 raise Mistake(
                     f"{name} holds flax.{library}.{kind} at {_where(path)}, whose result depends "
                     f"on how a batch is cut over devices and microbatches; use {instead} instead."
@@ -233,8 +324,7 @@ def _check_state(
         kind = type(leaf).__name__ if isinstance(leaf, nnx.Variable) else "a plain array"
         raise Mistake(
             f"{name} keeps {kind} at {_where(path)}; only parameters (nnx.Param) and "
-            "GhostBatchNorm's statistics are kept from update to update. Create constants where "
-            "they are used."
+            f"GhostBatchNorm's statistics are kept from update to update. {_CONSTANTS}"
         )
     for path, variable in nnx.to_flat_state(batch_stats):
         metadata = variable.get_metadata()
@@ -257,6 +347,33 @@ def _check_state(
                 f"{config.dtype}, parameters and statistics are {wide}: give layers "
                 "param_dtype=jax.numpy.promote_types(dtype, jax.numpy.float32)."
             )
+
+
+@contextlib.contextmanager
+def _naming_the_layer(name: str) -> Iterator[None]:
+    """Adds to a Mistake from inside a model's layer the layer and the user's line that asked."""
+    try:
+        yield
+    except Mistake as error:
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        layers = [frame.f_locals["self"] for frame in frames
+                  if isinstance(frame.f_locals.get("self"), nnx.Module | linen.Module)]
+        if not layers or str(error).startswith(f"{name} "):  # from the checks of this file
+            raise
+        root = next((one for one in layers if isinstance(one, nnx.Module)), None)
+        paths = {id(part): path for path, part in nnx.iter_modules(root)} if root else {}
+        paths |= {id(one): one.path for one in layers
+                  if isinstance(one, linen.Module) and one.scope is not None}
+        path = next((paths[id(one)] for one in reversed(layers) if paths.get(id(one))), ())
+        lines = [
+            f"{frame.f_code.co_filename}:{line}"
+            for frame, line in traceback.walk_tb(error.__traceback__)
+            if is_users(frame.f_code.co_filename)
+        ]
+        raise Mistake(
+            f"{name}{' at ' + _where(path) if path else ''}: {error}"
+            f"{' Called at ' + lines[-1] + '.' if lines else ''}"
+        ) from None
 
 
 def _check_outputs(outputs: Any, shape: tuple[int, int], name: str) -> tuple[jax.Array, list]:
@@ -283,15 +400,18 @@ def _is_pair(value: Any) -> bool:
 
 def _trace(apply: Callable, params: Tree, batch_stats: Tree, config: ConfigDict) -> None:
     """Checks a training call of the module by tracing it; nothing is computed."""
-    data, ghost, name = config.data, config.ghost_size, config.network
+    data, name, examples = config.data, config.network, config.ghost_size * independence.GHOSTS
     images = jax.ShapeDtypeStruct(
-        (ghost, data.image_size, data.image_size, len(data.mean)), jnp.dtype(config.dtype)
+        (examples, data.image_size, data.image_size, len(data.mean)), jnp.dtype(config.dtype)
     )
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), ghost))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), examples))
+
+    def call(*arrays: Any) -> tuple[list[jax.Array], Tree]:
+        logits, auxiliary, rows = apply(*arrays[:3], True, arrays[3])
+        return [logits, *(more for _, more in auxiliary)], rows
+
     try:
-        *_, rows = jax.eval_shape(
-            lambda *arrays: apply(*arrays[:3], True, arrays[3]), params, batch_stats, images, keys
-        )
+        shapes, found = independence.trace(call, params, batch_stats, images, keys)
     except flax.errors.InvalidRngError as error:
         raise Mistake(
             f"{name} draws from a random stream of Linen's; draw from the keys the module is "
@@ -299,10 +419,26 @@ def _trace(apply: Callable, params: Tree, batch_stats: Tree, config: ConfigDict)
             f"over devices and microbatches. Flax says: {error}"
         ) from None
     running = dict(jax.tree_util.tree_leaves_with_path(batch_stats))
-    for path, row in jax.tree_util.tree_leaves_with_path(rows):
-        if row.shape != (1, *running[path].shape):
+    for path, row in jax.tree_util.tree_leaves_with_path(shapes[1]):
+        if row.shape != (independence.GHOSTS, *running[path].shape):
             raise Mistake(
                 f"{name} does not update the statistic {jax.tree_util.keystr(path)} in training; "
                 "call GhostBatchNorm with train=True there (through Flax's bridge also with "
                 "mutable=['batch_stats'])."
+            )
+    _check_apart(found, shapes, name)
+
+
+def _check_apart(found: Tree, shapes: Tree, name: str) -> None:
+    """Raises Mistake if a ghost batch's results were seen to depend on other examples."""
+    is_leaf = partial(lambda kind, one: isinstance(one, kind), independence.Dependence)
+    for one, shape in zip(
+        jax.tree.leaves(found, is_leaf=is_leaf), jax.tree.leaves(shapes), strict=True
+    ):
+        if not independence.is_apart(one, shape.shape):
+            raise Mistake(
+                f"{name} mixes the examples of a batch{one.origin and ' at ' + one.origin}, so its "
+                "result would depend on how a batch is cut over devices and microbatches; look at "
+                "one example at a time, as layer or group norm does, or use GhostBatchNorm; draw "
+                "random numbers from the keys the module is called with, one per example."
             )

@@ -1,15 +1,18 @@
 """Models from outside of the package: what they may be, and what is refused, naming the layer."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
 
+from bigbatch.models.dropout import dropout
 from bigbatch.models.normalization import GhostBatchNorm
-from bigbatch.update import network
+from bigbatch.update import independence, network
 from bigbatch.update.update import init_state
-from tests.support.configs import tiny
+from tests.support.configs import load, tiny
 from tests.support.updates import conv_net, train, with_model
 
 
@@ -126,6 +129,54 @@ class Noise(linen.Module):
         return x + jax.random.normal(self.make_rng("noise"), x.shape)
 
 
+class Shifted(linen.Module):
+    shift: np.ndarray
+
+    def __call__(self, x):
+        return x + self.shift
+
+
+def adding(number):
+    return lambda x: x + number
+
+
+def keeping(make):
+    """A model that makes a table in `__init__`, as one would in PyTorch."""
+    class Model(nnx.Module):
+        def __init__(self, num_classes, dtype, rngs):
+            self.head = nnx.Linear(64, num_classes, rngs=rngs)
+            self.table = make()
+
+        def __call__(self, images, train, keys):
+            return self.head(images.reshape(len(images), -1))
+    return Model
+
+
+TABLE = np.linspace(0, 1, 64)
+
+
+class WithConstants(nnx.Module):
+    """Constants where they may be: of the file, in `__call__`, in a function, or plain numbers."""
+
+    def __init__(self, num_classes, dtype, rngs):
+        self.head = nnx.Linear(64, num_classes, rngs=rngs)
+        self.add, self.shift = adding(TABLE), (0.5, 0.25)
+
+    def __call__(self, images, train, keys):
+        x = self.add(images.reshape(len(images), -1)) * TABLE + jnp.arange(64.0)
+        return self.head(x + self.shift[0])
+
+
+def test_a_model_may_use_constants():
+    net = network.build(with_model("update.test_network.WithConstants", {}))
+    params, batch_stats = net.init(np.uint32(0))
+    images = np.ones((3, 8, 8, 1), np.float32)
+    logits, *_ = jax.jit(lambda *arrays: net.apply(*arrays, True, None))(
+        params, batch_stats, images)
+    expected = ((1 + TABLE) * TABLE + np.arange(64) + 0.5) @ params["head"]["kernel"]
+    np.testing.assert_allclose(logits[0], expected, rtol=1e-4)
+
+
 class Counter(nnx.Variable):
     pass
 
@@ -139,6 +190,166 @@ def returning(outputs):
         def __call__(self, images, train, keys):
             return outputs(self.head(images.reshape(len(images), -1)))
     return Model
+
+
+def mixing(mix):
+    """A model that puts its images through `mix`."""
+    class Model(nnx.Module):
+        def __init__(self, num_classes, dtype, rngs):
+            self.conv = nnx.Conv(1, 4, (3, 3), rngs=rngs)
+            self.head = nnx.Linear(256, num_classes, rngs=rngs)
+
+        def __call__(self, images, train, keys):
+            return self.head(mix(self.conv(images)).reshape(len(images), -1))
+    return Model
+
+
+def attention(x):
+    x = x.reshape(len(x), -1)
+    return jax.nn.softmax(x @ x.T) @ x
+
+
+def over_layers(x):
+    return jax.lax.scan(lambda x, _: (x - x.mean(axis=0), None), x, length=3)[0]
+
+
+def after_a_token(x):
+    tokens = x.reshape(len(x), 64, 4)
+    tokens = jnp.concatenate([jnp.zeros((len(x), 1, 4)), tokens[:, 1:]], axis=1)
+    return tokens - tokens.mean(axis=0)
+
+
+def before_a_token(x):
+    tokens = (x - x.mean(axis=0)).reshape(len(x), 64, 4)
+    tokens = jnp.concatenate([jnp.zeros((len(x), 1, 4)), tokens], axis=1)
+    return jnp.tile(tokens[:, 0] + tokens[:, 1], 64)
+
+
+MIXING = {
+    "after_a_token": after_a_token,
+    "before_a_token": before_a_token,
+    "taken": lambda x: jnp.take(x - x.mean(axis=0), jnp.arange(8)[::-1], axis=1),
+    "taken_along": lambda x: jnp.take_along_axis(
+        x - x.mean(axis=0), jnp.argsort(x, axis=3), axis=3),
+    "cut_out": lambda x: jax.lax.dynamic_slice_in_dim(x - x.mean(axis=0), 0, 8, axis=1),
+    "one_key": lambda x: x * jax.random.bernoulli(jax.random.key(0), 0.5, x.shape),
+    "one_old_key": lambda x: jnp.where(
+        jax.random.uniform(jax.random.PRNGKey(0), (len(x), 1, 1, 1)) < 0.5, x, 0.0),
+    "noise": lambda x: x + jax.random.normal(jax.random.key(1), x.shape),
+    "written": lambda x: (x - x.mean(axis=0)).at[:, 0].set(0.0),
+    "centred": lambda x: x - x.mean(axis=0),
+    "scaled": lambda x: x / jnp.linalg.norm(x),
+    "batch_norm": lambda x: jax.nn.standardize(x, axis=(0, 1, 2)),
+    "flat": lambda x: jax.nn.softmax(x.reshape(-1)),
+    "turned": lambda x: x.T - x.T.max(axis=3, keepdims=True),
+    "mixed_up": lambda x: 0.9 * x + 0.1 * x[::-1],
+    "paired": lambda x: x + jnp.concatenate([x[16:], x[:16]]),
+    "attention": attention,
+    "sorted": lambda x: jnp.sort(x, axis=0),
+    "over_layers": over_layers,
+    "recomputed": jax.checkpoint(lambda x: jax.jit(lambda x: x - x.sum(axis=0))(x)),
+}
+
+
+class Apart(nnx.Module):
+    """Much that looks at one example at a time, or at one ghost batch."""
+
+    def __init__(self, num_classes, dtype, rngs):
+        self.conv = nnx.Conv(1, 8, (3, 3), rngs=rngs)
+        self.group = nnx.GroupNorm(8, num_groups=2, rngs=rngs)
+        self.layer = nnx.LayerNorm(8, rngs=rngs)
+        self.instance = nnx.InstanceNorm(8, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+        self.ghost = GhostBatchNorm(8, ghost_size=16, rngs=rngs)
+        self.head = nnx.Linear(8, num_classes, rngs=rngs)
+
+    def __call__(self, images, train, keys):
+        x = self.instance(self.layer(self.group(self.conv(images))))
+        x = nnx.max_pool(x, (2, 2), strides=(2, 2)) + nnx.avg_pool(x, (2, 2), strides=(2, 2))
+        x = dropout(x, 0.3, keys, train, tag=0)
+        x = x + jax.random.normal(jax.random.key(0), x.shape[1:])  # one number for all examples
+        x = x @ jax.random.normal(jax.random.key(0), (8, 8))
+        x = x + jax.vmap(lambda one, key: one * jax.random.normal(key, (4, 4, 1)))(x, keys)
+        x = x.reshape(len(x), -1, x.shape[-1])
+        x = jnp.concatenate([jnp.zeros((len(x), 1, x.shape[-1])), x[:, 1:]], axis=1)
+        x = x.at[:, 0].set(1.0)[:, jnp.arange(16)[::-1]]
+        x = jnp.take_along_axis(x, jnp.argsort(x, axis=1), axis=1)
+        x = self.attention(x + jax.nn.one_hot(jnp.arange(16), 8))
+        x = jax.lax.scan(lambda x, _: (x - x.mean(axis=1, keepdims=True), None), x, length=2)[0]
+        ghosts = x.reshape(-1, 16, *x.shape[1:])
+        x = (ghosts - ghosts.mean(axis=1, keepdims=True)).reshape(x.shape)
+        # Ghost batches by masks, of which the check cannot see that they keep them apart.
+        ghost = jnp.arange(len(x)) // 16
+        mask = (ghost[:, None] == ghost[None, :]).astype(x.dtype)
+        x = x - jnp.tensordot(mask, x, axes=1) / 16
+        x = x - (mask[:, :, None, None] * x[None]).sum(axis=1) / 16
+        x = jnp.roll(jnp.sort(x[:, ::-1], axis=1), 1, axis=1).transpose(1, 2, 0).mean(axis=0).T
+        return self.head(self.ghost(x, train))
+
+
+@pytest.mark.parametrize("config", [
+    with_model("update.test_network.Apart", {}), tiny(), load("imagenet_resnet50"),
+    conv_net(dropout_rate=0.3), with_model("support.foreign_models.FromLinen", {"ghost_size": 16}),
+], ids=["Apart", "WideResNet", "ResNet", "ConvNet", "FromLinen"])
+def test_a_model_that_keeps_examples_or_ghost_batches_apart_is_taken(config, monkeypatch):
+    """And each of its operations is known to the check, so that it would see one that mixes."""
+    unknown = []
+    monkeypatch.setattr(independence, "_unknown", lambda equation, _: unknown.append(equation))
+    network.build(config)
+    assert unknown == []
+
+
+class OneByOne(nnx.Module):
+    """Calls a layer two levels down on one example."""
+
+    def __init__(self, num_classes, dtype, rngs):
+        self.inner = nnx.List([nnx.Linear(64, 10, rngs=rngs)])
+        self.inner[0].norm = GhostBatchNorm(64, ghost_size=16, rngs=rngs)
+
+    def __call__(self, images, train, keys):
+        return self.inner[0](self.inner[0].norm(images.reshape(len(images), -1)[:1], train))
+
+
+class LinenOneByOne(linen.Module):
+    @linen.compact
+    def __call__(self, images, train, keys):
+        norm = nnx.bridge.ToLinen(GhostBatchNorm, (64,), {"ghost_size": 16}, name="norm")
+        return linen.Dense(10)(norm(images.reshape(len(images), -1)[:1 + 16 * (1 - train)], train))
+
+
+def from_linen(module):
+    def model(num_classes, dtype, rngs):
+        return nnx.bridge.ToNNX(module, rngs=rngs).lazy_init(jnp.zeros((32, 8, 8, 1)), False, None)
+    return model
+
+
+class Attending(nnx.Module):
+    """Attention with dropout as the refusal of Flax's own advises it; and dropout at rate 0."""
+
+    def __init__(self, num_classes, dtype, rngs):
+        self.attention = nnx.MultiHeadAttention(
+            2, 8, decode=False, rngs=rngs, attention_fn=nnx.dot_product_attention)
+        self.dropout = nnx.Dropout(0.0, rngs=rngs)
+        self.head = nnx.Linear(64, num_classes, rngs=rngs)
+
+    def __call__(self, images, train, keys):
+        def weights_dropped(x, key):
+            return nnx.dot_product_attention(x, x, x, dropout_rng=key, dropout_rate=0.2)
+
+        x = dropout(self.attention(images[..., 0]), 0.1, keys, train, tag=0)
+        x = self.dropout(x, deterministic=not train)
+        if train:
+            x = jax.vmap(weights_dropped)(x[:, :, None], keys)
+        return self.head(x.reshape(len(x), -1))
+
+
+def test_attention_may_drop_out_by_the_keys_and_dropout_at_rate_0_is_harmless():
+    net = network.build(with_model("update.test_network.Attending", {}))
+    assert set(net.params) == {"attention", "head"}
+    network.build(with_model("update.test_network.linen_dropout_of_0", {}))
+
+
+linen_dropout_of_0 = linen_holding(linen.Dropout(0.0, deterministic=False))
 
 
 class Frozen(nnx.Module):
@@ -184,7 +395,22 @@ UNFIT = {
         r"keeps Counter at inner.0.held; only parameters"),
     "table": (
         holding(lambda rngs: nnx.data(jnp.arange(64.0)), lambda table, x: x + table),
-        r"keeps a plain array at inner.0.held; .*Create constants where they are used"),
+        r"keeps an array at inner.0.held, which is no parameter: .*constants where they are used"),
+    "made_in_init": (
+        keeping(lambda: jnp.ones(64)),
+        r"keeps an array at table, which is no parameter: .*where they are used: inside __call__"),
+    "listed_in_init": (keeping(lambda: [jnp.ones(64)]), r"keeps an array at table\[0\], which"),
+    "named_in_init": (keeping(lambda: {"a": jnp.ones(64)}), r"an array at table\['a'\], which"),
+    "static": (keeping(lambda: nnx.static(jnp.ones(64))), "an array at table, which"),
+    "in_a_closure": (
+        keeping(lambda: adding(jnp.ones(64))), r"an array at table \(in a function, as number\)"),
+    "in_a_partial": (
+        keeping(lambda: partial(jnp.add, jnp.ones(64))), r"an array at table \(in a partial\)"),
+    "numpy": (keeping(lambda: np.ones(64)), r"keeps a plain array at table; .*inside __call__"),
+    "variable": (
+        keeping(lambda: nnx.Variable(jnp.ones(64))), r"keeps Variable at table; .*inside __call__"),
+    "linen_table": (
+        linen_holding(Shifted(np.ones(64))), r"an array at to_nnx__module.layer.shift, which"),
     "half_parameters": (
         holding(lambda rngs: nnx.Param(jnp.zeros(3, jnp.bfloat16))),
         r"keeps bfloat16 at inner.0.held; where config.dtype is float32, .*are float32: give"),
@@ -196,9 +422,9 @@ UNFIT = {
         r"does not update the statistic \['norm'\]\['mean'\] in training; call GhostBatchNorm"),
     "narrow": (
         returning(lambda logits: logits[:, :9]),
-        r"logits of shape \(16, 9\) for 16 images; they must be \(16, 10\)"),
+        r"logits of shape \(32, 9\) for 32 images; they must be \(32, 10\)"),
     "summed": (
-        returning(lambda logits: logits.sum(axis=0)), r"logits of shape \(10,\) for 16 images"),
+        returning(lambda logits: logits.sum(axis=0)), r"logits of shape \(10,\) for 32 images"),
     "three": (returning(lambda logits: (logits, [], 0)), "logits of shape tuple"),
     "bare_auxiliary": (
         returning(lambda logits: (logits, logits)),
@@ -207,6 +433,29 @@ UNFIT = {
         returning(lambda logits: (logits, [logits])), r"must be a list of \(weight, auxiliary"),
     "narrow_auxiliary": (
         returning(lambda logits: (logits, [(0.3, logits[:8])])), r"logits of shape \(8, 10\)"),
+    **{f"mixes_{name}": (mixing(mix), r"mixes the examples of a batch at .*test_network.py:\d+, so")
+       for name, mix in MIXING.items()},
+    # Each entry depends on one example, of another ghost batch: no line is the first to mix them.
+    "mixes_rolled": (mixing(lambda x: jnp.roll(x, 1, axis=0)), "mixes the examples of a batch, so"),
+    "attention_dropout": (
+        holding(lambda rngs: nnx.MultiHeadAttention(2, 64, decode=False, dropout_rate=0.1,
+                                                    rngs=rngs)),
+        r"MultiHeadAttention at inner.0.held with dropout_rate=0.1, .* keys, train, tag\) on its"),
+    "linen_attention_dropout": (
+        linen_holding(linen.MultiHeadDotProductAttention(2, dropout_rate=0.1, deterministic=True)),
+        r"MultiHeadDotProductAttention at Inner_0.unfit with dropout_rate=0.1, .*dropout_rate=0.0"),
+    "one_by_one": (
+        OneByOne, r"at inner.0.norm: GhostBatchNorm got 1 examples, .*; call it with the whole "
+        r"batch, .* Called at .*test_network.py:\d+\.$"),
+    "linen_one_by_one": (
+        from_linen(LinenOneByOne()),
+        r"at norm: GhostBatchNorm got 1 examples, .* Called at .*test_network.py:\d+\.$"),
+    "dropped_out": (
+        holding(lambda rngs: None, lambda _, x: dropout(x, 2.0, None, True, tag=0)),
+        r" dropout: rate is 2.0; .* Called at .*test_network.py:\d+\.$"),
+    "decayed": (
+        holding(lambda rngs: GhostBatchNorm(64, ghost_size=16, decay=2.0, rngs=rngs)),
+        r" GhostBatchNorm: decay is 2.0; .* Called at .*test_network.py:\d+\.$"),
     "no_module": (
         lambda num_classes, dtype, rngs: linen.Dense(10),
         r"returns a Dense; it must return a flax.nnx.Module \(a Linen module comes in as"),
@@ -221,7 +470,7 @@ def test_an_unfit_model_is_refused_before_compiling(name):
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, *_, **__: compiled.append(event) if "backend_compile" in event else None)
-    said = f"^tests.update.test_network.{name} .*{UNFIT[name][1]}"
+    said = f"^tests.update.test_network.{name}[ :].*{UNFIT[name][1]}"
     with pytest.raises(ValueError, match=said) as told:
         network.build(with_model(f"update.test_network.{name}", {}))
     assert "\n" not in str(told.value)

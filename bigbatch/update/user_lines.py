@@ -1,0 +1,21 @@
+"""Which lines are the user's own: those outside of this package, of JAX and Flax, and of Python."""
+
+import sysconfig
+from pathlib import Path
+
+import flax
+import jax
+
+import bigbatch
+
+PACKAGES = tuple(
+    f"{Path(package.__file__).parent}/" for package in (bigbatch, jax, flax)
+)
+PYTHON = f"{sysconfig.get_path('stdlib')}/"
+
+
+def is_users(file: str) -> bool:
+    """Whether the code in `file`, as a frame names it, is the user's."""
+    if file.startswith(("<", *PACKAGES)) or "/jaxlib/" in file:
+        return False
+    return not file.startswith(PYTHON) or "-packages/" in file
