@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from bigbatch.config import saved_config
 from bigbatch.data import decode
 from bigbatch.mistake import Mistake
-from bigbatch.storage.checkpoint import load, load_newest
+from bigbatch.storage.checkpoint import load, load_run
 from bigbatch.update import network
 from bigbatch.update.evaluation import logits_of
 
@@ -120,7 +120,7 @@ def load_model(workdir: str | Path) -> Model:
     Raises:
         Mistake: if there is no whole checkpoint, or the network of its config cannot be built.
     """
-    run, state = load_newest(workdir)
+    run, state = load_run(workdir)
     config = saved_config(run)
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
