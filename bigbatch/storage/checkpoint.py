@@ -15,6 +15,7 @@ import json
 import logging
 import math
 import shutil
+import threading
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -35,6 +36,10 @@ from bigbatch.storage.workdir import plain_path
 UNFINISHED = ".unfinished"
 # Saves may overlap, but one thread commits them, in the order in which they were started.
 _commits = ThreadPoolExecutor(1, thread_name_prefix="save")
+# Orbax numbers its operations by one counter of the process and looks at it several times while it
+# starts one. A read in the save's thread would move the counter under a save that the loop starts,
+# which then waits for ever for a signal of another number.
+_one_operation = threading.Lock()
 _read_back: set[Path] = set()  # workdirs of which a checkpoint was opened after it was written
 
 
@@ -310,7 +315,7 @@ def _single_process_reading() -> Iterator[None]:
     context.multiprocessing.primary_host = options.primary_host
     context.multiprocessing.active_processes = options.active_processes
     context.multiprocessing.barrier_sync_key_prefix = options.barrier_sync_key_prefix
-    with context:
+    with _one_operation, context:
         yield
 
 
@@ -333,7 +338,8 @@ def _start_writing(path: Path, state: Any) -> ocp0.AsyncCheckpointer:
         multiprocessing_options=options,
     )
     arrays = jax.tree.map(np.asarray, on_one_device)
-    writer.save(path, args=ocp0.args.Composite(state=ocp0.args.PyTreeSave(arrays)))
+    with _one_operation:
+        writer.save(path, args=ocp0.args.Composite(state=ocp0.args.PyTreeSave(arrays)))
     return writer
 
 

@@ -85,7 +85,7 @@ def cache_of_jax(monkeypatch):
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs",
              "jax_persistent_cache_min_entry_size_bytes")
     before = {name: getattr(jax.config, name) for name in names}
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     yield lambda: jax.config.jax_compilation_cache_dir
     for name, value in before.items():
         jax.config.update(name, value)
@@ -468,3 +468,40 @@ def test_a_save_that_fails_in_the_background_is_raised(tmp_path, monkeypatch):
     assert str(good) in str(caught.value)
     json.loads((good / "run.json").read_text())
     assert checkpoint.find_newest(tmp_path).path == good
+
+
+SAVES_BESIDE_READS = """
+import sys, threading
+from pathlib import Path
+from bigbatch.job import processes
+processes.join("", 0, -1, 60)
+import jax
+from bigbatch.storage import checkpoint
+
+folder, ended = Path(sys.argv[1]), threading.Event()
+state = {f"array{number}": jax.numpy.ones((50, 50)) for number in range(40)}
+
+def save(examples_seen):
+    run = {"examples_seen": examples_seen}
+    return checkpoint.save(folder, state, run, 100, set()).result(timeout=60)
+
+first = save(0)
+
+def read():
+    while not ended.is_set():
+        assert checkpoint.faults_of(first) == []
+
+reading = threading.Thread(target=read)
+reading.start()
+for examples_seen in range(1, 8):
+    save(examples_seen)
+ended.set()
+reading.join()
+processes.leave(0)
+"""
+
+
+def test_a_checkpoint_is_read_while_others_are_saved(tmp_path):
+    """As a start does with its first. Orbax's counter of operations is one for both."""
+    started.end(started.start_python("-c", SAVES_BESIDE_READS, str(tmp_path)), seconds=120)
+    assert len(checkpoint.finished(tmp_path)) == 8
