@@ -205,10 +205,10 @@ def _idle_paragraph(phases: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     fills = "; ".join(
         f"phase {phase['index']} fills {_grouped(phase['fills_devices'])}" for phase in idle)
-    least = _grouped(min(phase["fills_devices"] for phase in phases))
-    return [textwrap.fill(
-        f"Of 1, 2, 4, 8, ... devices, {fills}; so the largest slice that is never idle has "
-        f"{least}.", 100)]
+    least = min(phase["fills_devices"] for phase in phases)
+    conclusion = f"so the largest slice that is never idle has {_grouped(least)}" if least else (
+        "so every number of devices has padding slots with this max_per_device_batch")
+    return [textwrap.fill(f"Of 1, 2, 4, 8, ... devices, {fills}; {conclusion}.", 100)]
 
 
 def _compiled_paragraphs(compiled: Mapping[str, Any]) -> list[str]:

@@ -36,7 +36,7 @@ from bigbatch.watching.log import Log
 
 
 class Preempted(Exception):
-    """The run has stopped on SIGTERM or Ctrl-C. The next start continues from the same position."""
+    """The run has stopped on a signal (see `preemption`); the next start continues from there."""
 
 
 class StoppedAfterPhase(Exception):

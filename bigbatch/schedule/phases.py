@@ -138,8 +138,9 @@ def plan_phases(
 
     A phase ends at the first update boundary at or after its nominal end, and the next phase begins
     there. So no example is left out or repeated, and all updates of a phase have the same size. A
-    multiplied batch is rounded down to the granularity and capped; the learning rate is divided by
-    the part of the fall's factor that the batch does not reach.
+    grown batch is the first batch times the factors of all falls so far that are the batch's,
+    rounded down to the granularity and capped. The learning rate is multiplied by what the batch
+    grew at a fall over the fall's factor, so it rises again where a batch makes up for rounding.
 
     Args:
         recipe: the recipe, after `scale_up` if that is wanted.

@@ -16,6 +16,7 @@ import logging
 import math
 import shutil
 import threading
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -208,6 +209,9 @@ def load_run(
         if found.path is None:
             raise Mistake(
                 f"{workdir} has no checkpoint: no run was made there, or it has saved none yet.")
+        for fault in found.faults:  # so an older checkpoint is read than the newest
+            warnings.warn(f"{fault}; read is the checkpoint at {found.run['examples_seen']}",
+                          stacklevel=3)
         return found.run, _read(found.path, _shapes(found.path))
 
 

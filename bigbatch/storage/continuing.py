@@ -79,7 +79,13 @@ def changes(
             text = f"{key}: {old!r} saved, {new!r} now"
             free = any(key == name or key.startswith(name + ".") for name in FREE + THROUGH_PHASES)
             (allowed if free else refused).append(text)
-    refused += _phase_changes(saved["phases"], phases, saved["examples_seen"])
+    if differing := _phase_changes(saved["phases"], phases, saved["examples_seen"]):
+        # The keys that are the cause say more than the phases that follow from them.
+        causes = [text for text in allowed if text.startswith(THROUGH_PHASES)]
+        refused += causes or [
+            "the same recipe has other phases in this version of bigbatch (a grown batch follows "
+            "the whole noise so far since 0.2), so only the version that began the run can end it"]
+        refused += differing
     return refused, allowed
 
 

@@ -505,3 +505,15 @@ def test_a_checkpoint_is_read_while_others_are_saved(tmp_path):
     """As a start does with its first. Orbax's counter of operations is one for both."""
     started.end(started.start_python("-c", SAVES_BESIDE_READS, str(tmp_path)), seconds=120)
     assert len(checkpoint.finished(tmp_path)) == 8
+
+
+def test_what_reads_an_older_checkpoint_than_the_newest_says_so(tmp_path):
+    run(small(), tmp_path)
+    newest = checkpoint.finished(tmp_path)[-1]
+    file = max((path for path in newest.rglob("*") if path.is_file()),
+               key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.warns(UserWarning, match=f"{file.name} is damaged.*read is the checkpoint at"):
+        checkpoint.load(tmp_path)

@@ -9,8 +9,9 @@ import jax
 import pytest
 
 from bigbatch import evaluate, train
-from bigbatch.config import saved_config
+from bigbatch.config import make_phases, saved_config
 from bigbatch.mistake import Mistake
+from bigbatch.storage import continuing
 from bigbatch.storage.continuing import Position, position_of
 from bigbatch.storage.logs import read_events
 from bigbatch.update import network
@@ -56,6 +57,24 @@ def test_it_goes_on_under_no_other_network(workdir):
     """The Wide ResNet pads otherwise by now, which no key of the old config says."""
     with pytest.raises(Mistake, match="model.same_padding: True saved, False now"):
         train.train_and_evaluate(load("digits", CONFIG), workdir, show=False)
+
+
+def test_a_changed_recipe_is_named_before_the_phases_that_follow_from_it(workdir):
+    changed = f"{CONFIG},model.same_padding=True,recipe.learning_rate=0.2"
+    with pytest.raises(Mistake, match=r"cannot continue: recipe.learning_rate: 0.4 saved, 0.2 now"):
+        train.train_and_evaluate(load("digits", changed), workdir, show=False)
+
+
+def test_phases_of_another_version_are_told_as_such():
+    """A run whose batches were rounded fall by fall, as before 0.2, under the same recipe."""
+    config = load("digits", "increase,recipe.falls=((12,1.5),(24,1.5),(32,1.5))")
+    phases = make_phases(config)
+    saved = continuing.describe_run(config, phases, Position(100_000, 1))
+    assert continuing.changes(saved, config, phases) == ([], [])
+    for phase in saved["phases"][1:]:
+        phase["batch_size"] = 16
+    refused, _ = continuing.changes(saved, config, phases)
+    assert refused[0].startswith("the same recipe has other phases in this version")
 
 
 def test_it_is_evaluated_to_what_it_was(workdir):
