@@ -411,13 +411,17 @@ def _call(equation: Any, operands: list[Dependence]) -> list[Dependence]:
 
 def _scan(equation: Any, operands: list[Dependence]) -> list[Dependence]:
     """A few rounds of the loop's body; of arrays it runs over, the axis it runs over is dropped."""
-    constants, carried = equation.params["num_consts"], equation.params["num_carry"]
-    inner = equation.params["jaxpr"].jaxpr
+    parameters = equation.params
+    if "num_consts" in parameters:
+        constants, carried = parameters["num_consts"], parameters["num_carry"]
+    else:  # since JAX 0.12
+        constants, carried, _ = (len(list(tree.vals)) for tree in parameters["ft_in"].unpack())
+    inner = getattr(parameters["jaxpr"], "jaxpr", parameters["jaxpr"])
     before, carry, over = (operands[:constants], operands[constants : constants + carried],
                            operands[constants + carried :])
     over = [_relabelled(one, lambda axis: axis - 1 if axis else None) for one in over]
     results = [*carry, *(_constant(_shape(out)) for out in equation.outvars[carried:])]
-    for _ in range(min(equation.params["length"], 3)):
+    for _ in range(min(parameters["length"], 3)):
         results = follow(inner, [*before, *carry, *over])
         carry = results[:carried]
     stacked = [_relabelled(one, lambda axis: axis + 1)._replace(origin=one.origin)
