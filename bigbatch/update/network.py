@@ -39,7 +39,7 @@ class Network(NamedTuple):
     in_norm: Tree  # like the parameters: True for the parameters of normalisation layers
 
 
-def build(config: ConfigDict) -> Network:
+def build(config: ConfigDict, may_mix: bool = False) -> Network:
     """Builds the network of `config.network` with the arguments `config.model`.
 
     `config.network` is the dotted path of a function `(num_classes, dtype, rngs, **config.model)`
@@ -48,6 +48,11 @@ def build(config: ConfigDict) -> Network:
     are float32 (float64 if config.dtype is). A Linen module is wrapped in `nnx.bridge.ToNNX`. A
     GhostBatchNorm inside it is wrapped in `nnx.bridge.ToLinen`, and the Linen module is then called
     with mutable=["batch_stats"] in training.
+
+    Args:
+        config: of the run.
+        may_mix: True takes a module that mixes the examples of a batch, for a comparison on one
+            device in one pass. No run does that.
 
     Raises:
         Mistake: if the path does not exist, the arguments do not fit, the module cannot be called
@@ -105,7 +110,9 @@ def build(config: ConfigDict) -> Network:
 
         shapes = nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
         with _naming_the_layer(name):
-            _trace(apply, *shapes, config)
+            found, results = _trace(apply, *shapes, config)
+            if not may_mix:
+                _check_apart(found, results, name)
 
     def init(seed: jax.Array) -> tuple[Tree, Tree]:
         _, drawn, began, _ = construct(seed)
@@ -398,8 +405,14 @@ def _is_pair(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 2
 
 
-def _trace(apply: Callable, params: Tree, batch_stats: Tree, config: ConfigDict) -> None:
-    """Checks a training call of the module by tracing it; nothing is computed."""
+def _trace(
+    apply: Callable, params: Tree, batch_stats: Tree, config: ConfigDict
+) -> tuple[Tree, Tree]:
+    """Checks a training call of the module by tracing it; nothing is computed.
+
+    Returns:
+        The dependences of the call's results, and their shapes.
+    """
     data, name, examples = config.data, config.network, config.ghost_size * independence.GHOSTS
     images = jax.ShapeDtypeStruct(
         (examples, data.image_size, data.image_size, len(data.mean)), jnp.dtype(config.dtype)
@@ -426,7 +439,7 @@ def _trace(apply: Callable, params: Tree, batch_stats: Tree, config: ConfigDict)
                 "call GhostBatchNorm with train=True there (through Flax's bridge also with "
                 "mutable=['batch_stats'])."
             )
-    _check_apart(found, shapes, name)
+    return found, shapes
 
 
 def _check_apart(found: Tree, shapes: Tree, name: str) -> None:

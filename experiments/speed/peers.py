@@ -13,7 +13,7 @@ from bigbatch.job.devices import compiler_options, make_mesh
 from bigbatch.models import wide_resnet as wide_resnet_module
 from bigbatch.models.normalization import GhostBatchNorm
 from bigbatch.programs import compilation
-from bigbatch.update import independence, network
+from bigbatch.update import network
 from experiments.figures import load_config
 from experiments.machine import own_cores
 from experiments.speed import flax_resnet
@@ -77,12 +77,8 @@ class FlaxNorm(GhostBatchNorm):
 
 def with_flax_norm(config: ConfigDict) -> network.Network:
     """The Wide ResNet with Flax's BatchNorm in place of every GhostBatchNorm."""
-    with (
-        mock.patch.object(wide_resnet_module, "GhostBatchNorm", FlaxNorm),
-        # It mixes the examples of a batch, for which a run would refuse it.
-        mock.patch.object(independence, "is_apart", lambda *_: True),
-    ):
-        return network.build(config)
+    with mock.patch.object(wide_resnet_module, "GhostBatchNorm", FlaxNorm):
+        return network.build(config, may_mix=True)
 
 
 def wide_resnet_of(batch: int, ghost: int, short: bool, *settings: str) -> ConfigDict:
