@@ -26,7 +26,14 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from bigbatch import command_line, schedule
-from bigbatch.config import check, make_layouts, make_phases, make_recipe
+from bigbatch.config import (
+    check,
+    make_layouts,
+    make_limits,
+    make_phases,
+    make_recipe,
+    make_strategy,
+)
 from bigbatch.job import chips, processes, statuses
 from bigbatch.job.output import answer, say
 from bigbatch.mistake import Mistake
@@ -58,8 +65,11 @@ def plan(config: ConfigDict, devices: int | Sequence[int]) -> dict[str, Any]:
         `strategy`, `train_examples` and `ghost_size` of the config; `total_updates`,
         `total_examples`, `total_epochs`; `parameters`, the number of trainable ones; `notes`;
         `constant_batch`, with the `batch_size` before any scale-up and the `updates` that a run
-        takes if this size never changes, as with the strategy "decay"; and `phases`, each with the
-        fields of `schedule.Phase`, its `shift` (examples), `start_epoch`, `end_epoch`, and the
+        takes if this size never changes, as with the strategy "decay"; `saved`, with the share of
+        the updates (`of` this many, at the recipe's batch) that the batches save and the share that
+        batches without limits and rounding save `at_most`; and `phases`, each with the fields of
+        `schedule.Phase`, its `noise` relative to the recipe's at its peak (None with the exchange
+        "none"), its `shift` (examples), `start_epoch`, `end_epoch`, and the
         layout of its updates: `devices`, `ghost_batches`, `microbatches`, `slots` (of a device in
         one pass), `idle_share` (of padding slots), and `fills_devices`, the largest power of 2 of
         devices without padding slots.
@@ -68,13 +78,14 @@ def plan(config: ConfigDict, devices: int | Sequence[int]) -> dict[str, Any]:
         Mistake: if a value in the config is not allowed.
     """
     check(config)
-    phases = make_phases(config)
+    phases, recipe = make_phases(config), make_recipe(config)
     n, last = config.data.train_examples, phases[-1]
     counts = [devices] * len(phases) if isinstance(devices, int) else devices
     rows = [
         {
             **dataclasses.asdict(phase),
             "shift": phase.shift,
+            "noise": schedule.noise(recipe, phase.learning_rate, phase.batch_size),
             "start_epoch": phase.start_example / n,
             "end_epoch": phase.end_example / n,
             "devices": layout.devices,
@@ -87,20 +98,24 @@ def plan(config: ConfigDict, devices: int | Sequence[int]) -> dict[str, Any]:
         for phase, count in zip(phases, counts, strict=True)
         for layout in make_layouts(config, [phase], count)
     ]
-    batch = config.recipe.batch_size
+    batch, updates = config.recipe.batch_size, sum(phase.updates for phase in phases)
     return {
         "strategy": config.strategy,
         "train_examples": n,
         "ghost_size": config.ghost_size,
         "phases": rows,
-        "total_updates": sum(phase.updates for phase in phases),
+        "total_updates": updates,
         "total_examples": last.end_example,
         "total_epochs": last.end_example / n,
         "parameters": count_parameters(config),
         # With one batch size every phase ends on a multiple of it, so falls change no count.
         "constant_batch": {"batch_size": batch, "updates": -(-last.nominal_end_example // batch)},
-        "notes": schedule.notes(
-            make_recipe(config), phases, config.strategy, config.hybrid_falls),
+        "saved": {
+            "at_most": schedule.ceiling(recipe),
+            "of": last.nominal_end_example / recipe.batch_size,
+            "share": 1 - updates * recipe.batch_size / last.nominal_end_example,
+        },
+        "notes": schedule.notes(recipe, phases, make_strategy(config), limits=make_limits(config)),
     }
 
 
@@ -192,6 +207,12 @@ def as_text(planned: Mapping[str, Any]) -> str:
             f"{_grouped(constant['updates'])} updates: {constant['updates'] / updates:.3g} times "
             "as many."
         )
+    saved = planned["saved"]
+    if saved["at_most"] > 0 and planned["strategy"] in ("hybrid", "increase"):
+        paragraphs.append(textwrap.fill(
+            f"Of {_grouped(round(saved['of']))} updates at the recipe's batch, batches that "
+            f"followed the rate without limits and rounding would save {saved['at_most']:.1%}; "
+            f"these save {saved['share']:.1%}.", 100))
     paragraphs += [textwrap.fill(f"Note: {note}", 100) for note in planned["notes"]]
     if "compiled" in planned:
         paragraphs += _compiled_paragraphs(planned["compiled"])

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from bigbatch import schedule
-from bigbatch.config import check, make_due, make_layouts, make_phases
+from bigbatch.config import check, make_due, make_layouts, make_phases, make_recipe
 from bigbatch.data.feed import Feed, open_feed
 from bigbatch.job import chips, preemption, processes
 from bigbatch.job.devices import make_mesh, pin_options, place, replicated
@@ -100,6 +100,7 @@ class Goal(NamedTuple):
 class Run(NamedTuple):
     """All that `loop` needs beside the state and the position."""
 
+    recipe: schedule.Recipe
     all_phases: tuple[Phase, ...]
     phases: tuple[Phase, ...]  # the phases still to run; the first may be under way
     layouts: tuple[Layout, ...]  # one for each of `phases`
@@ -202,7 +203,7 @@ def begin(
         config, goal.net, mesh, layouts, feed.resident, feed.test, peak is not None,
         begin_with)
     run = Run(
-        goal.phases, phases, layouts, programs,
+        make_recipe(config), goal.phases, phases, layouts, programs,
         partial(take_update, before_pass=watch.poll, before_reduction=watch.before_reduction,
                 started=clock.update_started, landed=clock.update_landed),
         lambda state: evaluation.whole_test_set(
@@ -363,14 +364,14 @@ def loop(run: Run, at: Position, state: update.State) -> tuple[update.State, Pos
         for phase, layout in zip(run.phases, run.layouts, strict=True):
             ready = _enter(run, phase, layout, at)
             for number, (start, end) in enumerate(schedule.spans([phase], at.examples_seen)):
-                rate = schedule.learning_rate_at(phase, start)
+                rates = schedule.take_rates(run.recipe, run.all_phases, phase, start, end)
                 run.tracer.before(at.updates + 1, state)
                 step = StepTraceAnnotation("update", step_num=at.updates + 1)
                 with step, clock.spent_on("update"):
                     state, sums, measured, waited = run.take_update(
                         ready.calls, state, sums, run.feed.resident,
                         run.feed.update(phase, layout, start),
-                        run.rates(rate, phase.momentum),
+                        run.rates(rates.learning_rate, rates.momentum),
                         running=flight and flight.measured.loss)
                 clock.dispatched(waited)
                 if flight:  # the update before this one
@@ -379,7 +380,8 @@ def loop(run: Run, at: Position, state: update.State) -> tuple[update.State, Pos
                 at = Position(end, at.updates + 1)
                 due = _due(run, phase, start, end)
                 flight = InFlight(
-                    start, at, measured, _event(run, phase, rate, at) if due.log else None)
+                    start, at, measured,
+                    _event(run, phase, rates.learning_rate, at) if due.log else None)
                 run.tracer.after(at.updates, state)
                 if number == 0:  # waits, so that the first update of a phase is timed alone
                     flight.land(log)

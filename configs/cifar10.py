@@ -46,7 +46,11 @@ OPTIMIZERS = {
     "momentum": {"optimizer.name": "momentum"},
     "nesterov": {"optimizer.name": "nesterov"},
     "sgd": {"optimizer.name": "sgd", "recipe.momentum": 0.0},
-    "adam": {"optimizer.name": "adam", "recipe.learning_rate": 0.001},
+    # As in the paper: SGD's exchange, and both betas the same for all batches.
+    "adam": {
+        "optimizer.name": "adam", "recipe.learning_rate": 0.001, "exchange": "linear",
+        "per_example.momentum": False, "per_example.beta2": False,
+    },
 }
 
 

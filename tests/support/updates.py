@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bigbatch import schedule
-from bigbatch.config import make_layouts, make_phases
+from bigbatch.config import make_layouts, make_phases, make_recipe
 from bigbatch.data import sources
 from bigbatch.job.devices import cut, make_mesh, place, replicated
 from bigbatch.programs.dispatch import take_update
@@ -107,7 +107,8 @@ def train(
             config.seed, examples_seen, phase.batch_size, config.data.train_examples)
         state, metrics = updater.take(
             state, resident, updater.batches(records_Bx3, layouts[phase.index]),
-            schedule.learning_rate_at(phase, examples_seen), phase.momentum,
+            *schedule.take_rates(make_recipe(config), phases, phase, examples_seen,
+                                 examples_seen + phase.batch_size)[:2],
         )
         states.append(jax.device_get(state))
         measured.append(jax.device_get(metrics))
