@@ -26,6 +26,7 @@ from bigbatch.programs.dispatch import as_rates, take_update
 from bigbatch.programs.programs import Programs, Ready
 from bigbatch.schedule import Phase
 from bigbatch.schedule.layout import Layout
+from bigbatch.schedule.rates import Rates
 from bigbatch.storage import bucket, checkpoint, continuing, logs, workdir
 from bigbatch.storage.continuing import Position
 from bigbatch.storage.saves import Saves
@@ -107,7 +108,8 @@ class Run(NamedTuple):
     take_update: Callable  # see `dispatch.take_update`
     evaluate: Callable[[update.State], dict[str, float]]  # test loss and test accuracy
     feed: Feed
-    rates: Callable  # (learning rate, momentum) -> both as arrays on the devices
+    rates_at: Callable[[Phase, int], Rates]  # phase, examples seen -> those of the update there
+    as_rates: Callable[[Rates], Rates]  # as arrays on the devices
     is_due: Callable[[str, int, int], bool]  # see `schedule.due.make_due`
     examples: int  # N, the examples of an epoch
     log: Log
@@ -208,6 +210,7 @@ def begin(
         lambda state: evaluation.whole_test_set(
             programs.evaluate(), state.params, state.batch_stats, feed, watch.before_reduction),
         feed,
+        partial(rates_at, config),
         lru_cache(maxsize=1)(partial(as_rates, mesh, dtype)),  # constant but in a warm-up
         is_due, config.data.train_examples, log, saves, watch, tracer,
     )
@@ -363,14 +366,14 @@ def loop(run: Run, at: Position, state: update.State) -> tuple[update.State, Pos
         for phase, layout in zip(run.phases, run.layouts, strict=True):
             ready = _enter(run, phase, layout, at)
             for number, (start, end) in enumerate(schedule.spans([phase], at.examples_seen)):
-                rate = schedule.learning_rate_at(phase, start)
+                rates = run.rates_at(phase, start)
                 run.tracer.before(at.updates + 1, state)
                 step = StepTraceAnnotation("update", step_num=at.updates + 1)
                 with step, clock.spent_on("update"):
                     state, sums, measured, waited = run.take_update(
                         ready.calls, state, sums, run.feed.resident,
                         run.feed.update(phase, layout, start),
-                        run.rates(rate, phase.momentum),
+                        run.as_rates(rates),
                         running=flight and flight.measured.loss)
                 clock.dispatched(waited)
                 if flight:  # the update before this one
@@ -379,7 +382,7 @@ def loop(run: Run, at: Position, state: update.State) -> tuple[update.State, Pos
                 at = Position(end, at.updates + 1)
                 due = _due(run, phase, start, end)
                 flight = InFlight(
-                    start, at, measured, _event(run, phase, rate, at) if due.log else None)
+                    start, at, measured, _event(run, phase, rates, at) if due.log else None)
                 run.tracer.after(at.updates, state)
                 if number == 0:  # waits, so that the first update of a phase is timed alone
                     flight.land(log)
@@ -410,6 +413,13 @@ def loop(run: Run, at: Position, state: update.State) -> tuple[update.State, Pos
     return state, at
 
 
+def rates_at(config: ConfigDict, phase: Phase, examples_seen: int) -> Rates:
+    """The rates of the update of `phase` that starts at `examples_seen`."""
+    return Rates(
+        schedule.learning_rate_at(phase, examples_seen), phase.momentum, config.optimizer.beta2,
+        config.optimizer.weight_decay, 0.0)
+
+
 class _Due(NamedTuple):
     """What is to be done after an update."""
 
@@ -426,13 +436,15 @@ def _due(run: Run, phase: Phase, start: int, end: int) -> _Due:
                 ends or run.is_due("checkpoint", start, end))
 
 
-def _event(run: Run, phase: Phase, rate: float, after: Position) -> dict[str, Any]:
+def _event(run: Run, phase: Phase, rates: Rates, after: Position) -> dict[str, Any]:
     """The line of metrics.jsonl for an update, without the metrics that the update returns."""
     return {
         "updates": after.updates, "examples_seen": after.examples_seen,
         "epoch": after.examples_seen / run.examples, "phase": phase.name,
-        "batch_size": phase.batch_size, "learning_rate": rate, "momentum": phase.momentum,
-        "noise_scale": schedule.noise_scale(rate, phase.momentum, run.examples, phase.batch_size),
+        "batch_size": phase.batch_size,
+        "learning_rate": rates.learning_rate, "momentum": rates.momentum,
+        "noise_scale": schedule.noise_scale(
+            rates.learning_rate, rates.momentum, run.examples, phase.batch_size),
     }
 
 
