@@ -26,6 +26,7 @@ from bigbatch.programs.dispatch import as_rates, take_update
 from bigbatch.programs.programs import Programs, Ready
 from bigbatch.schedule import Phase
 from bigbatch.schedule.layout import Layout
+from bigbatch.schedule.rates import Rates
 from bigbatch.storage import bucket, checkpoint, continuing, logs, workdir
 from bigbatch.storage.continuing import Position
 from bigbatch.storage.saves import Saves
@@ -100,7 +101,6 @@ class Goal(NamedTuple):
 class Run(NamedTuple):
     """All that `loop` needs beside the state and the position."""
 
-    recipe: schedule.Recipe
     all_phases: tuple[Phase, ...]
     phases: tuple[Phase, ...]  # the phases still to run; the first may be under way
     layouts: tuple[Layout, ...]  # one for each of `phases`
@@ -108,7 +108,9 @@ class Run(NamedTuple):
     take_update: Callable  # see `dispatch.take_update`
     evaluate: Callable[[update.State], dict[str, float]]  # test loss and test accuracy
     feed: Feed
-    rates: Callable  # (learning rate, momentum) -> both as arrays on the devices
+    # phase, examples seen before and after -> the rates of that update
+    rates_at: Callable[[Phase, int, int], Rates]
+    as_rates: Callable[[Rates], Rates]  # as arrays on the devices
     is_due: Callable[[str, int, int], bool]  # see `schedule.due.make_due`
     examples: int  # N, the examples of an epoch
     log: Log
@@ -203,12 +205,13 @@ def begin(
         config, goal.net, mesh, layouts, feed.resident, feed.test, peak is not None,
         begin_with)
     run = Run(
-        make_recipe(config), goal.phases, phases, layouts, programs,
+        goal.phases, phases, layouts, programs,
         partial(take_update, before_pass=watch.poll, before_reduction=watch.before_reduction,
                 started=clock.update_started, landed=clock.update_landed),
         lambda state: evaluation.whole_test_set(
             programs.evaluate(), state.params, state.batch_stats, feed, watch.before_reduction),
         feed,
+        partial(schedule.take_rates, make_recipe(config), goal.phases),
         lru_cache(maxsize=1)(partial(as_rates, mesh, dtype)),  # constant but in a warm-up
         is_due, config.data.train_examples, log, saves, watch, tracer,
     )
@@ -364,14 +367,14 @@ def loop(run: Run, at: Position, state: update.State) -> tuple[update.State, Pos
         for phase, layout in zip(run.phases, run.layouts, strict=True):
             ready = _enter(run, phase, layout, at)
             for number, (start, end) in enumerate(schedule.spans([phase], at.examples_seen)):
-                rates = schedule.take_rates(run.recipe, run.all_phases, phase, start, end)
+                rates = run.rates_at(phase, start, end)
                 run.tracer.before(at.updates + 1, state)
                 step = StepTraceAnnotation("update", step_num=at.updates + 1)
                 with step, clock.spent_on("update"):
                     state, sums, measured, waited = run.take_update(
                         ready.calls, state, sums, run.feed.resident,
                         run.feed.update(phase, layout, start),
-                        run.rates(rates.learning_rate, rates.momentum),
+                        run.as_rates(rates),
                         running=flight and flight.measured.loss)
                 clock.dispatched(waited)
                 if flight:  # the update before this one
@@ -380,8 +383,7 @@ def loop(run: Run, at: Position, state: update.State) -> tuple[update.State, Pos
                 at = Position(end, at.updates + 1)
                 due = _due(run, phase, start, end)
                 flight = InFlight(
-                    start, at, measured,
-                    _event(run, phase, rates.learning_rate, at) if due.log else None)
+                    start, at, measured, _event(run, phase, rates, at) if due.log else None)
                 run.tracer.after(at.updates, state)
                 if number == 0:  # waits, so that the first update of a phase is timed alone
                     flight.land(log)
@@ -428,13 +430,15 @@ def _due(run: Run, phase: Phase, start: int, end: int) -> _Due:
                 ends or run.is_due("checkpoint", start, end))
 
 
-def _event(run: Run, phase: Phase, rate: float, after: Position) -> dict[str, Any]:
+def _event(run: Run, phase: Phase, rates: Rates, after: Position) -> dict[str, Any]:
     """The line of metrics.jsonl for an update, without the metrics that the update returns."""
     return {
         "updates": after.updates, "examples_seen": after.examples_seen,
         "epoch": after.examples_seen / run.examples, "phase": phase.name,
-        "batch_size": phase.batch_size, "learning_rate": rate, "momentum": phase.momentum,
-        "noise_scale": schedule.noise_scale(rate, phase.momentum, run.examples, phase.batch_size),
+        "batch_size": phase.batch_size,
+        "learning_rate": rates.learning_rate, "momentum": phase.momentum,
+        "noise_scale": schedule.noise_scale(
+            rates.learning_rate, phase.momentum, run.examples, phase.batch_size),
     }
 
 

@@ -230,10 +230,10 @@ def test_only_what_the_package_raises_on_purpose_is_a_users_mistake():
     recipe = schedule.Recipe(0.1, 128, 0.9, 50_000, 10)
     with pytest.raises(Mistake):
         schedule.plan_phases(recipe, "grow", schedule.Limits())
-    # Python's own ValueError, raised while a line of the package runs, is a bug of the package.
-    with pytest.raises(ValueError) as by_python:
+    # Python's own TypeError, raised while a line of the package runs, is a bug of the package.
+    with pytest.raises(TypeError) as by_python:
         schedule.plan_phases(
-            dataclasses.replace(recipe, falls=((5,),)), "decay", schedule.Limits())
+            dataclasses.replace(recipe, epochs="ten"), "decay", schedule.Limits())
     assert not isinstance(by_python.value, Mistake)
 
 

@@ -14,6 +14,7 @@ from bigbatch.job import preemption
 from bigbatch.mistake import Mistake
 from bigbatch.programs.programs import Ready
 from bigbatch.schedule.due import make_due
+from bigbatch.schedule.rates import Rates
 from bigbatch.storage.continuing import Position
 from bigbatch.watching.clock import Clock
 from bigbatch.watching.log import Log
@@ -143,7 +144,8 @@ class World:
         return train.loop(
             train.Run(
                 phases, to_run, (None,) * len(to_run), self, self.take_update, self.evaluate, fed,
-                lambda *rates: rates, self.case.is_due, N, log, self, self, nothing),
+                lambda phase, *_: Rates(phase.learning_rate, phase.momentum, 0, 0, 0),
+                lambda rates: rates, self.case.is_due, N, log, self, self, nothing),
             at, state)
 
 

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from bigbatch.data import augment
 from bigbatch.job.devices import AXIS, compiler_options, cut, replicated
 from bigbatch.models.normalization import fold_weights
+from bigbatch.schedule.rates import Rates
 from bigbatch.update.network import AUGMENTATION, DROPOUT, Network
 from bigbatch.update.optimizer import init_optimizer, make_optimizer
 
@@ -60,11 +61,11 @@ class Metrics(NamedTuple):
 class Update(NamedTuple):
     """The jitted functions of an update; programs/lowering.py lowers them for given shapes."""
 
-    update: Callable  # (state, resident, batch, rate, momentum) -> state, metrics
+    update: Callable  # (state, resident, batch, rates) -> state, metrics
     # (state, sums, resident, batch, first) -> sums, one number per device. The caller waits for the
     # numbers, since the sums are donated to the next pass and cannot be waited for.
     accumulate: Callable
-    apply: Callable  # (state, sums, rate, momentum) -> state, metrics
+    apply: Callable  # (state, sums, rates) -> state, metrics
 
 
 def make_init(config: ConfigDict, network: Network) -> Callable:
@@ -106,7 +107,8 @@ def make_update(
     - `batch`, one microbatch, cut over the devices: `examples` (rows of `lay_out_examples`) and, if
       the data set is streamed, `images` and `labels`;
     - `sums`, those of each device on a leading axis, cut over the devices;
-    - `first`, whether this is the update's first pass; and `rate` and `momentum`.
+    - `first`, whether this is the update's first pass;
+    - `rates`, scalar arrays, replicated: see `make_optimizer`.
 
     Args:
         config: of the run.
@@ -124,10 +126,10 @@ def make_update(
             function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
 
-    def update(state: State, resident: Mapping, batch: Mapping, rate: jax.Array,
-               momentum: jax.Array) -> tuple[State, Metrics]:
+    def update(state: State, resident: Mapping, batch: Mapping,
+               rates: Rates) -> tuple[State, Metrics]:
         sums = microbatch_sums(state, resident, batch)
-        return _apply_sums(config, network, state, sums, rate, momentum)
+        return _apply_sums(config, network, state, sums, rates)
 
     def accumulate(state: State, sums: Sums, resident: Mapping, batch: Mapping,
                    first: jax.Array) -> tuple[Sums, jax.Array]:
@@ -136,15 +138,14 @@ def make_update(
         sums = jax.tree.map(lambda old, new: jnp.where(first, 0, old) + new[None], sums, new)
         return sums, sums.examples + 0
 
-    def apply(state: State, sums: Sums, rate: jax.Array,
-              momentum: jax.Array) -> tuple[State, Metrics]:
+    def apply(state: State, sums: Sums, rates: Rates) -> tuple[State, Metrics]:
         own = jax.tree.map(lambda leaf: leaf[0], sums)
-        return _apply_sums(config, network, state, own, rate, momentum)
+        return _apply_sums(config, network, state, own, rates)
 
     jitted = partial(jax.jit, compiler_options=compiler_options(mesh))
     return Update(
         update=jitted(
-            mapped(update, (whole, whole, parts, whole, whole), whole),
+            mapped(update, (whole, whole, parts, whole), whole),
             donate_argnums=0,
         ),
         accumulate=jitted(
@@ -152,7 +153,7 @@ def make_update(
             donate_argnums=1,
         ),
         apply=jitted(
-            mapped(apply, (whole, parts, whole, whole), whole),
+            mapped(apply, (whole, parts, whole), whole),
             donate_argnums=0,
         ),
     )
@@ -243,8 +244,7 @@ def prepare_microbatch(
 
 
 def _apply_sums(
-    config: ConfigDict, network: Network, state: State, sums: Sums, rate: jax.Array,
-    momentum: jax.Array
+    config: ConfigDict, network: Network, state: State, sums: Sums, rates: Rates
 ) -> tuple[State, Metrics]:
     """Does the one all-reduce, then applies the optimizer and updates the running statistics."""
     if jax.lax.axis_size(AXIS) > 1:
@@ -252,7 +252,7 @@ def _apply_sums(
         vector, unravel = ravel_pytree(sums)
         sums = unravel(jax.lax.psum(vector, AXIS))
     gradient = jax.tree.map(lambda leaf: leaf / sums.examples, sums.gradient)
-    optimizer = make_optimizer(config, network.in_norm, rate, momentum)
+    optimizer = make_optimizer(config, network.in_norm, rates)
     steps, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, steps)
 

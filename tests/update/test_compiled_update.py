@@ -68,7 +68,7 @@ def test_buffers_are_donated():
     def gone(tree):
         return {leaf.is_deleted() for leaf in jax.tree.leaves(tree)}
 
-    hyper = updater.number(0.1), updater.number(0.9)
+    hyper = (updater.rates(0.1, 0.9),)
     added, _ = programs["accumulate"](state, sums, resident, batches[0], np.bool_(True))
     assert (gone(sums), gone(state)) == ({True}, {False})
     new, _ = programs["apply"](state, added, *hyper)

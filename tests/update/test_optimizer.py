@@ -118,10 +118,9 @@ def test_optimizers_over_changes_of_rate_and_momentum(name, decoupled):
         expected = {key: step[0] for key, step in stepped.items()}
         kept = {key: step[1] for key, step in stepped.items()}
         if number == 1:
-            hyper = updater.number(rate), updater.number(momentum)
-            program = updater.functions.update.lower(state, resident, batches[0], *hyper).compile()
-        state, _ = program(
-            state, resident, batches[0], updater.number(rate), updater.number(momentum))
+            program = updater.functions.update.lower(
+                state, resident, batches[0], updater.rates(rate, momentum)).compile()
+        state, _ = program(state, resident, batches[0], updater.rates(rate, momentum))
         assert distance(jax.device_get(state.params)["head"], expected) < 1e-12, number
 
 
@@ -145,7 +144,7 @@ def test_weight_decay_leaves_out_what_it_says(model, on, spared, decoupled):
         "optimizer.weight_decay=0.5", f"optimizer.decoupled={decoupled}")
     updater = prepare(config)
     ones = jax.tree.map(jnp.ones_like, updater.state.params)
-    optimizer = make_optimizer(config, updater.net.in_norm, jnp.float32(0.25), jnp.float32(0.9))
+    optimizer = make_optimizer(config, updater.net.in_norm, updater.rates(0.25, 0.9))
     steps, _ = optimizer.update(jax.tree.map(jnp.zeros_like, ones), optimizer.init(ones), ones)
     found = {
         ".".join(str(key.key) for key in path): np.unique(leaf).tolist()
