@@ -10,6 +10,11 @@ Neither an accelerator nor the data are needed. `--format=json` prints the same 
 also compiles every program with the TPU compiler (`make .tpu/installed`), on a machine without a
 TPU: here for a slice of 256 cores, and from the phase noise/10 on for one of 512. The exit status
 is 1 if a program does not fit into a device's memory.
+
+    python -m bigbatch.plan --config=imagenet_resnet50.py --compare=decay,increase \\
+        --topology=v5litepod-16,v5litepod-64
+
+sets strategies beside each other: on each slice, and on one that grows with the batch.
 """
 
 import dataclasses
@@ -37,7 +42,7 @@ from bigbatch.config import (
 from bigbatch.job import chips, processes, statuses
 from bigbatch.job.output import answer, say
 from bigbatch.mistake import Mistake
-from bigbatch.planning import topology
+from bigbatch.planning import compare, picture, topology
 from bigbatch.update import network
 from bigbatch.watching.progress import format_seconds
 
@@ -50,6 +55,10 @@ REMEMBERED = "~/.cache/bigbatch/plans"
 CACHE = flags.DEFINE_string(
     "plan_cache", REMEMBERED, "Folder that keeps the results of compiling; empty for none."
 )
+COMPARE = flags.DEFINE_list(
+    "compare", [], "Strategies to set beside each other; --topology then lists slices."
+)
+PICTURE = flags.DEFINE_string("picture", "", "File for a picture of rate, batch and noise.")
 FORMAT = flags.DEFINE_enum("format", "table", ["table", "json"], "What to print.")
 
 
@@ -64,6 +73,7 @@ def plan(config: ConfigDict, devices: int | Sequence[int]) -> dict[str, Any]:
     Returns:
         `strategy`, `train_examples` and `ghost_size` of the config; `total_updates`,
         `total_examples`, `total_epochs`; `parameters`, the number of trainable ones; `notes`;
+        `picture`, of rate, batch and noise as text;
         `constant_batch`, with the `batch_size` before any scale-up and the `updates` that a run
         takes if this size never changes, as with the strategy "decay"; `saved`, with the share of
         the updates (`of` this many, at the recipe's batch) that the batches save and the share that
@@ -116,6 +126,7 @@ def plan(config: ConfigDict, devices: int | Sequence[int]) -> dict[str, Any]:
             "share": 1 - updates * recipe.batch_size / last.nominal_end_example,
         },
         "notes": schedule.notes(recipe, phases, make_strategy(config), limits=make_limits(config)),
+        "picture": picture.in_terminal(recipe, phases),
     }
 
 
@@ -189,6 +200,7 @@ def as_text(planned: Mapping[str, Any]) -> str:
              "approx.", "epochs lost"],
             schedule_rows,
         ),
+        planned["picture"],
         f"Each device takes some of an update's ghost batches of {planned['ghost_size']}; a slot "
         "is room for one in one pass.",
         _table(
@@ -266,6 +278,29 @@ def _compiled_paragraphs(compiled: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def compared_as_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The result of `compare.compare` as a table and sentences."""
+    on_slices = any(row["slice"] for row in rows)
+    table = []
+    for row in rows:
+        cells = [row["strategy"], _grouped(row["updates"])]
+        if on_slices:
+            cells += [row["slice"], *(
+                ("does not fit" if row["fits"] is False else "not known", "")
+                if row["seconds"] is None
+                else (format_seconds(row["seconds"]), f"{row['chip_hours']:.3g}")
+            ), "*" if row["unbeaten"] else ""]
+        table.append(cells)
+    titles = ["strategy", "updates", *(
+        ["slice", "time, at least", "chip- hours", "unbeaten"] if on_slices else [])]
+    paragraphs = [_table(titles, table)]
+    if on_slices:
+        paragraphs.append(
+            "Times are the compiler's estimates, without reductions between chips, input, saves "
+            "and compiling.\n* No other row takes at most as much time and as many chip-hours.")
+    return "\n\n".join([*paragraphs, *compare.where_fewer_updates_are_no_gain(rows)])
+
+
 def _rate(phase: Mapping[str, Any]) -> str:
     start, end = phase["learning_rate"], phase["learning_rate_end"]
     return f"{start:.4g}" if start == end else f"{start:.4g} to {end:.4g}"
@@ -294,6 +329,18 @@ def main(arguments: Sequence[str]) -> None:
             f"--topology={TOPOLOGY.value} and --devices={DEVICES.value}: a slice has its own "
             "number of devices; give only one of the two."
         )
+    if COMPARE.value:
+        found = sorted(map(topology.parse, filter(None, TOPOLOGY.value.split(","))),
+                       key=lambda one: one.devices)
+        rows = compare.compare(
+            config, COMPARE.value, found, Path(CACHE.value).expanduser() if CACHE.value else None,
+            say)
+        answer(json.dumps(rows) if FORMAT.value == "json" else compared_as_text(rows))
+        return
+    if PICTURE.value:
+        check(config)
+        picture.draw(Path(PICTURE.value), f"{config.strategy}, {config.recipe.curve}",
+                     make_recipe(config), make_phases(config))
     if TOPOLOGY.value:
         planned = plan_for_slices(config, TOPOLOGY.value, CACHE.value)
     else:
