@@ -106,7 +106,7 @@ class Run(NamedTuple):
     layouts: tuple[Layout, ...]  # one for each of `phases`
     programs: Programs
     take_update: Callable  # see `dispatch.take_update`
-    evaluate: Callable[[update.State], dict[str, float]]  # test loss and test accuracy
+    evaluate: Callable[[update.State], dict[str, float]]  # see `whole_test_set`
     feed: Feed
     rates_at: Callable[[Phase, int], Rates]  # phase, examples seen -> those of the update there
     as_rates: Callable[[Rates], Rates]  # as arrays on the devices
@@ -208,7 +208,8 @@ def begin(
         partial(take_update, before_pass=watch.poll, before_reduction=watch.before_reduction,
                 started=clock.update_started, landed=clock.update_landed),
         lambda state: evaluation.whole_test_set(
-            programs.evaluate(), state.params, state.batch_stats, feed, watch.before_reduction),
+            programs.evaluate(), evaluation.networks_of(state._asdict()), feed,
+            watch.before_reduction),
         feed,
         partial(rates_at, config),
         lru_cache(maxsize=1)(partial(as_rates, mesh, dtype)),  # constant but in a warm-up
@@ -417,7 +418,7 @@ def rates_at(config: ConfigDict, phase: Phase, examples_seen: int) -> Rates:
     """The rates of the update of `phase` that starts at `examples_seen`."""
     return Rates(
         schedule.learning_rate_at(phase, examples_seen), phase.momentum, config.optimizer.beta2,
-        config.optimizer.weight_decay, 0.0)
+        config.optimizer.weight_decay, config.ema)
 
 
 class _Due(NamedTuple):
