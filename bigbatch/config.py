@@ -47,9 +47,9 @@ RANGES = {
     "optimizer.weight_decay": ("be a finite number, 0 or more", 0, math.inf),
     "label_smoothing": ("lie in [0, 1)", 0, 1),
     "optimizer.beta2": ("lie in [0, 1)", 0, 1),
-    "ema": ("lie in [0, 1)", 0, 1),
     "per_example.momentum_floor": ("lie in [0, 1)", 0, 1),
     "per_example.beta2_floor": ("lie in [0, 1)", 0, 1),
+    "ema": ("lie in [0, 1); 0 keeps no average of the weights", 0, 1),
 }
 # Of tuples, what each of their numbers must be, likewise. Images are normalised in float32.
 LARGEST, SMALLEST = (2 - 2**-23) * 2.0**127, 2.0**-126
@@ -78,8 +78,10 @@ def base_config() -> ConfigDict:
         "beta2": 0.999,  # Adam's; its beta1 is the recipe's momentum
         "epsilon": 1e-8,  # Adam's
     })
-    config.ema = 0.0  # what an update leaves of the average of the weights; 0: there is none
     config.label_smoothing = 0.0
+    # What an update leaves of a running average of the weights and statistics, such as 0.999, which
+    # is evaluated beside the weights; 0: none is kept.
+    config.ema = 0.0
 
     config.network = "bigbatch.models.wide_resnet.WideResNet"  # dotted path of a model function
     config.model = ConfigDict()  # its keyword arguments

@@ -106,7 +106,7 @@ class Run(NamedTuple):
     layouts: tuple[Layout, ...]  # one for each of `phases`
     programs: Programs
     take_update: Callable  # see `dispatch.take_update`
-    evaluate: Callable[[update.State], dict[str, float]]  # test loss and test accuracy
+    evaluate: Callable[[update.State], dict[str, float]]  # see `whole_test_set`
     feed: Feed
     # phase, examples seen before and after -> the rates of that update
     rates_at: Callable[[Phase, int, int], Rates]
@@ -209,7 +209,8 @@ def begin(
         partial(take_update, before_pass=watch.poll, before_reduction=watch.before_reduction,
                 started=clock.update_started, landed=clock.update_landed),
         lambda state: evaluation.whole_test_set(
-            programs.evaluate(), state.params, state.batch_stats, feed, watch.before_reduction),
+            programs.evaluate(), evaluation.networks_of(state._asdict()), feed,
+            watch.before_reduction),
         feed,
         partial(schedule.take_rates, make_recipe(config), goal.phases),
         lru_cache(maxsize=1)(partial(as_rates, mesh, dtype)),  # constant but in a warm-up

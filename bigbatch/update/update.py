@@ -37,6 +37,9 @@ class State(NamedTuple):
     params: Tree
     batch_stats: Tree
     opt_state: Tree
+    # The running average of both, as {"params": ..., "batch_stats": ...}; None where `config.ema`
+    # is 0, and then it is not in checkpoints either.
+    average: Tree = None
 
 
 class Sums(NamedTuple):
@@ -76,7 +79,8 @@ def make_init(config: ConfigDict, network: Network) -> Callable:
 
     def init(seed: jax.Array) -> State:
         params, batch_stats = network.init(seed)
-        return State(params, batch_stats, init_optimizer(config, network.in_norm, params))
+        opt_state = init_optimizer(config, network.in_norm, params)
+        return State(params, batch_stats, opt_state, _averaged(config, params, batch_stats))
 
     return jax.jit(init, compiler_options=options)
 
@@ -91,8 +95,19 @@ def abstract_state(config: ConfigDict, network: Network, mesh: Mesh) -> State:
     opt_state = jax.eval_shape(partial(init_optimizer, config, network.in_norm), network.params)
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
-        State(network.params, network.batch_stats, opt_state),
+        State(network.params, network.batch_stats, opt_state,
+              _averaged(config, network.params, network.batch_stats)),
     )
+
+
+def _averaged(config: ConfigDict, params: Tree, batch_stats: Tree) -> Tree:
+    """What is averaged over the updates, in the tree of `State.average`; None if nothing is.
+
+    The average begins with the weights that the run begins with, as elsewhere. A correction for
+    them, as Adam has it, would need the product of all `rates.average` so far as one more number of
+    the state, and would differ only while that product is not small.
+    """
+    return {"params": params, "batch_stats": batch_stats} if config.ema else None
 
 
 def make_update(
@@ -260,6 +275,9 @@ def _apply_sums(
         return jnp.exp(sums.ghosts * math.log(decay)) * running + added
 
     batch_stats = jax.tree.map(fold, state.batch_stats, sums.statistics, network.decays)
+    average = jax.tree.map(
+        lambda old, new: old + (1 - rates.average) * (new - old),
+        state.average, _averaged(config, params, batch_stats))
     loss = sums.loss / sums.examples
     # The total is not finite if any parameter is not. Parameters of the same shape are added first,
     # since the sum of each array is a separate operation, and there would be hundreds of them.
@@ -268,4 +286,4 @@ def _apply_sums(
         by_shape[leaf.shape] = by_shape.get(leaf.shape, 0) + leaf
     total = sum(map(jnp.sum, by_shape.values()), loss)
     metrics = Metrics(loss, sums.correct / sums.examples, jnp.isfinite(total))
-    return State(params, batch_stats, opt_state), metrics
+    return State(params, batch_stats, opt_state, average), metrics
