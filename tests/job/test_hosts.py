@@ -179,8 +179,7 @@ def test_processes_that_were_never_joined_are_told_how_to(monkeypatch):
 
 
 @pytest.mark.parametrize("coordinator", ["10.0.0.1", "10.0.0.1:", ":8476", "10.0.0.1:port"])
-def test_a_coordinator_without_a_port_is_refused(monkeypatch, coordinator):
-    monkeypatch.setattr(processes, "_leave_on_sigterm", lambda: None)  # signals are pytest's
+def test_a_coordinator_without_a_port_is_refused(coordinator):
     with pytest.raises(ValueError, match=f"--coordinator='{coordinator}'.*host:port"):
         processes.join(coordinator, 2, 0, 60)
 
