@@ -410,6 +410,23 @@ def make_due(config: ConfigDict, total: int) -> Callable[[str, int, int], bool]:
     return due.make_due(every, config.data.train_examples, total)
 
 
+def evaluations(
+    config: ConfigDict, phases: Sequence[schedule.Phase], examples_seen: int, total: int
+) -> Iterator[int]:
+    """The examples seen at each evaluation of a run from `examples_seen` on.
+
+    Args:
+        config: of the run.
+        phases: those still to run.
+        examples_seen: the position of the run.
+        total: the examples of the whole run.
+    """
+    every = due.interval(config.eval_every_epochs, config.data.train_examples)
+    for phase in phases:
+        start = max(phase.start_example, examples_seen)
+        yield from due.ends_due(every, start, phase.end_example, phase.batch_size, total)
+
+
 def check(config: ConfigDict) -> None:
     """Checks the values of a config.
 

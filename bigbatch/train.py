@@ -5,8 +5,9 @@ where the run stands) and `loop` (the updates), and reports the end.
 """
 
 import contextlib
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from bigbatch import schedule
-from bigbatch.config import check, make_due, make_layouts, make_phases, make_recipe
+from bigbatch.config import (
+    check,
+    evaluations,
+    make_due,
+    make_layouts,
+    make_phases,
+    make_recipe,
+)
 from bigbatch.data.feed import Feed, open_feed
 from bigbatch.job import chips, preemption, processes
 from bigbatch.job.devices import make_mesh, pin_options, place, replicated
@@ -41,7 +49,7 @@ class Preempted(Exception):
 
 
 class StoppedAfterPhase(Exception):
-    """The run has saved a checkpoint and stopped after the phase that `stop_after_phase` names."""
+    """The run stands, saved, at the end of the phase that `stop_after_phase` names, or past it."""
 
 
 class NotFinite(ArithmeticError):
@@ -78,9 +86,12 @@ def train_and_evaluate(
         state, at = loop(run, at, state)
         run.log.time_shares(at)
         if at.examples_seen < goal.phases[-1].end_example:
-            run.log.line(
-                f"stopped after phase {goal.last_phase.name} at example {at.examples_seen}")
-            raise StoppedAfterPhase(f"stopped after phase {goal.last_phase.name}")
+            how = f"stopped after phase {goal.last_phase.name}"
+            if at.examples_seen > goal.last_phase.end_example:  # it began past it
+                how = (f"--stop_after_phase: phase {goal.last_phase.name} is over since example "
+                       f"{goal.last_phase.end_example}, so nothing was trained; the run is")
+            run.log.line(f"{how} at example {at.examples_seen}")
+            raise StoppedAfterPhase(f"{how} at example {at.examples_seen}")
         run.log.line(f"finished: {at.updates} updates, {at.examples_seen} examples")
         return state
 
@@ -176,7 +187,7 @@ def begin(
     # The data and the state, on the devices.
     begin_with = {} if newest.path else initial_weights.read(config, goal.net)
     feed = open_feed(
-        config, mesh, phases, layouts, at.examples_seen, _evaluations(at, phases, is_due))
+        config, mesh, phases, layouts, at.examples_seen, _evaluations(goal, at, phases))
     at_end.callback(feed.close)
     state = update.abstract_state(config, goal.net, mesh)
     if newest.path:
@@ -254,11 +265,11 @@ def _check_changes(
     return allowed
 
 
-def _evaluations(at: Position, phases: Sequence[Phase], is_due: Callable) -> list[int]:
+def _evaluations(goal: Goal, at: Position, phases: Sequence[Phase]) -> Iterator[int]:
     """The examples seen at each evaluation to come. A pending evaluation precedes any update."""
-    pending = [at.examples_seen] if at.pending_evaluation else []
-    return pending + [end for start, end in schedule.spans(phases, at.examples_seen)
-                      if is_due("eval", start, end)]
+    if at.pending_evaluation:
+        yield at.examples_seen
+    yield from evaluations(goal.config, phases, at.examples_seen, goal.phases[-1].end_example)
 
 
 def _open_log(
@@ -316,21 +327,25 @@ class InFlight(NamedTuple):
     # The line of metrics.jsonl without what was measured; None if no line is due.
     event: dict[str, Any] | None
 
-    def land(self, log: Log) -> dict[str, Any] | None:
+    def land(self, run: Run) -> dict[str, Any] | None:
         """Waits for the update to end, and returns the complete line of metrics.jsonl, if due.
 
         Raises:
             NotFinite: if training diverged in this update, after noting that in timing.jsonl.
+            Mistake: if all images of the update were skipped, in every process of the job.
         """
-        with log.clock.spent_on("update"):
+        with run.log.clock.spent_on("update"):
             finite = bool(self.measured.finite)
         if not finite:
-            log.diverged(self.after.updates - 1, self.start)
+            if math.isnan(self.measured.accuracy):  # of no image: no divergence
+                raise run.feed.none_of_use(f"the update from example {self.start}")
+            run.log.diverged(self.after.updates - 1, self.start)
+            saved = ("All checkpoints are from before it." if run.saves.newest else
+                     "There is no checkpoint from before it.")
             raise NotFinite(
                 f"training diverged in update {self.after.updates} (from example {self.start}): "
                 f"its loss ({float(self.measured.loss):g}) or a parameter after it is not finite. "
-                "All checkpoints are from before it. A lower recipe.learning_rate or a warm-up "
-                "usually helps."
+                f"{saved} A lower recipe.learning_rate or a warm-up usually helps."
             )
         return self.event and self.event | {
             "train_loss": float(self.measured.loss),
@@ -379,7 +394,7 @@ def loop(run: Run, at: Position, state: update.State) -> tuple[update.State, Pos
                         running=flight and flight.measured.loss)
                 clock.dispatched(waited)
                 if flight:  # the update before this one
-                    log.finished(flight.land(log))
+                    log.finished(flight.land(run))
 
                 at = Position(end, at.updates + 1)
                 due = _due(run, phase, start, end)
@@ -387,13 +402,13 @@ def loop(run: Run, at: Position, state: update.State) -> tuple[update.State, Pos
                     start, at, measured, _event(run, phase, rates, at) if due.log else None)
                 run.tracer.after(at.updates, state)
                 if number == 0:  # waits, so that the first update of a phase is timed alone
-                    flight.land(log)
+                    flight.land(run)
                     log.timing(
                         "phase", start, phase=phase.name, compile_seconds=ready.compile_seconds,
                         waited_seconds=ready.waited_seconds, **clock.first_update())
 
                 if due.evaluation or due.save:  # only of a state that is known to be finite
-                    event, flight = flight.land(log), None
+                    event, flight = flight.land(run), None
                     clock.idle()
                     if due.evaluation:
                         at = at._replace(pending_evaluation=event)  # what a stop here would save
@@ -458,12 +473,14 @@ def _save_last(run: Run, at: Position, state: update.State, flight: InFlight | N
     log, saves = run.log, run.saves
     saves.wait()
     if flight:
-        log.finished(flight.land(log))
+        log.finished(flight.land(run))
     if at.examples_seen != saves.newest:
         log.saved(at, saves.start(state, at))
     saves.wait()
     log.time_shares(at)
-    log.line(f"told to stop: saved at example {at.examples_seen}, update {at.updates}")
+    log.line("told to stop " + (
+        f"and saved at example {at.examples_seen}, update {at.updates}" if at.updates else
+        "before the first update, so nothing is saved and the run begins anew"))
 
 
 def _evaluate(run: Run, state: update.State) -> dict[str, float]:

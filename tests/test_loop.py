@@ -203,6 +203,8 @@ def run_to_the_end(case, stops):
         except train.NotFinite as error:
             check_order(world.effects, case)
             assert f"update {case.diverges} " in str(error)
+            assert ("All checkpoints are from before it" in str(error)) == (world.newest > 0)
+            assert ("There is no checkpoint" in str(error)) == (world.newest == 0)
             assert [effect for effect in world.effects if effect[0] == "diverged"] == [
                 ("diverged", case.diverges - 1)]
             assert world.pending == [] and disk["checkpoint"][0] < case.diverges

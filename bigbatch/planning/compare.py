@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from bigbatch.config import check, make_phases
 from bigbatch.mistake import Mistake
-from bigbatch.planning import slices, topology
+from bigbatch.planning import topology
 from bigbatch.schedule import STRATEGIES, Phase
 
 NOT_LESS = 0.97  # of the time of the strategy with the most updates
@@ -42,6 +42,9 @@ def compare(
     Raises:
         Mistake: if a strategy is unknown or has no schedule, or the compiler is not installed.
     """
+    # Imported here, as its imports take seconds and a plan without slices does not need them.
+    from bigbatch.planning import slices
+
     rows = []
     for name in strategies:
         if name not in STRATEGIES:

@@ -27,6 +27,7 @@ import numpy as np
 import orbax.checkpoint as ocp0
 from orbax.checkpoint.experimental import v1 as ocp
 
+from bigbatch.job.devices import all_devices
 from bigbatch.job.output import say
 from bigbatch.mistake import Mistake
 from bigbatch.storage import bucket
@@ -203,6 +204,7 @@ def load_run(
     Raises:
         Mistake: see `load`.
     """
+    all_devices()  # or Orbax, which asks for them, would take the arrays for damaged
     with bucket.opened(workdir) as (local, mirror):
         if examples_seen is None:
             found = find_newest(local, mirror)

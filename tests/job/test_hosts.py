@@ -130,6 +130,19 @@ def check_reads(folder, hosts):
         assert set(reads["test"]) == records & set(range(config.data.test_examples))
 
 
+def test_an_update_without_an_image_of_use_is_no_divergence_in_any_process(tmp_path):
+    prepare(tmp_path / "data", [b"no image"] * 160, name="photographs", channels=3)
+    job = started.start_job(
+        tmp_path / "run", f"data.dir={tmp_path}/data", "data.on_bad_image=skip", processes=2,
+        file="tests/support/small_config.py", config=("streaming",))
+    for process in job:
+        output = started.end(process, status=2)
+        assert "bigbatch: no image of the update from example 0 is of use: all were skip" in output
+        assert "diverged" not in output
+    events = read_events(tmp_path / "run/timing.jsonl")
+    assert events and not [event for event in events if event["event"] == "diverged"]
+
+
 # --- what calls training without a job ------------------------------------------------------------
 def test_sigterm_is_heard_in_a_script_that_joined_no_job(tmp_path):
     script = """
@@ -179,8 +192,7 @@ def test_processes_that_were_never_joined_are_told_how_to(monkeypatch):
 
 
 @pytest.mark.parametrize("coordinator", ["10.0.0.1", "10.0.0.1:", ":8476", "10.0.0.1:port"])
-def test_a_coordinator_without_a_port_is_refused(monkeypatch, coordinator):
-    monkeypatch.setattr(processes, "_leave_on_sigterm", lambda: None)  # signals are pytest's
+def test_a_coordinator_without_a_port_is_refused(coordinator):
     with pytest.raises(ValueError, match=f"--coordinator='{coordinator}'.*host:port"):
         processes.join(coordinator, 2, 0, 60)
 

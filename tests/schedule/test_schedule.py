@@ -10,7 +10,7 @@ from fractions import Fraction
 import pytest
 
 from bigbatch import schedule
-from bigbatch.schedule import Limits, Recipe
+from bigbatch.schedule import Limits, Recipe, due
 
 CIFAR = Recipe(
     learning_rate=0.1, batch_size=128, momentum=0.9, examples=50_000, epochs=204.8,
@@ -378,3 +378,16 @@ def test_phases_of_almost_one_noise_have_names_of_their_own():
     names = [phase.name for phase in schedule.plan_phases(recipe, "decay", GHOST_128)]
     assert len(set(names)) == 4
     assert names[0] == "noise/1" and names[-1].startswith("noise/5.000001")
+
+
+def test_the_ends_due_are_those_that_is_due_names():
+    draw = random.Random(0)
+    for _ in range(500):
+        batch, updates = draw.randrange(1, 9), draw.randrange(1, 30)
+        start = draw.randrange(50)
+        end = start + batch * updates
+        total = end if draw.random() < 0.5 else end + draw.randrange(1, 90)
+        is_due = due.make_due({"eval": draw.choice((0.3, 1.0, 2.5))}, 10, total)
+        every = next(size for size in range(1, 99) if is_due("eval", size - 1, size))
+        expected = [at + batch for at in range(start, end, batch) if is_due("eval", at, at + batch)]
+        assert list(due.ends_due(every, start, end, batch, total)) == expected

@@ -133,6 +133,34 @@ def test_an_entry_of_another_user_is_left_where_it_is(tmp_path, monkeypatch, cac
     assert program_cache.keep(str(tmp_path)) == "" and cache_of_jax() == str(tmp_path)
 
 
+# --- what a run says of itself ------------------------------------------------------------------
+def test_a_stop_before_the_first_update_does_not_say_that_it_saved(tmp_path):
+    process = started.start(tmp_path, **SMALL, cache=None)
+    started.wait_until((tmp_path / "config.json").exists, process, "its first file")
+    process.send_signal(signal.SIGTERM)
+    output = started.end(process, status=42, seconds=60)
+    assert "told to stop before the first update, so nothing is saved" in output
+    assert checkpoint.finished(tmp_path) == []
+
+
+def test_an_enormous_run_begins_at_once(tmp_path):
+    """It does not look at each of its billions of updates first."""
+    process = started.start(tmp_path, "recipe.epochs=1e9", **SMALL)
+    started.wait_until((tmp_path / "metrics.jsonl").exists, process, "a line", seconds=45)
+    process.send_signal(signal.SIGTERM)
+    started.end(process, status=42, seconds=60)
+
+
+def test_a_run_past_the_phase_to_stop_after_says_so(tmp_path):
+    phases = ("recipe.falls=((1,2),(2,2))", "limits.max_batch_size=None", "data.test_examples=44")
+    first = started.start(tmp_path, *phases, **SMALL, flags=("--stop_after_phase=1",))
+    assert "stopped after phase noise/2 at example 384" in started.end(first, status=3)
+    again = started.start(tmp_path, *phases, **SMALL, flags=("--stop_after_phase=0",))
+    output = started.end(again, status=3)
+    assert "phase noise/1 is over since example 192, so nothing was trained" in output
+    assert "stopped after" not in output
+
+
 # --- spoiled checkpoints ----------------------------------------------------------------------
 def damage(kind: str, file: Path) -> None:
     content = bytearray(file.read_bytes())
