@@ -152,7 +152,7 @@ def test_an_enormous_run_begins_at_once(tmp_path):
 
 
 def test_a_run_past_the_phase_to_stop_after_says_so(tmp_path):
-    phases = ("recipe.falls=((1,2),(2,2))", "limits.max_batch_size=None", "data.test_examples=44")
+    phases = ("recipe.falls=((1,2),(2,1.5))",)
     first = started.start(tmp_path, *phases, **SMALL, flags=("--stop_after_phase=1",))
     assert "stopped after phase noise/2 at example 384" in started.end(first, status=3)
     again = started.start(tmp_path, *phases, **SMALL, flags=("--stop_after_phase=0",))
