@@ -110,17 +110,19 @@ class Model:
             raise Mistake(f"the images are of shape {shape}; they must be {wanted}{one}.")
 
 
-def load_model(workdir: str | Path) -> Model:
-    """The network of a run's newest whole checkpoint, ready to be called on images.
+def load_model(workdir: str | Path, examples_seen: int | None = None) -> Model:
+    """The network of a run's checkpoint, ready to be called on images.
 
     Args:
         workdir: a folder, or gs://bucket/path. A model of one's own, which the config names by its
             path, must be importable. A run in float64 switches JAX's 64-bit arrays on.
+        examples_seen: the checkpoint's position; None for the newest whole one.
 
     Raises:
-        Mistake: if there is no whole checkpoint, or the network of its config cannot be built.
+        Mistake: if there is no such checkpoint (the message has the positions) or it is not whole,
+            or the network of its config cannot be built.
     """
-    run, state = load_run(workdir)
+    run, state = load_run(workdir, examples_seen)
     config = saved_config(run)
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
