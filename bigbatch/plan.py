@@ -14,6 +14,7 @@ is 1 if a program does not fit into a device's memory.
 
 import dataclasses
 import json
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from bigbatch.job import chips, processes, statuses
 from bigbatch.job.output import answer, say
 from bigbatch.mistake import Mistake
 from bigbatch.planning import topology
+from bigbatch.storage import caches
 from bigbatch.update import network
 from bigbatch.watching.progress import format_seconds
 
@@ -39,9 +41,9 @@ DEVICES = flags.DEFINE_integer("devices", None, "How many devices share an updat
 TOPOLOGY = flags.DEFINE_string(
     "topology", "", "Slice to compile for: v2-256 or v2:8x16; SLICE,PHASE=SLICE,... to change it."
 )
-REMEMBERED = "~/.cache/bigbatch/plans"
 CACHE = flags.DEFINE_string(
-    "plan_cache", REMEMBERED, "Folder that keeps the results of compiling; empty for none."
+    "plan_cache", None, "Folder that keeps the results of compiling; empty for none. Without the "
+    f"flag: bigbatch/plans in ${caches.VARIABLE} (~/.cache)."
 )
 FORMAT = flags.DEFINE_enum("format", "table", ["table", "json"], "What to print.")
 
@@ -104,13 +106,15 @@ def plan(config: ConfigDict, devices: int | Sequence[int]) -> dict[str, Any]:
     }
 
 
-def plan_for_slices(config: ConfigDict, topology_text: str, cache: str) -> dict[str, Any]:
+def plan_for_slices(
+    config: ConfigDict, topology_text: str, cache: str | None = None
+) -> dict[str, Any]:
     """What `plan` returns for slices of Cloud TPU, and what compiling for them shows.
 
     Args:
         config: see `config.base_config`.
         topology_text: the slices; see `slices.parse`.
-        cache: folder that keeps the results of compiling; "" for none.
+        cache: folder that keeps the results of compiling; "" for none, None for the usual one.
 
     Returns:
         What `plan` returns, and `compiled`: see `slices.compile_for`.
@@ -125,6 +129,7 @@ def plan_for_slices(config: ConfigDict, topology_text: str, cache: str) -> dict[
     check(config)
     phases = make_phases(config)
     chosen = slices.parse(topology_text, phases)
+    cache = caches.folder("plans") if cache is None else cache
     return plan(config, [one.devices for one in chosen]) | {"compiled": slices.compile_for(
         config, phases, chosen, Path(cache).expanduser() if cache else None, say,
     )}
@@ -188,11 +193,11 @@ def as_text(planned: Mapping[str, Any]) -> str:
     ]
     if updates < constant["updates"]:
         paragraphs.append(
-            f"A constant batch of {constant['batch_size']} (the strategy decay) takes "
+            f"A constant batch of {_grouped(constant['batch_size'])} (the strategy decay) takes "
             f"{_grouped(constant['updates'])} updates: {constant['updates'] / updates:.3g} times "
             "as many."
         )
-    paragraphs += [textwrap.fill(f"Note: {note}", 100) for note in planned["notes"]]
+    paragraphs += [_note(text) for text in planned["notes"]]
     if "compiled" in planned:
         paragraphs += _compiled_paragraphs(planned["compiled"])
     return "\n\n".join(paragraphs)
@@ -253,6 +258,13 @@ def _rate(phase: Mapping[str, Any]) -> str:
 def _grouped(number: int) -> str:
     """A whole number with a space between thousands: 80 000."""
     return f"{number:,}".replace(",", " ")
+
+
+def _note(text: str) -> str:
+    """A note with its whole numbers `_grouped`, and no line that ends inside of one."""
+    grouped = re.sub(r"(?<![\w./])\d{4,}(?![\w./]\d)",
+                     lambda number: _grouped(int(number[0])).replace(" ", "\xa0"), text)
+    return textwrap.fill(f"Note: {grouped}", 100).replace("\xa0", " ")
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import threading
 from pathlib import Path
@@ -17,7 +18,7 @@ from PIL import Image
 
 from bigbatch import train
 from bigbatch.config import make_layouts, make_phases
-from bigbatch.job import processes
+from bigbatch.job import preemption, processes
 from bigbatch.schedule.layout import ghosts_by_slot
 from bigbatch.storage import checkpoint
 from bigbatch.storage.logs import read_events
@@ -211,6 +212,18 @@ def test_training_outside_the_main_thread_works_and_says_that_sigterm_is_not_han
     assert warned[0].filename == __file__, "it does not point at the caller"
     saved = checkpoint.load(tmp_path)["params"]
     jax.tree.map(np.testing.assert_array_equal, saved, jax.tree.map(np.asarray, states[0].params))
+
+
+def test_the_file_that_a_notebook_has_told_of_signals_is_told_again_after_training():
+    reader, writer = socket.socketpair()
+    with reader, writer:
+        writer.setblocking(False)
+        before = signal.set_wakeup_fd(writer.fileno())
+        try:
+            preemption.Watch().close()
+            assert signal.set_wakeup_fd(writer.fileno()) == writer.fileno()
+        finally:
+            signal.set_wakeup_fd(before)
 
 
 def test_processes_that_were_never_joined_are_told_how_to(monkeypatch):
