@@ -111,20 +111,23 @@ class Model:
             raise Mistake(f"the images are of shape {shape}; they must be {wanted}{one}.")
 
 
-def load_model(workdir: str | Path, average: bool = False) -> Model:
-    """The network of a run's newest whole checkpoint, ready to be called on images.
+def load_model(
+    workdir: str | Path, examples_seen: int | None = None, average: bool = False
+) -> Model:
+    """The network of a run's checkpoint, ready to be called on images.
 
     Args:
         workdir: a folder, or gs://bucket/path. A model of one's own, which the config names by its
             path, must be importable. A run in float64 switches JAX's 64-bit arrays on.
+        examples_seen: the checkpoint's position; None for the newest whole one.
         average: whether to take the average of the weights that the run keeps (`config.ema`), in
             the place of its last weights.
 
     Raises:
-        Mistake: if there is no whole checkpoint, or it has no average and one is asked for, or the
-            network of its config cannot be built.
+        Mistake: if there is no such checkpoint (the message has the positions) or it is not whole,
+            or it has no average and one is asked for, or the network of its config cannot be built.
     """
-    run, state = load_run(workdir)
+    run, state = load_run(workdir, examples_seen)
     config = saved_config(run)
     if average and "average" not in state:
         raise Mistake(

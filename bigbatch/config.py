@@ -571,6 +571,37 @@ def _near(config: ConfigDict, key: str) -> str:
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 
 
+def refusal(configs: Sequence[ConfigDict], group: Any, name: Any, value: Any) -> str:
+    """Why a config refused to read or to set a key; "" if that cannot be told.
+
+    Args:
+        configs: those that may be the whole config.
+        group: the group of one of them that refused.
+        name: of the key.
+        value: that it was to be set to.
+    """
+    for config in configs:
+        prefix = next((prefix for prefix, one in _groups(config) if one is group), None)
+        if prefix is None or "seed" not in config:  # a part of the config, or none at all
+            continue
+        try:
+            _find(config, f"{prefix}{name}")
+        except Mistake as mistake:
+            return str(mistake)
+        kind = group.get_type(name)
+        return (f"config.{prefix}{name} takes {_describe(kind)} (it is {group[name]!r}), "
+                f"not {value!r}.")
+    return ""
+
+
+def _groups(group: ConfigDict, prefix: str = "") -> Iterator[tuple[str, ConfigDict]]:
+    """A group and every one inside of it, each with what its keys begin with."""
+    yield prefix, group
+    for name in group:
+        if isinstance(group[name], ConfigDict):
+            yield from _groups(group[name], f"{prefix}{name}.")
+
+
 def _unlock_free_groups(config: ConfigDict) -> None:
     """Lets a config file put keys of its own into the groups that are the user's."""
     config.model.unlock()

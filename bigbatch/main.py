@@ -28,7 +28,7 @@ from bigbatch import command_line, train
 from bigbatch.job import output, processes, statuses
 from bigbatch.mistake import Mistake
 from bigbatch.programs import program_cache
-from bigbatch.storage import checkpoint
+from bigbatch.storage import caches, checkpoint
 
 command_line.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "For logs and checkpoints: a folder, or gs://bucket/path.")
@@ -40,7 +40,7 @@ PROFILE = flags.DEFINE_string(
 )
 CACHE = flags.DEFINE_string(
     "compilation_cache", None, "Folder for compiled programs; empty for none. Without the flag: "
-    f"${program_cache.VARIABLE}, or else {program_cache.DEFAULT}."
+    f"${program_cache.VARIABLE}, or else bigbatch in ${caches.VARIABLE} (~/.cache)."
 )
 COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of a job's first process.")
 PROCESSES = flags.DEFINE_integer("processes", 0, "How many processes the job has.")

@@ -19,6 +19,7 @@ sets strategies beside each other: on each slice, and on one that grows with the
 
 import dataclasses
 import json
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -43,6 +44,7 @@ from bigbatch.job import chips, processes, statuses
 from bigbatch.job.output import answer, say
 from bigbatch.mistake import Mistake
 from bigbatch.planning import compare, picture, topology
+from bigbatch.storage import caches
 from bigbatch.update import network
 from bigbatch.watching.progress import format_seconds
 
@@ -51,9 +53,9 @@ DEVICES = flags.DEFINE_integer("devices", None, "How many devices share an updat
 TOPOLOGY = flags.DEFINE_string(
     "topology", "", "Slice to compile for: v2-256 or v2:8x16; SLICE,PHASE=SLICE,... to change it."
 )
-REMEMBERED = "~/.cache/bigbatch/plans"
 CACHE = flags.DEFINE_string(
-    "plan_cache", REMEMBERED, "Folder that keeps the results of compiling; empty for none."
+    "plan_cache", None, "Folder that keeps the results of compiling; empty for none. Without the "
+    f"flag: bigbatch/plans in ${caches.VARIABLE} (~/.cache)."
 )
 COMPARE = flags.DEFINE_list(
     "compare", [], "Strategies to set beside each other; --topology then lists slices."
@@ -130,13 +132,15 @@ def plan(config: ConfigDict, devices: int | Sequence[int]) -> dict[str, Any]:
     }
 
 
-def plan_for_slices(config: ConfigDict, topology_text: str, cache: str) -> dict[str, Any]:
+def plan_for_slices(
+    config: ConfigDict, topology_text: str, cache: str | None = None
+) -> dict[str, Any]:
     """What `plan` returns for slices of Cloud TPU, and what compiling for them shows.
 
     Args:
         config: see `config.base_config`.
         topology_text: the slices; see `slices.parse`.
-        cache: folder that keeps the results of compiling; "" for none.
+        cache: folder that keeps the results of compiling; "" for none, None for the usual one.
 
     Returns:
         What `plan` returns, and `compiled`: see `slices.compile_for`.
@@ -152,8 +156,13 @@ def plan_for_slices(config: ConfigDict, topology_text: str, cache: str) -> dict[
     phases = make_phases(config)
     chosen = slices.parse(topology_text, phases)
     return plan(config, [one.devices for one in chosen]) | {"compiled": slices.compile_for(
-        config, phases, chosen, Path(cache).expanduser() if cache else None, say,
-    )}
+        config, phases, chosen, _cache_folder(cache), say)}
+
+
+def _cache_folder(named: str | None) -> Path | None:
+    """The folder that --plan_cache names: None without the flag, "" for none."""
+    cache = caches.folder("plans") if named is None else named
+    return Path(cache).expanduser() if cache else None
 
 
 def _fills_devices(config: ConfigDict, phase: schedule.Phase) -> int:
@@ -215,7 +224,7 @@ def as_text(planned: Mapping[str, Any]) -> str:
     ]
     if updates < constant["updates"]:
         paragraphs.append(
-            f"A constant batch of {constant['batch_size']} (the strategy decay) takes "
+            f"A constant batch of {_grouped(constant['batch_size'])} (the strategy decay) takes "
             f"{_grouped(constant['updates'])} updates: {constant['updates'] / updates:.3g} times "
             "as many."
         )
@@ -225,7 +234,7 @@ def as_text(planned: Mapping[str, Any]) -> str:
             f"Of {_grouped(round(saved['of']))} updates at the recipe's batch, batches that "
             f"followed the rate without limits and rounding would save {saved['at_most']:.1%}; "
             f"these save {saved['share']:.1%}.", 100))
-    paragraphs += [textwrap.fill(f"Note: {note}", 100) for note in planned["notes"]]
+    paragraphs += [_note(text) for text in planned["notes"]]
     if "compiled" in planned:
         paragraphs += _compiled_paragraphs(planned["compiled"])
     return "\n\n".join(paragraphs)
@@ -311,6 +320,13 @@ def _grouped(number: int) -> str:
     return f"{number:,}".replace(",", " ")
 
 
+def _note(text: str) -> str:
+    """A note with its whole numbers `_grouped`, and no line that ends inside of one."""
+    grouped = re.sub(r"(?<![\w./])\d{4,}(?![\w./]\d)",
+                     lambda number: _grouped(int(number[0])).replace(" ", "\xa0"), text)
+    return textwrap.fill(f"Note: {grouped}", 100).replace("\xa0", " ")
+
+
 def _table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A table with entries flush right, and each title on two lines, broken at its last space."""
     halves = [title.rpartition(" ") for title in titles]
@@ -333,8 +349,7 @@ def main(arguments: Sequence[str]) -> None:
         found = sorted(map(topology.parse, filter(None, TOPOLOGY.value.split(","))),
                        key=lambda one: one.devices)
         rows = compare.compare(
-            config, COMPARE.value, found, Path(CACHE.value).expanduser() if CACHE.value else None,
-            say)
+            config, COMPARE.value, found, _cache_folder(CACHE.value), say)
         answer(json.dumps(rows) if FORMAT.value == "json" else compared_as_text(rows))
         return
     if PICTURE.value:

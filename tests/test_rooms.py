@@ -18,8 +18,9 @@ ORDER = [
     {"watching"},
     {"storage"},
     {"job"},
+    {"config_files"},
     {"config"},
-    {"schedule", "models", "dotted", "config_files"},
+    {"schedule", "models", "dotted"},
     {"mistake", "__init__"},
 ]
 # These run where JAX is not installed, or are read by programs that need nothing but Python.

@@ -8,14 +8,12 @@ import jax
 
 import bigbatch
 
-PACKAGES = tuple(
-    f"{Path(package.__file__).parent}/" for package in (bigbatch, jax, flax)
-)
+BIGBATCH, JAX, FLAX = (f"{Path(package.__file__).parent}/" for package in (bigbatch, jax, flax))
 PYTHON = f"{sysconfig.get_path('stdlib')}/"
 
 
 def is_users(file: str) -> bool:
     """Whether the code in `file`, as a frame names it, is the user's."""
-    if file.startswith(("<", *PACKAGES)) or "/jaxlib/" in file:
+    if file.startswith(("<", BIGBATCH, JAX, FLAX)) or "/jaxlib/" in file:
         return False
     return not file.startswith(PYTHON) or "-packages/" in file

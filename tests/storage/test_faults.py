@@ -19,7 +19,7 @@ from flax import nnx
 from bigbatch import train
 from bigbatch.mistake import Mistake
 from bigbatch.programs import program_cache
-from bigbatch.storage import checkpoint, workdir
+from bigbatch.storage import caches, checkpoint, workdir
 from bigbatch.storage.logs import read_events
 from tests import soak
 from tests.storage.test_continuing import assert_same_bits, run, small
@@ -85,7 +85,8 @@ def cache_of_jax(monkeypatch):
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs",
              "jax_persistent_cache_min_entry_size_bytes")
     before = {name: getattr(jax.config, name) for name in names}
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    for variable in ("JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
     yield lambda: jax.config.jax_compilation_cache_dir
     for name, value in before.items():
         jax.config.update(name, value)
@@ -105,6 +106,17 @@ def test_training_can_do_without_a_cache_that_nobody_named(tmp_path, monkeypatch
     with pytest.raises(Mistake, match="~/cache cannot be used: there is no such home folder; give"):
         program_cache.keep("~/cache")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_compiled_programs_are_where_other_caches_are(tmp_path, monkeypatch, cache_of_jax):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for named, expected in ((str(tmp_path / "xdg"), "xdg/bigbatch"), ("", ".cache/bigbatch"),
+                            ("not/absolute", ".cache/bigbatch")):
+        monkeypatch.setenv("XDG_CACHE_HOME", named)
+        assert program_cache.keep(None) == ""
+        assert cache_of_jax() == str(tmp_path / expected)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert caches.folder("plans") == str(tmp_path / "xdg/bigbatch/plans")
 
 
 def test_the_cache_that_jax_knows_is_used_and_left_to_its_others(
@@ -152,7 +164,7 @@ def test_an_enormous_run_begins_at_once(tmp_path):
 
 
 def test_a_run_past_the_phase_to_stop_after_says_so(tmp_path):
-    phases = ("recipe.falls=((1,2),(2,2))", "limits.max_batch_size=None", "data.test_examples=44")
+    phases = ("recipe.falls=((1,2),(2,1.5))",)
     first = started.start(tmp_path, *phases, **SMALL, flags=("--stop_after_phase=1",))
     assert "stopped after phase noise/2 at example 384" in started.end(first, status=3)
     again = started.start(tmp_path, *phases, **SMALL, flags=("--stop_after_phase=0",))
