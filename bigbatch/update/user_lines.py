@@ -1,15 +1,16 @@
-"""Which lines are the user's own: those outside of this package, of JAX and Flax, and of Python."""
+"""Which lines are the user's own: outside of this package, of JAX, Flax and Optax, of Python."""
 
 import sysconfig
 from pathlib import Path
 
 import flax
 import jax
+import optax
 
 import bigbatch
 
 PACKAGES = tuple(
-    f"{Path(package.__file__).parent}/" for package in (bigbatch, jax, flax)
+    f"{Path(package.__file__).parent}/" for package in (bigbatch, jax, flax, optax)
 )
 PYTHON = f"{sysconfig.get_path('stdlib')}/"
 
