@@ -146,3 +146,31 @@ def test_with_one_rate_left_as_it_was_it_stays(name, field):
     errors = differences(name)[field]
     assert slope(errors) < 0.5, errors
     assert errors[-1] > 3 * differences(name)[""][-1]
+
+
+@pytest.mark.parametrize("rescaled", [True, False])
+def test_where_the_batch_grows_under_way_the_accumulator_needs_its_new_unit(rescaled):
+    """A grows to 1/(1-m) gradients, so under m**kappa what it holds is too much by this ratio.
+
+    The first update after the change can take that away, if it leaves m**kappa (1-m)/(1-m**kappa)
+    of A in the place of m**kappa. Otherwise the weights are pushed on further than they would have
+    gone. The mean of the weights is exact: noise has no part in it.
+    """
+    def after(weights, accumulated, rates, updates, first):
+        for left in [first] + [rates.momentum] * (updates - 1):
+            accumulated = left * accumulated + weights
+            weights -= rates.learning_rate * accumulated
+        return weights, accumulated
+
+    errors = []
+    for h in STEPS:
+        small = reference("momentum", h)
+        large = converted("momentum", small, KAPPA)
+        halves = round(0.5 / h), round(1 / h)
+        begun = after(1.0, 0.0, small, halves[0], small.momentum)
+        unit = (1 - small.momentum) / (1 - large.momentum) if rescaled else 1.0
+        expected, _ = after(*begun, small, halves[1], small.momentum)
+        found, _ = after(*begun, large, halves[1] // KAPPA, unit * large.momentum)
+        errors.append(abs(found - expected))
+    assert (0.8 < slope(np.array(errors)) < 1.3) == rescaled, errors
+    assert (errors[-1] < 0.01) == rescaled
