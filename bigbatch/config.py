@@ -44,7 +44,8 @@ RANGES = {
         "log_every_epochs", "eval_every_epochs", "checkpoint_every_epochs", "optimizer.epsilon")},
     "seed": ("be 0 or more and below 2**32", 0, 2**32),
     "data.eval_share": ("lie in (0, 1]", TINY, math.nextafter(1.0, 2.0)),
-    "optimizer.weight_decay": ("be a finite number, 0 or more", 0, math.inf),
+    **{key: ("be a finite number, 0 or more", 0, math.inf) for key in (
+        "optimizer.weight_decay", "optimizer.clip_norm")},
     "label_smoothing": ("lie in [0, 1)", 0, 1),
     "optimizer.beta2": ("lie in [0, 1)", 0, 1),
     "per_example.momentum_floor": ("lie in [0, 1)", 0, 1),
@@ -57,7 +58,7 @@ ELEMENT_RANGES = {
     "data.mean": ("be finite numbers", -LARGEST, LARGEST),
     "data.std": ("be finite numbers over 0", SMALLEST, LARGEST),
 }
-FREE = ["data", "options"]  # the group whose keys need not be known
+FREE = (["data", "options"], ["optimizer", "options"])  # the groups whose keys need not be known
 MAY_BE_NONE = ("scale_up.momentum", "limits.max_batch_size", "limits.granularity", "limits.growth",
                "per_example.momentum")
 
@@ -71,12 +72,17 @@ def base_config() -> ConfigDict:
 
     _add_schedule(config)
     config.optimizer = ConfigDict({
-        "name": "momentum",  # momentum, nesterov, sgd, adam
+        # momentum, nesterov, sgd, adam, or the dotted path of a function that returns an Optax
+        # transformation: see docs/optimizers.md.
+        "name": "momentum",
+        "options": {},  # the function's arguments; "momentum", "beta2", "weight_decay" are inputs
         "weight_decay": 0.0,
         "weight_decay_on": "all",  # all, no_norms, no_norms_or_biases
         "decoupled": False,  # True: weights shrink by rate x decay; False: added to the gradient
         "beta2": 0.999,  # Adam's; its beta1 is the recipe's momentum
         "epsilon": 1e-8,  # Adam's
+        # The largest global norm of an update's mean gradient, before any decay; 0: not clipped.
+        "clip_norm": 0.0,
     })
     config.label_smoothing = 0.0
     # What an update leaves of a running average of the weights and statistics, such as 0.999, which
@@ -230,7 +236,7 @@ def from_argument(
 def set_from_text(config: ConfigDict, key: str, text: str) -> None:
     """Sets the dotted `key` from the text of a command line, without changing the key's type.
 
-    A new key of `data.options` takes its type from the text.
+    A new key of `data.options` or `optimizer.options` takes its type from the text.
 
     Raises:
         Mistake: if there is no such key, or the text is no value of its type.
@@ -437,7 +443,6 @@ def check(config: ConfigDict) -> None:
         ("dtype", DTYPES),
         ("strategy", schedule.STRATEGIES),
         ("exchange", (BY_OPTIMIZER, *schedule.EXCHANGES)),
-        ("optimizer.name", tuple(OPTIMIZERS)),
         ("optimizer.weight_decay_on", WEIGHT_DECAY_ON),
         ("data.crop_style", CROP_STYLES),
         ("data.resample", RESAMPLE),
@@ -450,6 +455,7 @@ def check(config: ConfigDict) -> None:
                 f"{_other_name(group[name])}"
             )
     _check_plain(config)
+    _check_optimizer(config)
     for key, (allowed, least, most) in ELEMENT_RANGES.items():
         group, name = _find(config, key)
         if not all(_is_number(value) and least <= value <= most for value in group[name]):
@@ -469,6 +475,30 @@ def check(config: ConfigDict) -> None:
         raise Mistake(
             f"the momentum is {momentum:g}, but config.optimizer.name is 'sgd', which has none: "
             "set recipe.momentum=0 or optimizer.name=momentum."
+        )
+
+
+def _check_optimizer(config: ConfigDict) -> None:
+    """Checks the name, and that the other keys are of use with it; the path is not followed yet."""
+    options = config.optimizer
+    own = isinstance(options.name, str) and dotted.is_dotted(options.name)
+    if options.name not in OPTIMIZERS and not own:
+        raise Mistake(
+            f"config.optimizer.name is {options.name!r}; allowed are {', '.join(OPTIMIZERS)}, or a "
+            "dotted path such as 'optax.scale_by_lion' (docs/optimizers.md)."
+            f"{_other_name(options.name)}"
+        )
+    if options.options and not own:
+        raise Mistake(
+            f"config.optimizer.options is {options.options.to_dict()}, but config.optimizer.name "
+            f"is {options.name!r}; only an optimizer named by a dotted path has options."
+        )
+    if options.weight_decay_on != "all" and "weight_decay" in options.options.values():
+        raise Mistake(
+            f"config.optimizer.weight_decay_on is {options.weight_decay_on!r}, but "
+            f"{options.name} is given the weight decay and spares what it likes: set "
+            "weight_decay_on to 'all', or take weight_decay out of optimizer.options, and it is "
+            "added outside of it."
         )
 
 
@@ -532,19 +562,20 @@ def _choose(what: str, name: str, choices: Mapping[str, Any]) -> Any:
 def _find(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
     """The group that holds the dotted `key`, and the key's last part.
 
-    Of the group `data.options` the key need not be there yet.
+    Of the groups in `FREE` the key need not be there yet.
     """
     group = config
     *path, name = key.split(".")
     for depth, part in enumerate([*path, name]):
-        if path == FREE and depth == len(path) and part.isidentifier() and part not in group:
+        if path in FREE and depth == len(path) and part.isidentifier() and part not in group:
             return group, part
         if not isinstance(group, ConfigDict) or part not in group:
             parent = ".".join(["config", *key.split(".")[:depth]])
             if not isinstance(group, ConfigDict):
                 raise Mistake(f"config.{key} is unknown: {parent} is a value, not a group.")
-            own = (f" A key for a loader of your own is config.data.options.{part}."
-                   if depth == len(path) and path == FREE[:1] else "")
+            what = {"data": "a loader", "optimizer": "an optimizer"}.get(".".join(path))
+            own = (f" A key for {what} of your own is config.{path[0]}.options.{part}."
+                   if depth == len(path) and what else "")
             raise Mistake(
                 f"config.{key} is unknown{_near(config, key)}; {parent} has "
                 f"{', '.join(sorted(group)) or 'no keys, as its config file gives it none'}.{own}"
@@ -553,7 +584,7 @@ def _find(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
             group = group[part]
     if isinstance(group[name], ConfigDict):
         keys = ", ".join(f"{key}.{inner}" for inner in sorted(group[name]))
-        keys = keys or (f"{key}.NAME, with a name of your own" if key.split(".") == FREE else
+        keys = keys or (f"{key}.NAME, with a name of your own" if key.split(".") in FREE else
                         "it has none, as its config file gives it none")
         raise Mistake(f"config.{key} is a group; set one of its keys: {keys}.")
     return group, name
@@ -606,6 +637,7 @@ def _unlock_free_groups(config: ConfigDict) -> None:
     """Lets a config file put keys of its own into the groups that are the user's."""
     config.model.unlock()
     config.data.options.unlock()
+    config.optimizer.options.unlock()
 
 
 def _other_name(name: str) -> str:

@@ -45,7 +45,7 @@ from bigbatch.job.output import answer, say
 from bigbatch.mistake import Mistake
 from bigbatch.planning import compare, picture, topology
 from bigbatch.storage import caches
-from bigbatch.update import network
+from bigbatch.update import network, own_optimizer
 from bigbatch.watching.progress import format_seconds
 
 command_line.define_config()
@@ -174,9 +174,14 @@ def _fills_devices(config: ConfigDict, phase: schedule.Phase) -> int:
 
 
 def count_parameters(config: ConfigDict) -> int:
-    """The number of trainable parameters of the config's network, which is only traced."""
+    """The number of trainable parameters of the config's network, which is only traced.
+
+    Raises:
+        Mistake: if the network, or an optimizer of the user's own for it, is wrong.
+    """
     with jax.enable_x64(config.dtype == "float64"):
         params = network.build(config).params
+        own_optimizer.check(config, params)
     return int(parameter_overview.count_parameters(params))
 
 

@@ -38,7 +38,7 @@ from bigbatch.schedule.rates import Rates
 from bigbatch.storage import bucket, checkpoint, continuing, logs, workdir
 from bigbatch.storage.continuing import Position
 from bigbatch.storage.saves import Saves
-from bigbatch.update import evaluation, initial_weights, network, update
+from bigbatch.update import evaluation, initial_weights, network, own_optimizer, update
 from bigbatch.watching import profiling, progress
 from bigbatch.watching.clock import Clock
 from bigbatch.watching.log import Log
@@ -139,7 +139,8 @@ def set_goal(config: ConfigDict, stop_after_phase: str, profile: str) -> Goal:
         profile: see there.
 
     Raises:
-        Mistake: if a config value, a phase name or the span of updates is wrong.
+        Mistake: if a config value, a phase name, the span of updates, the network or an optimizer
+            of the user's own is wrong.
     """
     check(config)
     phases = make_phases(config)
@@ -148,9 +149,10 @@ def set_goal(config: ConfigDict, stop_after_phase: str, profile: str) -> Goal:
         last_phase = schedule.find_phase(phases, stop_after_phase, "--stop_after_phase")
     pin_options(config.dtype)
     span = profiling.parse(profile, phases[-1].start_update + phases[-1].updates)
-    mesh = make_mesh()
+    mesh, net = make_mesh(), network.build(config)
+    own_optimizer.check(config, net.params)
     return Goal(config, phases, last_phase, span, mesh, make_layouts(config, phases, mesh.size),
-                network.build(config))
+                net)
 
 
 def begin(

@@ -8,6 +8,7 @@ import optax
 from ml_collections import ConfigDict
 
 from bigbatch.schedule.rates import Rates
+from bigbatch.update import own_optimizer
 
 Tree = Any
 
@@ -19,12 +20,18 @@ def make_optimizer(config: ConfigDict, in_norm: Tree, rates: Rates) -> optax.Gra
     (Smith et al., ICLR 2018, equations 6 and 7). So a change of the rate needs no correction of the
     accumulator. The optimizer's state depends on none of the rates.
 
+    The gradient's global norm is clipped first, if `clip_norm` is not 0. Here the gradient is the
+    mean over the whole batch, so what is clipped does not depend on devices and passes.
+
     Args:
         config: `config.optimizer` is read.
         in_norm: see `network.Network`.
         rates: scalar arrays; inputs of the update and not constants, so that new values need no
             compilation. `rates.weight_decay` is read where the decay is decoupled; L2 decay, which
             is added to the gradient, is `config.optimizer.weight_decay`.
+
+    Raises:
+        Mistake: see `own_optimizer.make`.
     """
     options = config.optimizer
     decay_mask = {
@@ -36,14 +43,17 @@ def make_optimizer(config: ConfigDict, in_norm: Tree, rates: Rates) -> optax.Gra
     }[options.weight_decay_on]
     decay = optax.add_decayed_weights(
         rates.weight_decay if options.decoupled else options.weight_decay, decay_mask)
-    accumulator = {
+    accumulator = own_optimizer.make(config, rates) if own_optimizer.is_own(config) else {
         "momentum": lambda: optax.trace(rates.momentum),
         "nesterov": lambda: optax.trace(rates.momentum, nesterov=True),
         "sgd": optax.identity,
         "adam": lambda: optax.scale_by_adam(rates.momentum, rates.beta2, options.epsilon),
     }[options.name]()
     steps = [accumulator, decay] if options.decoupled else [decay, accumulator]
-    return optax.chain(*steps, optax.scale(-rates.learning_rate))
+    if own_optimizer.is_own(config) and own_optimizer.decays_itself(config):
+        steps = [accumulator]
+    clip = [optax.clip_by_global_norm(options.clip_norm)] if options.clip_norm else []
+    return optax.chain(*clip, *steps, optax.scale(-rates.learning_rate))
 
 
 def init_optimizer(config: ConfigDict, in_norm: Tree, params: Tree) -> Tree:
