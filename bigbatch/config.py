@@ -125,7 +125,7 @@ def base_config() -> ConfigDict:
 
     # The keys below do not change what is learned.
     config.max_per_device_batch = 1024  # examples a device takes in one pass at most
-    config.microbatches = 0  # passes of an update; 0: as few as max_per_device_batch allows
+    config.microbatches = 0  # passes of an update; 0: those that take least time
     config.eval_batch_size = 500  # examples on each device
     config.log_every_epochs = 0.1
     config.eval_every_epochs = 1.0

@@ -15,6 +15,10 @@ import numpy as np
 from bigbatch.mistake import Mistake
 
 
+# What a pass takes beyond its slots, in the time of a slot: it reads and writes the sums.
+PASS = 1 / 8
+
+
 class Layout(NamedTuple):
     """How the ghost batches of one update are assigned to devices and passes."""
 
@@ -39,9 +43,9 @@ def make_layout(
         ghost_size: examples in a ghost batch.
         devices: the number of devices that share the update.
         max_per_device_batch: the most examples that a device takes in one pass.
-        microbatches: 0 for as few passes as `max_per_device_batch` allows. Any other value is the
-            number of passes, whatever `max_per_device_batch`; there are fewer passes if a device's
-            ghost batches fill fewer.
+        microbatches: 0 for the passes within `max_per_device_batch` that take least time. Any other
+            value is the number of passes, whatever `max_per_device_batch`; there are fewer passes
+            if a device's ghost batches fill fewer.
 
     Raises:
         Mistake: if `microbatches` is 0 and a ghost batch is larger than `max_per_device_batch`.
@@ -57,9 +61,20 @@ def make_layout(
                 f"config.max_per_device_batch is {max_per_device_batch}, less than a ghost batch "
                 f"of {ghost_size}, which cannot be divided; raise it to {ghost_size} or more."
             )
-        passes = -(-each // most)
+        passes = _quickest(each, most)
     slots = -(-each // passes)
     return Layout(ghosts, devices, -(-each // slots), slots)
+
+
+def _quickest(each: int, most: int) -> int:
+    """The number of passes that takes least time for `each` ghost batches, at most `most` a pass.
+
+    Padding slots take as long as others, and a pass takes PASS besides. Passes of less than half of
+    what fits are not considered, because a small pass leaves much of a device unused.
+    """
+    least = -(-each // most)
+    return min(range(least, min(2 * least, each) + 1),
+               key=lambda passes: passes * (-(-each // passes) + PASS))
 
 
 def ghosts_by_slot(layout: Layout) -> np.ndarray:

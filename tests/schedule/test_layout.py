@@ -51,18 +51,35 @@ def test_passes_by_hand_are_of_one_size():
     (640, 8, 1024, 1, 1, 3 / 8),  # the paper's 640 in ghost batches of 128, on 8 devices
     (128, 1, 1024, 1, 1, 0),
     (1024, 1, 1024, 1, 8, 0),
-    (1152, 1, 1024, 2, 5, 1 / 10),  # evened out: 5 + 4, and not 8 + 1
-    (1152, 1, 1151, 2, 5, 1 / 10),
-    (16_000, 1, 1024, 16, 8, 3 / 128),
+    (1152, 1, 1024, 3, 3, 0),  # 3 + 3 + 3, and neither 8 + 1 nor 5 + 4
+    (1152, 1, 1151, 3, 3, 0),
+    (3200, 1, 1024, 5, 5, 0),  # 25 ghost batches: 4 passes of 7 would be 11 % idle
+    (16_000, 1, 1024, 25, 5, 0),
+    (16_256, 1, 1024, 16, 8, 1 / 128),  # 127 is prime, and passes of 1 leave a device unused
+    (896, 1, 512, 2, 4, 1 / 8),  # likewise 7
+    (128_384, 1, 1024, 126, 8, 5 / 1008),  # 251 passes of 4 would have 1 padding slot for these 5
     (5120, 8, 128, 5, 1, 0),
     (65_536, 1, 1024, 64, 8, 0),
 ])
-def test_as_few_passes_as_fit(batch, devices, most, passes, slots, idle):
+def test_the_passes_that_take_least_time(batch, devices, most, passes, slots, idle):
     ghosts = batch // 128
     layout = make_layout(batch, 128, devices, most, 0)
     assert layout == Layout(ghosts, devices, passes, slots)
     assert layout.idle_share == pytest.approx(idle)
     assert layout.slots * 128 <= most
+
+
+def test_more_passes_are_taken_only_for_fewer_padding_slots():
+    """Beside as few passes as fit, which take ceil(each / most), for every count and limit."""
+    for ghosts, devices, most in itertools.product(range(1, 130), (1, 3, 8), (1, 2, 5, 8, 64)):
+        layout = make_layout(ghosts * GHOST, GHOST, devices, most * GHOST, 0)
+        each = -(-ghosts // devices)
+        fewest = -(-each // most)
+        assert layout.slots <= most
+        assert fewest <= layout.microbatches <= 2 * fewest
+        more, saved = (layout.microbatches - fewest,
+                       fewest * -(-each // fewest) - layout.microbatches * layout.slots)
+        assert saved >= more / 8, layout
 
 
 def test_a_ghost_batch_that_does_not_fit_is_refused():
