@@ -11,6 +11,7 @@ from bigbatch.job import devices as job_devices
 from bigbatch.mistake import Mistake
 from bigbatch.plan import plan
 from bigbatch.storage.logs import read_events
+from tests.storage.test_continuing import assert_same_bits
 from tests.support import own_optimizers
 from tests.support.updates import (
     NO_AUGMENTATION,
@@ -60,6 +61,18 @@ def test_a_run_learns_and_is_the_same_on_two_devices(name, tmp_path, monkeypatch
     assert curves[0][-1] < 0.5 * curves[0][0]
     np.testing.assert_allclose(*curves, rtol=1e-9)
     assert distance(states[1], states[0]) < 1e-8
+
+
+@pytest.mark.parametrize("name", [f"{OWN}.muon", f"{OWN}.lamb"])
+def test_its_state_is_in_checkpoints(name, tmp_path):
+    """Stopped after a phase and continued, a run has the bits of one that was not."""
+    options, rate, settings = OPTIMIZERS[name]
+    config = with_optimizer(name, options, *settings, f"recipe.learning_rate={rate}",
+                            "recipe.epochs=1", "recipe.falls=((0.5,2),)")
+    whole = train.train_and_evaluate(config, tmp_path / "whole", show=False)
+    with pytest.raises(train.StoppedAfterPhase):
+        train.train_and_evaluate(config, tmp_path / "run", stop_after_phase="0", show=False)
+    assert_same_bits(train.train_and_evaluate(config, tmp_path / "run", show=False), whole, name)
 
 
 REFERENCES = {
