@@ -10,8 +10,10 @@ import sys
 import pytest
 
 from bigbatch import config_files
-from bigbatch.config import make_layouts, make_phases
+from bigbatch.config import make_layouts, make_phases, make_recipe
+from bigbatch.mistake import Mistake
 from bigbatch.plan import as_text, plan
+from bigbatch.planning import compare, picture, slices, topology
 from tests.conftest import REPOSITORY
 from tests.support import configs
 
@@ -247,3 +249,83 @@ def test_planning_needs_no_accelerator_and_loads_no_data():
 def test_piped_output_is_the_table_itself():
     text = run_plan("--config=configs/digits.py:increase", "--devices=3", COLUMNS="20")
     assert text == as_text(plan(configs.load("digits", "increase"), 3)) + "\n"
+
+
+def test_the_picture_shows_rate_batch_and_noise(tmp_path):
+    """A cosine of the paper's recipe: the batch's bars rise, and those of the noise fall."""
+    config = configs.load("cifar10", "increase,curve=cosine")
+    rate, batch, noise, below = plan(config, 1)["picture"].splitlines()
+    for line, name, ends in ((rate, "rate", "to 0.09999"), (batch, "batch", "128 to 4 096"),
+                             (noise, "noise", "to 0.9999")):
+        assert line.startswith(name) and line.endswith(ends)
+    bars = [line.split("  ")[1].strip() for line in (batch, noise)]
+    assert list(bars[0]) == sorted(bars[0]) and bars[0][0] != bars[0][-1]
+    assert list(bars[1]) == sorted(bars[1], reverse=True) and bars[1][0] != bars[1][-1]
+    assert below.split() == ["epoch", "0", "epoch", "204.8"]
+    without = plan(configs.load("cifar10", "increase,curve=cosine,exchange=none"), 1)["picture"]
+    assert "noise" not in without
+    picture.draw(tmp_path / "plan.png", "a title", make_recipe(config), make_phases(config))
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(Mistake, match="--picture=.*cannot be written"):
+        picture.draw(tmp_path / "no" / "plan.png", "", make_recipe(config), make_phases(config))
+
+
+def test_the_plan_says_what_batches_save_at_most_and_what_they_save():
+    planned = plan(configs.load("cifar10", "increase,curve=cosine"), 1)
+    assert planned["saved"] == {
+        "at_most": pytest.approx(0.5), "of": 80_000,
+        "share": pytest.approx(1 - planned["total_updates"] / 80_000)}
+    assert "without limits and rounding would save 50.0%; these save 37.6%." in " ".join(
+        as_text(planned).split())
+    noise = [phase["noise"] for phase in planned["phases"]]
+    assert noise == pytest.approx([1 / 2**index for index in range(6)], rel=2e-3)
+
+
+SLICES = [topology.parse(name) for name in ("v5litepod-16", "v5litepod-64")]
+
+
+def compared(monkeypatch, seconds_an_example):
+    """`compare` where an update takes seconds by its examples and devices."""
+    def compile_for(config, phases, chosen, *_):
+        seconds = sum(phase.updates * seconds_an_example(phase.batch_size / found.devices)
+                      for phase, found in zip(phases, chosen, strict=True))
+        return {"fits": True, "seconds_at_least": seconds,
+                "chip_hours_at_least": seconds * max(found.chips for found in chosen) / 3600}
+
+    monkeypatch.setattr(slices, "compile_for", compile_for)
+    config = configs.load("imagenet_resnet50", "batch_8k,limits.max_batch_size=65536")
+    return compare.compare(config, ["decay", "increase"], SLICES)
+
+
+def test_strategies_are_compared_on_each_slice_and_on_one_that_grows(monkeypatch):
+    rows = compared(monkeypatch, lambda examples: examples / 1000)
+    assert [(row["strategy"], row["slice"]) for row in rows] == [
+        ("decay", "v5litepod-16"), ("decay", "v5litepod-64"),
+        ("increase", "v5litepod-16"), ("increase", "v5litepod-64"),
+        ("increase", "v5litepod-16 then v5litepod-64")]
+    # Time in proportion to examples: a larger batch is no gain, and it is said.
+    assert rows[0]["seconds"] == pytest.approx(rows[2]["seconds"], rel=0.01)
+    said = compare.where_fewer_updates_are_no_gain(rows)
+    assert len(said) == 2
+    assert "fewer updates are not less time there" in " ".join(said[0].split())
+    # All time in what an update takes whatever its size: as many times fewer as there are updates.
+    rows = compared(monkeypatch, lambda examples: 1.0)
+    assert rows[2]["seconds"] / rows[0]["seconds"] == pytest.approx(
+        rows[2]["updates"] / rows[0]["updates"])
+    assert compare.where_fewer_updates_are_no_gain(rows) == []
+    assert [row["unbeaten"] for row in rows] == [False, False, True, False, False]
+
+
+def test_a_slice_grows_where_devices_keep_their_examples():
+    phases = make_phases(configs.load("cifar10", "increase"))  # 128, 640, 3200, 16000
+    assert [found.name for found in compare.growing(phases, SLICES)] == [
+        "v5litepod-16", "v5litepod-64", "v5litepod-64", "v5litepod-64"]
+
+
+def test_updates_are_compared_without_slices_and_a_wrong_name_is_refused():
+    config = configs.load("cifar10", "decay")
+    rows = compare.compare(config, ["decay", "hybrid", "increase"], [])
+    assert [(row["strategy"], row["updates"], row["seconds"]) for row in rows] == [
+        ("decay", 80_000, None), ("hybrid", 34_751, None), ("increase", 28_891, None)]
+    with pytest.raises(Mistake, match="--compare names 'grow'; allowed are constant"):
+        compare.compare(config, ["grow"], [])

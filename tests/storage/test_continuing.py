@@ -1,6 +1,7 @@
 """A run that was stopped and continued leaves the bits of one that was not."""
 
 import json
+import math
 import os
 import signal
 
@@ -216,6 +217,60 @@ def test_what_only_changes_examples_not_yet_seen_is_allowed_and_logged(tmp_path)
     notices = [event["text"] for event in read_events(tmp_path / "a/timing.jsonl")
                if event["event"] == "notice"]
     assert "changed: recipe.epochs: 2.0 saved, 2.2 now" in notices
+
+
+SMOOTH = ("recipe.curve=cosine", "optimizer.name=adam", "recipe.learning_rate=0.01",
+          "optimizer.decoupled=true", "optimizer.weight_decay=0.01", "ema=0.99",
+          "limits.max_batch_size=192", "limits.growth=1.5")
+
+
+@pytest.fixture(scope="module")
+def smooth(tmp_path_factory):
+    """A run under a cosine whose rate, betas, decay and average change; stopped on its way."""
+    folder = tmp_path_factory.mktemp("smooth")
+    phases = make_phases(small(*SMOOTH))
+    assert len(phases) == 3
+    with pytest.raises(train.StoppedAfterPhase):
+        run(small(*SMOOTH), folder, stop_after_phase="1")
+    return folder
+
+
+def test_under_a_smooth_curve_every_update_takes_what_the_formula_says(smooth, tmp_path):
+    state = run(small(*SMOOTH, "log_every_epochs=0.001"), tmp_path)
+    n = small().data.train_examples
+    events = read_events(tmp_path / "metrics.jsonl")
+    assert len(events) == events[-1]["updates"]
+    for event in events:
+        start = event["examples_seen"] - event["batch_size"]
+        cosine = (1 + math.cos(math.pi * start / (2 * n))) / 2
+        kappa = event["batch_size"] / events[0]["batch_size"]
+        assert event["learning_rate"] == pytest.approx(0.01 * cosine * kappa**0.5, rel=1e-12)
+        assert event["momentum"] == pytest.approx(0.9**kappa, rel=1e-12)
+    assert kappa > 1 and "test_accuracy_average" in events[-1]
+    run(small(*SMOOTH), smooth)
+    assert_same_bits(state, checkpoint_of(smooth, state), "continued")
+
+
+def checkpoint_of(folder, like):
+    """The arrays of the newest checkpoint, in the tree of a state."""
+    arrays = checkpoint.load(folder)
+    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(
+        type(like)(**{name: arrays.get(name) for name in like._fields})))
+
+
+@pytest.mark.parametrize(("changed", "said"), (
+    ("recipe.epochs=2.2", "recipe.epochs: 2.0 saved, 2.2 now"),
+    ("recipe.curve=linear", "recipe.curve: 'cosine' saved, 'linear' now"),
+    ("recipe.final_share=0.1", "recipe.final_share: 0.0 saved, 0.1 now"),
+    ("exchange=linear", "exchange: 'by_optimizer' saved, 'linear' now"),
+    ("per_example.beta2=false", "per_example.beta2: True saved, False now"),
+    ("per_example.ema=false", "the update at example"),
+))
+def test_a_curve_that_would_have_been_another_is_refused(smooth, changed, said):
+    """Under a smooth curve even more epochs would have changed the updates so far."""
+    with pytest.raises(ValueError, match="another config") as caught:
+        run(small(*SMOOTH, changed), smooth)
+    assert said in str(caught.value)
 
 
 def test_what_cannot_alter_the_trajectory_may_change(whole, tmp_path):
