@@ -14,7 +14,6 @@ import numpy as np
 
 from bigbatch.mistake import Mistake
 
-
 # What a pass takes beyond its slots, in the time of a slot: it reads and writes the sums.
 PASS = 1 / 8
 
