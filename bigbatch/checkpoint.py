@@ -3,6 +3,7 @@
     from bigbatch import checkpoint
     model = checkpoint.load_model("WORKDIR")
     logits = model(images)                       # uint8, as they are in the data set
+    averaged = checkpoint.load_model("WORKDIR", average=True)  # of a run with config.ema
     state = checkpoint.load("WORKDIR")           # only the arrays
 """
 
@@ -109,18 +110,30 @@ class Model:
             raise Mistake(f"the images are of shape {shape}; they must be {wanted}{one}.")
 
 
-def load_model(workdir: str | Path) -> Model:
-    """The network of a run's newest whole checkpoint, ready to be called on images.
+def load_model(
+    workdir: str | Path, examples_seen: int | None = None, average: bool = False
+) -> Model:
+    """The network of a run's checkpoint, ready to be called on images.
 
     Args:
         workdir: a folder, or gs://bucket/path. A model of one's own, which the config names by its
             path, must be importable. A run in float64 switches JAX's 64-bit arrays on.
+        examples_seen: the checkpoint's position; None for the newest whole one.
+        average: whether to take the average of the weights that the run keeps (`config.ema`), in
+            the place of its last weights.
 
     Raises:
-        Mistake: if there is no whole checkpoint, or the network of its config cannot be built.
+        Mistake: if there is no such checkpoint (the message has the positions) or it is not whole,
+            or it has no average and one is asked for, or the network of its config cannot be built.
     """
-    run, state = load_run(workdir)
+    run, state = load_run(workdir, examples_seen)
     config = saved_config(run)
+    if average and "average" not in state:
+        raise Mistake(
+            f"{workdir} has no average of the weights, as its config.ema is {config.ema:g}: take "
+            "the weights themselves, or train with config.ema=0.999."
+        )
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
-    return Model(config, state["params"], state["batch_stats"])
+    chosen = state["average"] if average else state
+    return Model(config, chosen["params"], chosen["batch_stats"])

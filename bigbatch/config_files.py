@@ -1,11 +1,14 @@
 """Config files: where they are looked for, and what a text as that of --config names."""
 
 import importlib.util
+import traceback
 from pathlib import Path
 from types import ModuleType
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import config_dict
 
+from bigbatch.config import refusal
 from bigbatch.mistake import Mistake
 
 EXAMPLE = "--config=digits.py:increase"
@@ -23,10 +26,34 @@ def load_config(text: str, root: Path | None = None) -> ConfigDict:
         root: the folder that a relative path begins in; None for the working directory.
 
     Raises:
-        Mistake: if there is no such file, or its argument asks for what is not there.
+        Mistake: if there is no such file, its argument asks for what is not there, or it sets a
+            key that there is not, or to a value of another type.
     """
     path, _, argument = text.partition(":")
-    return load_file(path, root).get_config(argument)
+    get_config = load_file(path, root).get_config
+    try:
+        return get_config(argument)
+    except (AttributeError, KeyError, TypeError) as error:
+        mistake = _about_a_key(error)
+        if mistake is None:
+            raise
+    raise mistake
+
+
+def _about_a_key(error: Exception) -> Mistake | None:
+    """The mistake of a line that named a key, if that is what a config refused; or else None."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    inside = [frame for frame, _ in frames if frame.f_code.co_filename == config_dict.__file__]
+    if not inside or inside[-1] is not frames[-1][0]:  # not raised by a config
+        return None
+    locals_ = inside[-1].f_locals
+    group, name = locals_.get("self"), locals_.get("attribute", locals_.get("key"))
+    held = [value for frame, _ in frames for value in frame.f_locals.values()
+            if isinstance(value, ConfigDict)]
+    told = refusal(held, group, name, locals_.get("value"))
+    file, line = next((frame.f_code.co_filename, line) for frame, line in reversed(frames)
+                      if frame not in inside)
+    return Mistake(f"{file}:{line}: {told}") if told else None
 
 
 def load_file(path: str | Path, root: Path | None = None) -> ModuleType:

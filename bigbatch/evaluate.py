@@ -22,7 +22,7 @@ from bigbatch.job.output import answer
 from bigbatch.mistake import Mistake
 from bigbatch.storage import checkpoint
 from bigbatch.update import network
-from bigbatch.update.evaluation import make_evaluate, whole_test_set
+from bigbatch.update.evaluation import make_evaluate, networks_of, whole_test_set
 
 
 def evaluate_run(
@@ -36,7 +36,8 @@ def evaluate_run(
         examples_seen: the checkpoint's position; None for the newest whole one.
 
     Returns:
-        `updates`, `examples_seen`, `epoch`, `test_loss` and `test_accuracy`.
+        `updates`, `examples_seen`, `epoch`, `test_loss` and `test_accuracy`; of a run that keeps an
+        average of its weights also `test_loss_average` and `test_accuracy_average`.
 
     Raises:
         Mistake: if there is no such checkpoint or it is not whole, or the data is not the run's.
@@ -51,7 +52,7 @@ def evaluate_run(
     fed = open_feed(config, mesh, (), (), seen, [seen])
     program = make_evaluate(config, net, mesh)
     with contextlib.closing(fed):
-        result = whole_test_set(program, state["params"], state["batch_stats"], fed)
+        result = whole_test_set(program, networks_of(state), fed)
     return {"updates": run["updates"], "examples_seen": seen,
             "epoch": seen / config.data.train_examples, **result}
 

@@ -1,6 +1,8 @@
-"""Writes the network of a run's last checkpoint to one file, for use without this package.
+"""Writes the network of a run's last checkpoint, or an earlier one, to one file, for use without
+this package.
 
-    python -m bigbatch.export --workdir=DIR --format=npz|safetensors|stablehlo --output=FILE
+    python -m bigbatch.export --workdir=DIR --format=npz|safetensors|stablehlo --output=FILE \\
+        [--at=EXAMPLES_SEEN] [--average]
 
 or, where the package is installed, `bigbatch-export` in the place of `python -m bigbatch.export`.
 docs/models.md says what is in the files and how they are read.
@@ -34,15 +36,18 @@ class Request(NamedTuple):
 
 
 def export_run(
-    workdir: str | Path, format: str, output: str | Path, batch_size: int = 0
+    workdir: str | Path, format: str, output: str | Path, batch_size: int = 0,
+    examples_seen: int | None = None, average: bool = False,
 ) -> dict[str, Any]:
-    """Writes the newest whole checkpoint in `workdir` to `output`, in place of what is there.
+    """Writes a checkpoint in `workdir` to `output`, in place of what is there.
 
     Args:
         workdir: of a run, finished or not; a folder, or gs://bucket/path.
         format: one of `FORMATS`.
         output: the file to write.
         batch_size: images in a call of the StableHLO program; 0 for any number.
+        examples_seen: the checkpoint's position; None for the newest whole one.
+        average: see `checkpoint.load_model`.
 
     Returns:
         `output`, `format`, `bytes`, and `parameters`, the number of them.
@@ -62,7 +67,7 @@ def export_run(
     path = Path(output).expanduser().absolute()
     if path.is_dir() or not path.parent.is_dir():
         raise Mistake(f"--output is {output}; it must be a file in a folder that is there.")
-    model = checkpoint.load_model(workdir)
+    model = checkpoint.load_model(workdir, examples_seen, average)
     unfinished = path.with_name(path.name + ".unfinished")
     try:
         FORMATS[format](model, Request(unfinished, batch_size))
@@ -136,7 +141,8 @@ def main(arguments: Sequence[str]) -> None:
     for key, what in (("workdir", "the folder of the run"), ("output", "the file to write")):
         if not given[key].value:
             raise Mistake(f"--{key} is missing: {what}.")
-    written = export_run(given.workdir, given.format, given.output, given.batch_size)
+    written = export_run(given.workdir, given.format, given.output, given.batch_size, given.at,
+                         given.average)
     print(json.dumps(written))
 
 
@@ -145,6 +151,9 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "Folder of the run to export, or gs://bucket/path.")
     flags.DEFINE_string("format", "npz", f"One of {', '.join(FORMATS)}.")
     flags.DEFINE_string("output", None, "The file to write; one that is there is replaced.")
+    flags.DEFINE_bool("average", False, "The average of the weights that a run with ema keeps.")
+    flags.DEFINE_integer(
+        "at", None, "Position (examples seen) of the checkpoint to export; the newest without.")
     flags.DEFINE_integer("batch_size", 0, "Of stablehlo: images in a call; 0 for any number.")
 
 

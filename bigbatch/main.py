@@ -6,12 +6,15 @@ or, where the package is installed, `bigbatch` in the place of `python -m bigbat
 
 Exit status: 0 at the end of the run, 2 for a mistake in what was asked, 3 after
 --stop_after_phase, 42 where the same command wants to be started again: after SIGTERM, or when
-another process of the job was lost. 1 for anything else.
+another process of the job was lost or never came. 1 for anything else.
 """
 
 import gc
 
+from bigbatch.job import signals
+
 if __name__ == "__main__":
+    signals.end_on_signals()  # before the imports below, which take seconds
     # Until `command_line.run`: what is imported stays, and looking through it takes an eighth of
     # the time of importing.
     gc.disable()
@@ -25,7 +28,7 @@ from bigbatch import command_line, train
 from bigbatch.job import output, processes, statuses
 from bigbatch.mistake import Mistake
 from bigbatch.programs import program_cache
-from bigbatch.storage import checkpoint
+from bigbatch.storage import caches, checkpoint
 
 command_line.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "For logs and checkpoints: a folder, or gs://bucket/path.")
@@ -37,13 +40,16 @@ PROFILE = flags.DEFINE_string(
 )
 CACHE = flags.DEFINE_string(
     "compilation_cache", None, "Folder for compiled programs; empty for none. Without the flag: "
-    f"${program_cache.VARIABLE}, or else {program_cache.DEFAULT}."
+    f"${program_cache.VARIABLE}, or else bigbatch in ${caches.VARIABLE} (~/.cache)."
 )
 COORDINATOR = flags.DEFINE_string("coordinator", "", "host:port of a job's first process.")
 PROCESSES = flags.DEFINE_integer("processes", 0, "How many processes the job has.")
 PROCESS = flags.DEFINE_integer("process", -1, "Which one this is, from 0.")
 DEAD_PEER_SECONDS = flags.DEFINE_integer(
     "dead_peer_seconds", 100, "End when another process of the job was silent for so long."
+)
+JOIN_SECONDS = flags.DEFINE_integer(
+    "join_seconds", 300, "End when another process of the job has not come for so long."
 )
 
 
@@ -53,7 +59,8 @@ def main(arguments: Sequence[str]) -> None:
     if not WORKDIR.value:
         raise Mistake("--workdir is missing: the folder for this run's logs and checkpoints.")
     try:
-        processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, DEAD_PEER_SECONDS.value)
+        processes.join(COORDINATOR.value, PROCESSES.value, PROCESS.value, DEAD_PEER_SECONDS.value,
+                       JOIN_SECONDS.value)
         if notice := program_cache.keep(CACHE.value):
             output.say(f"bigbatch: {notice}")
         train.train_and_evaluate(

@@ -10,10 +10,16 @@ Neither an accelerator nor the data are needed. `--format=json` prints the same 
 also compiles every program with the TPU compiler (`make .tpu/installed`), on a machine without a
 TPU: here for a slice of 256 cores, and from the phase noise/10 on for one of 512. The exit status
 is 1 if a program does not fit into a device's memory.
+
+    python -m bigbatch.plan --config=imagenet_resnet50.py --compare=decay,increase \\
+        --topology=v5litepod-16,v5litepod-64
+
+sets strategies beside each other: on each slice, and on one that grows with the batch.
 """
 
 import dataclasses
 import json
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,12 +32,20 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from bigbatch import command_line, schedule
-from bigbatch.config import check, make_layouts, make_phases, make_recipe
+from bigbatch.config import (
+    check,
+    make_layouts,
+    make_limits,
+    make_phases,
+    make_recipe,
+    make_strategy,
+)
 from bigbatch.job import chips, processes, statuses
 from bigbatch.job.output import answer, say
 from bigbatch.mistake import Mistake
-from bigbatch.planning import topology
-from bigbatch.update import network
+from bigbatch.planning import compare, picture, topology
+from bigbatch.storage import caches
+from bigbatch.update import network, own_optimizer
 from bigbatch.watching.progress import format_seconds
 
 command_line.define_config()
@@ -39,10 +53,14 @@ DEVICES = flags.DEFINE_integer("devices", None, "How many devices share an updat
 TOPOLOGY = flags.DEFINE_string(
     "topology", "", "Slice to compile for: v2-256 or v2:8x16; SLICE,PHASE=SLICE,... to change it."
 )
-REMEMBERED = "~/.cache/bigbatch/plans"
 CACHE = flags.DEFINE_string(
-    "plan_cache", REMEMBERED, "Folder that keeps the results of compiling; empty for none."
+    "plan_cache", None, "Folder that keeps the results of compiling; empty for none. Without the "
+    f"flag: bigbatch/plans in ${caches.VARIABLE} (~/.cache)."
 )
+COMPARE = flags.DEFINE_list(
+    "compare", [], "Strategies to set beside each other; --topology then lists slices."
+)
+PICTURE = flags.DEFINE_string("picture", "", "File for a picture of rate, batch and noise.")
 FORMAT = flags.DEFINE_enum("format", "table", ["table", "json"], "What to print.")
 
 
@@ -57,9 +75,13 @@ def plan(config: ConfigDict, devices: int | Sequence[int]) -> dict[str, Any]:
     Returns:
         `strategy`, `train_examples` and `ghost_size` of the config; `total_updates`,
         `total_examples`, `total_epochs`; `parameters`, the number of trainable ones; `notes`;
+        `picture`, of rate, batch and noise as text;
         `constant_batch`, with the `batch_size` before any scale-up and the `updates` that a run
-        takes if this size never changes, as with the strategy "decay"; and `phases`, each with the
-        fields of `schedule.Phase`, its `shift` (examples), `start_epoch`, `end_epoch`, and the
+        takes if this size never changes, as with the strategy "decay"; `saved`, with the share of
+        the updates (`of` this many, at the recipe's batch) that the batches save and the share that
+        batches without limits and rounding save `at_most`; and `phases`, each with the fields of
+        `schedule.Phase`, its `noise` relative to the recipe's at its peak (None with the exchange
+        "none"), its `shift` (examples), `start_epoch`, `end_epoch`, and the
         layout of its updates: `devices`, `ghost_batches`, `microbatches`, `slots` (of a device in
         one pass), `idle_share` (of padding slots), and `fills_devices`, the largest power of 2 of
         devices without padding slots.
@@ -68,13 +90,14 @@ def plan(config: ConfigDict, devices: int | Sequence[int]) -> dict[str, Any]:
         Mistake: if a value in the config is not allowed.
     """
     check(config)
-    phases = make_phases(config)
+    phases, recipe = make_phases(config), make_recipe(config)
     n, last = config.data.train_examples, phases[-1]
     counts = [devices] * len(phases) if isinstance(devices, int) else devices
     rows = [
         {
             **dataclasses.asdict(phase),
             "shift": phase.shift,
+            "noise": schedule.noise(recipe, phase.learning_rate, phase.batch_size),
             "start_epoch": phase.start_example / n,
             "end_epoch": phase.end_example / n,
             "devices": layout.devices,
@@ -87,30 +110,37 @@ def plan(config: ConfigDict, devices: int | Sequence[int]) -> dict[str, Any]:
         for phase, count in zip(phases, counts, strict=True)
         for layout in make_layouts(config, [phase], count)
     ]
-    batch = config.recipe.batch_size
+    batch, updates = config.recipe.batch_size, sum(phase.updates for phase in phases)
     return {
         "strategy": config.strategy,
         "train_examples": n,
         "ghost_size": config.ghost_size,
         "phases": rows,
-        "total_updates": sum(phase.updates for phase in phases),
+        "total_updates": updates,
         "total_examples": last.end_example,
         "total_epochs": last.end_example / n,
         "parameters": count_parameters(config),
         # With one batch size every phase ends on a multiple of it, so falls change no count.
         "constant_batch": {"batch_size": batch, "updates": -(-last.nominal_end_example // batch)},
-        "notes": schedule.notes(
-            make_recipe(config), phases, config.strategy, config.hybrid_falls),
+        "saved": {
+            "at_most": schedule.ceiling(recipe),
+            "of": last.nominal_end_example / recipe.batch_size,
+            "share": 1 - updates * recipe.batch_size / last.nominal_end_example,
+        },
+        "notes": schedule.notes(recipe, phases, make_strategy(config), limits=make_limits(config)),
+        "picture": picture.in_terminal(recipe, phases),
     }
 
 
-def plan_for_slices(config: ConfigDict, topology_text: str, cache: str) -> dict[str, Any]:
+def plan_for_slices(
+    config: ConfigDict, topology_text: str, cache: str | None = None
+) -> dict[str, Any]:
     """What `plan` returns for slices of Cloud TPU, and what compiling for them shows.
 
     Args:
         config: see `config.base_config`.
         topology_text: the slices; see `slices.parse`.
-        cache: folder that keeps the results of compiling; "" for none.
+        cache: folder that keeps the results of compiling; "" for none, None for the usual one.
 
     Returns:
         What `plan` returns, and `compiled`: see `slices.compile_for`.
@@ -126,8 +156,13 @@ def plan_for_slices(config: ConfigDict, topology_text: str, cache: str) -> dict[
     phases = make_phases(config)
     chosen = slices.parse(topology_text, phases)
     return plan(config, [one.devices for one in chosen]) | {"compiled": slices.compile_for(
-        config, phases, chosen, Path(cache).expanduser() if cache else None, say,
-    )}
+        config, phases, chosen, _cache_folder(cache), say)}
+
+
+def _cache_folder(named: str | None) -> Path | None:
+    """The folder that --plan_cache names: None without the flag, "" for none."""
+    cache = caches.folder("plans") if named is None else named
+    return Path(cache).expanduser() if cache else None
 
 
 def _fills_devices(config: ConfigDict, phase: schedule.Phase) -> int:
@@ -139,9 +174,14 @@ def _fills_devices(config: ConfigDict, phase: schedule.Phase) -> int:
 
 
 def count_parameters(config: ConfigDict) -> int:
-    """The number of trainable parameters of the config's network, which is only traced."""
+    """The number of trainable parameters of the config's network, which is only traced.
+
+    Raises:
+        Mistake: if the network, or an optimizer of the user's own for it, is wrong.
+    """
     with jax.enable_x64(config.dtype == "float64"):
         params = network.build(config).params
+        own_optimizer.check(config, params)
     return int(parameter_overview.count_parameters(params))
 
 
@@ -174,6 +214,7 @@ def as_text(planned: Mapping[str, Any]) -> str:
              "approx.", "epochs lost"],
             schedule_rows,
         ),
+        planned["picture"],
         f"Each device takes some of an update's ghost batches of {planned['ghost_size']}; a slot "
         "is room for one in one pass.",
         _table(
@@ -188,11 +229,17 @@ def as_text(planned: Mapping[str, Any]) -> str:
     ]
     if updates < constant["updates"]:
         paragraphs.append(
-            f"A constant batch of {constant['batch_size']} (the strategy decay) takes "
+            f"A constant batch of {_grouped(constant['batch_size'])} (the strategy decay) takes "
             f"{_grouped(constant['updates'])} updates: {constant['updates'] / updates:.3g} times "
             "as many."
         )
-    paragraphs += [textwrap.fill(f"Note: {note}", 100) for note in planned["notes"]]
+    saved = planned["saved"]
+    if saved["at_most"] > 0 and planned["strategy"] in ("hybrid", "increase"):
+        paragraphs.append(textwrap.fill(
+            f"Of {_grouped(round(saved['of']))} updates at the recipe's batch, batches that "
+            f"followed the rate without limits and rounding would save {saved['at_most']:.1%}; "
+            f"these save {saved['share']:.1%}.", 100))
+    paragraphs += [_note(text) for text in planned["notes"]]
     if "compiled" in planned:
         paragraphs += _compiled_paragraphs(planned["compiled"])
     return "\n\n".join(paragraphs)
@@ -251,6 +298,29 @@ def _compiled_paragraphs(compiled: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def compared_as_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The result of `compare.compare` as a table and sentences."""
+    on_slices = any(row["slice"] for row in rows)
+    table = []
+    for row in rows:
+        cells = [row["strategy"], _grouped(row["updates"])]
+        if on_slices:
+            cells += [row["slice"], *(
+                ("does not fit" if row["fits"] is False else "not known", "")
+                if row["seconds"] is None
+                else (format_seconds(row["seconds"]), f"{row['chip_hours']:.3g}")
+            ), "*" if row["unbeaten"] else ""]
+        table.append(cells)
+    titles = ["strategy", "updates", *(
+        ["slice", "time, at least", "chip- hours", "unbeaten"] if on_slices else [])]
+    paragraphs = [_table(titles, table)]
+    if on_slices:
+        paragraphs.append(
+            "Times are the compiler's estimates, without reductions between chips, input, saves "
+            "and compiling.\n* No other row takes at most as much time and as many chip-hours.")
+    return "\n\n".join([*paragraphs, *compare.where_fewer_updates_are_no_gain(rows)])
+
+
 def _rate(phase: Mapping[str, Any]) -> str:
     start, end = phase["learning_rate"], phase["learning_rate_end"]
     return f"{start:.4g}" if start == end else f"{start:.4g} to {end:.4g}"
@@ -259,6 +329,13 @@ def _rate(phase: Mapping[str, Any]) -> str:
 def _grouped(number: int) -> str:
     """A whole number with a space between thousands: 80 000."""
     return f"{number:,}".replace(",", " ")
+
+
+def _note(text: str) -> str:
+    """A note with its whole numbers `_grouped`, and no line that ends inside of one."""
+    grouped = re.sub(r"(?<![\w./])\d{4,}(?![\w./]\d)",
+                     lambda number: _grouped(int(number[0])).replace(" ", "\xa0"), text)
+    return textwrap.fill(f"Note: {grouped}", 100).replace("\xa0", " ")
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -279,6 +356,17 @@ def main(arguments: Sequence[str]) -> None:
             f"--topology={TOPOLOGY.value} and --devices={DEVICES.value}: a slice has its own "
             "number of devices; give only one of the two."
         )
+    if COMPARE.value:
+        found = sorted(map(topology.parse, filter(None, TOPOLOGY.value.split(","))),
+                       key=lambda one: one.devices)
+        rows = compare.compare(
+            config, COMPARE.value, found, _cache_folder(CACHE.value), say)
+        answer(json.dumps(rows) if FORMAT.value == "json" else compared_as_text(rows))
+        return
+    if PICTURE.value:
+        check(config)
+        picture.draw(Path(PICTURE.value), f"{config.strategy}, {config.recipe.curve}",
+                     make_recipe(config), make_phases(config))
     if TOPOLOGY.value:
         planned = plan_for_slices(config, TOPOLOGY.value, CACHE.value)
     else:

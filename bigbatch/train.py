@@ -5,8 +5,9 @@ where the run stands) and `loop` (the updates), and reports the end.
 """
 
 import contextlib
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from bigbatch import schedule
-from bigbatch.config import check, make_due, make_layouts, make_phases
+from bigbatch.config import (
+    check,
+    evaluations,
+    make_due,
+    make_layouts,
+    make_phases,
+    make_recipe,
+)
 from bigbatch.data.feed import Feed, open_feed
 from bigbatch.job import chips, preemption, processes
 from bigbatch.job.devices import make_mesh, pin_options, place, replicated
@@ -26,10 +34,11 @@ from bigbatch.programs.dispatch import as_rates, take_update
 from bigbatch.programs.programs import Programs, Ready
 from bigbatch.schedule import Phase
 from bigbatch.schedule.layout import Layout
+from bigbatch.schedule.rates import Rates
 from bigbatch.storage import bucket, checkpoint, continuing, logs, workdir
 from bigbatch.storage.continuing import Position
 from bigbatch.storage.saves import Saves
-from bigbatch.update import evaluation, initial_weights, network, update
+from bigbatch.update import evaluation, initial_weights, network, own_optimizer, update
 from bigbatch.watching import profiling, progress
 from bigbatch.watching.clock import Clock
 from bigbatch.watching.log import Log
@@ -40,7 +49,7 @@ class Preempted(Exception):
 
 
 class StoppedAfterPhase(Exception):
-    """The run has saved a checkpoint and stopped after the phase that `stop_after_phase` names."""
+    """The run stands, saved, at the end of the phase that `stop_after_phase` names, or past it."""
 
 
 class NotFinite(ArithmeticError):
@@ -77,9 +86,12 @@ def train_and_evaluate(
         state, at = loop(run, at, state)
         run.log.time_shares(at)
         if at.examples_seen < goal.phases[-1].end_example:
-            run.log.line(
-                f"stopped after phase {goal.last_phase.name} at example {at.examples_seen}")
-            raise StoppedAfterPhase(f"stopped after phase {goal.last_phase.name}")
+            how = f"stopped after phase {goal.last_phase.name}"
+            if at.examples_seen > goal.last_phase.end_example:  # it began past it
+                how = (f"--stop_after_phase: phase {goal.last_phase.name} is over since example "
+                       f"{goal.last_phase.end_example}, so nothing was trained; the run is")
+            run.log.line(f"{how} at example {at.examples_seen}")
+            raise StoppedAfterPhase(f"{how} at example {at.examples_seen}")
         run.log.line(f"finished: {at.updates} updates, {at.examples_seen} examples")
         return state
 
@@ -105,9 +117,11 @@ class Run(NamedTuple):
     layouts: tuple[Layout, ...]  # one for each of `phases`
     programs: Programs
     take_update: Callable  # see `dispatch.take_update`
-    evaluate: Callable[[update.State], dict[str, float]]  # test loss and test accuracy
+    evaluate: Callable[[update.State], dict[str, float]]  # see `whole_test_set`
     feed: Feed
-    rates: Callable  # (learning rate, momentum) -> both as arrays on the devices
+    # phase, examples seen before and after -> the rates of that update
+    rates_at: Callable[[Phase, int, int], Rates]
+    as_rates: Callable[[Rates], Rates]  # as arrays on the devices
     is_due: Callable[[str, int, int], bool]  # see `schedule.due.make_due`
     examples: int  # N, the examples of an epoch
     log: Log
@@ -125,7 +139,8 @@ def set_goal(config: ConfigDict, stop_after_phase: str, profile: str) -> Goal:
         profile: see there.
 
     Raises:
-        Mistake: if a config value, a phase name or the span of updates is wrong.
+        Mistake: if a config value, a phase name, the span of updates, the network or an optimizer
+            of the user's own is wrong.
     """
     check(config)
     phases = make_phases(config)
@@ -134,9 +149,10 @@ def set_goal(config: ConfigDict, stop_after_phase: str, profile: str) -> Goal:
         last_phase = schedule.find_phase(phases, stop_after_phase, "--stop_after_phase")
     pin_options(config.dtype)
     span = profiling.parse(profile, phases[-1].start_update + phases[-1].updates)
-    mesh = make_mesh()
+    mesh, net = make_mesh(), network.build(config)
+    own_optimizer.check(config, net.params)
     return Goal(config, phases, last_phase, span, mesh, make_layouts(config, phases, mesh.size),
-                network.build(config))
+                net)
 
 
 def begin(
@@ -173,7 +189,7 @@ def begin(
     # The data and the state, on the devices.
     begin_with = {} if newest.path else initial_weights.read(config, goal.net)
     feed = open_feed(
-        config, mesh, phases, layouts, at.examples_seen, _evaluations(at, phases, is_due))
+        config, mesh, phases, layouts, at.examples_seen, _evaluations(goal, at, phases))
     at_end.callback(feed.close)
     state = update.abstract_state(config, goal.net, mesh)
     if newest.path:
@@ -206,8 +222,10 @@ def begin(
         partial(take_update, before_pass=watch.poll, before_reduction=watch.before_reduction,
                 started=clock.update_started, landed=clock.update_landed),
         lambda state: evaluation.whole_test_set(
-            programs.evaluate(), state.params, state.batch_stats, feed, watch.before_reduction),
+            programs.evaluate(), evaluation.networks_of(state._asdict()), feed,
+            watch.before_reduction),
         feed,
+        partial(schedule.take_rates, make_recipe(config), goal.phases),
         lru_cache(maxsize=1)(partial(as_rates, mesh, dtype)),  # constant but in a warm-up
         is_due, config.data.train_examples, log, saves, watch, tracer,
     )
@@ -249,11 +267,11 @@ def _check_changes(
     return allowed
 
 
-def _evaluations(at: Position, phases: Sequence[Phase], is_due: Callable) -> list[int]:
+def _evaluations(goal: Goal, at: Position, phases: Sequence[Phase]) -> Iterator[int]:
     """The examples seen at each evaluation to come. A pending evaluation precedes any update."""
-    pending = [at.examples_seen] if at.pending_evaluation else []
-    return pending + [end for start, end in schedule.spans(phases, at.examples_seen)
-                      if is_due("eval", start, end)]
+    if at.pending_evaluation:
+        yield at.examples_seen
+    yield from evaluations(goal.config, phases, at.examples_seen, goal.phases[-1].end_example)
 
 
 def _open_log(
@@ -311,21 +329,25 @@ class InFlight(NamedTuple):
     # The line of metrics.jsonl without what was measured; None if no line is due.
     event: dict[str, Any] | None
 
-    def land(self, log: Log) -> dict[str, Any] | None:
+    def land(self, run: Run) -> dict[str, Any] | None:
         """Waits for the update to end, and returns the complete line of metrics.jsonl, if due.
 
         Raises:
             NotFinite: if training diverged in this update, after noting that in timing.jsonl.
+            Mistake: if all images of the update were skipped, in every process of the job.
         """
-        with log.clock.spent_on("update"):
+        with run.log.clock.spent_on("update"):
             finite = bool(self.measured.finite)
         if not finite:
-            log.diverged(self.after.updates - 1, self.start)
+            if math.isnan(self.measured.accuracy):  # of no image: no divergence
+                raise run.feed.none_of_use(f"the update from example {self.start}")
+            run.log.diverged(self.after.updates - 1, self.start)
+            saved = ("All checkpoints are from before it." if run.saves.newest else
+                     "There is no checkpoint from before it.")
             raise NotFinite(
                 f"training diverged in update {self.after.updates} (from example {self.start}): "
                 f"its loss ({float(self.measured.loss):g}) or a parameter after it is not finite. "
-                "All checkpoints are from before it. A lower recipe.learning_rate or a warm-up "
-                "usually helps."
+                f"{saved} A lower recipe.learning_rate or a warm-up usually helps."
             )
         return self.event and self.event | {
             "train_loss": float(self.measured.loss),
@@ -363,32 +385,32 @@ def loop(run: Run, at: Position, state: update.State) -> tuple[update.State, Pos
         for phase, layout in zip(run.phases, run.layouts, strict=True):
             ready = _enter(run, phase, layout, at)
             for number, (start, end) in enumerate(schedule.spans([phase], at.examples_seen)):
-                rate = schedule.learning_rate_at(phase, start)
+                rates = run.rates_at(phase, start, end)
                 run.tracer.before(at.updates + 1, state)
                 step = StepTraceAnnotation("update", step_num=at.updates + 1)
                 with step, clock.spent_on("update"):
                     state, sums, measured, waited = run.take_update(
                         ready.calls, state, sums, run.feed.resident,
                         run.feed.update(phase, layout, start),
-                        run.rates(rate, phase.momentum),
+                        run.as_rates(rates),
                         running=flight and flight.measured.loss)
                 clock.dispatched(waited)
                 if flight:  # the update before this one
-                    log.finished(flight.land(log))
+                    log.finished(flight.land(run))
 
                 at = Position(end, at.updates + 1)
                 due = _due(run, phase, start, end)
                 flight = InFlight(
-                    start, at, measured, _event(run, phase, rate, at) if due.log else None)
+                    start, at, measured, _event(run, phase, rates, at) if due.log else None)
                 run.tracer.after(at.updates, state)
                 if number == 0:  # waits, so that the first update of a phase is timed alone
-                    flight.land(log)
+                    flight.land(run)
                     log.timing(
                         "phase", start, phase=phase.name, compile_seconds=ready.compile_seconds,
                         waited_seconds=ready.waited_seconds, **clock.first_update())
 
                 if due.evaluation or due.save:  # only of a state that is known to be finite
-                    event, flight = flight.land(log), None
+                    event, flight = flight.land(run), None
                     clock.idle()
                     if due.evaluation:
                         at = at._replace(pending_evaluation=event)  # what a stop here would save
@@ -426,13 +448,15 @@ def _due(run: Run, phase: Phase, start: int, end: int) -> _Due:
                 ends or run.is_due("checkpoint", start, end))
 
 
-def _event(run: Run, phase: Phase, rate: float, after: Position) -> dict[str, Any]:
+def _event(run: Run, phase: Phase, rates: Rates, after: Position) -> dict[str, Any]:
     """The line of metrics.jsonl for an update, without the metrics that the update returns."""
     return {
         "updates": after.updates, "examples_seen": after.examples_seen,
         "epoch": after.examples_seen / run.examples, "phase": phase.name,
-        "batch_size": phase.batch_size, "learning_rate": rate, "momentum": phase.momentum,
-        "noise_scale": schedule.noise_scale(rate, phase.momentum, run.examples, phase.batch_size),
+        "batch_size": phase.batch_size,
+        "learning_rate": rates.learning_rate, "momentum": phase.momentum,
+        "noise_scale": schedule.noise_scale(
+            rates.learning_rate, phase.momentum, run.examples, phase.batch_size),
     }
 
 
@@ -451,12 +475,14 @@ def _save_last(run: Run, at: Position, state: update.State, flight: InFlight | N
     log, saves = run.log, run.saves
     saves.wait()
     if flight:
-        log.finished(flight.land(log))
+        log.finished(flight.land(run))
     if at.examples_seen != saves.newest:
         log.saved(at, saves.start(state, at))
     saves.wait()
     log.time_shares(at)
-    log.line(f"told to stop: saved at example {at.examples_seen}, update {at.updates}")
+    log.line("told to stop " + (
+        f"and saved at example {at.examples_seen}, update {at.updates}" if at.updates else
+        "before the first update, so nothing is saved and the run begins anew"))
 
 
 def _evaluate(run: Run, state: update.State) -> dict[str, float]:

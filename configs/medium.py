@@ -28,7 +28,8 @@ from bigbatch.config import from_argument
 from bigbatch.config_files import CONFIGS, load_file
 
 cifar10 = load_file(CONFIGS / "cifar10.py")
-PRESETS = cifar10.PRESETS
+PRESETS = {name: settings for name, settings in cifar10.PRESETS.items()
+           if name not in ("ramp", "by_hand")}  # their epochs are those of 204.8
 EPOCHS = 30.0
 
 
@@ -41,4 +42,5 @@ def get_config(argument: str = "") -> ConfigDict:
     config.model.update({"depth": 10, "width": 1})
     config.checkpoint_every_epochs = 2.0
     config.tensorboard = False
-    return from_argument(config, argument, PRESETS, {"optimizer": cifar10.OPTIMIZERS})
+    return from_argument(config, argument, PRESETS, {
+        "optimizer": cifar10.OPTIMIZERS, "curve": cifar10.CURVES})

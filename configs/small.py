@@ -31,7 +31,12 @@ from ml_collections import ConfigDict
 from bigbatch.config import base_config, from_argument
 from bigbatch.config_files import CONFIGS, load_file
 
-OPTIMIZERS = load_file(CONFIGS / "cifar10.py").OPTIMIZERS
+CIFAR10 = load_file(CONFIGS / "cifar10.py")
+# A batch that follows a curve grows to a tenth of the set here too.
+CURVES = {
+    name: settings | {"limits.max_batch_size": 512} if settings else {}
+    for name, settings in CIFAR10.CURVES.items()
+}
 
 FIGURE_5 = {"strategy": "increase", "limits.max_batch_size": 640}
 # A fifth of ImageNet's epochs and about as many updates in each: N/B is 156 there, 160 here.
@@ -105,5 +110,5 @@ def get_config(argument: str = "") -> ConfigDict:
     config.checkpoint_every_epochs = 5.0
     config.tensorboard = False
     return from_argument(config, argument, PRESETS, {
-        "optimizer": OPTIMIZERS, "data": {"cifar10": {}, "digits": digits},
+        "optimizer": CIFAR10.OPTIMIZERS, "curve": CURVES, "data": {"cifar10": {}, "digits": digits},
     })

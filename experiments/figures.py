@@ -1,4 +1,4 @@
-"""The paper's figures and tables as data: their curves, the runs behind them, its numbers.
+"""Figures and tables as data, the paper's and more: their curves, runs, and the paper's numbers.
 
 Smith, Kindermans, Ying and Le, "Don't Decay the Learning Rate, Increase the Batch Size", ICLR 2018.
 A curve names a preset that the config files of all scales have under one name. A figure also names
@@ -68,6 +68,7 @@ class Figure(NamedTuple):
     tables: str = "experiments.tables.of_curves"
     trained: bool = True  # whether it shows runs, and not schedules alone
     summed_up: bool = True  # whether the table over all figures has its accuracies
+    papers: bool = True  # whether it is the paper's; "all" asks for these
 
 
 class Scale(NamedTuple):
@@ -171,6 +172,18 @@ INITIAL_RATES = tuple(
     Curve(f"rate {rate}", "decay" + f",recipe.learning_rate={rate}" * (rate != 0.1))
     for rate in RATES
 )
+# Beyond the paper.
+COSINE = (
+    Curve("decaying learning rate", "decay,curve=cosine"),
+    Curve("hybrid", "hybrid,curve=cosine"),
+    Curve("increasing batch size", "increase,curve=cosine,limits.growth=1.25"),
+)
+EXCHANGES = (
+    Curve("Adam, decaying learning rate", "decay,optimizer=adam_by_sqrt"),
+    *(Curve(f"Adam, increasing batch size, {exchange}",
+            f"increase,optimizer=adam_by_sqrt,exchange={exchange}")
+      for exchange in ("sqrt", "linear", "none")),
+)
 
 
 FIGURES = {figure.name: figure for figure in (
@@ -240,6 +253,18 @@ FIGURES = {figure.name: figure for figure in (
         "start costs a point.",
         (Panel("30min", "", "test_accuracy", "update", RESNET_50, THIRTY_MINUTES),),
     ),
+    Figure(
+        "cosine", "A cosine in the place of falls",
+        "Under a smooth curve too, three schedules of one noise end alike.",
+        (Panel("cosine a", "(a)", "test_accuracy", "epoch", CIFAR10, COSINE, ""),
+         Panel("cosine b", "(b)", "test_accuracy", "update", CIFAR10, COSINE, "")), papers=False,
+    ),
+    Figure(
+        "exchange", "Adam: which rate goes with a larger batch",
+        "Batches grow alike; the rate is multiplied by their growth, by its square root, or not at "
+        "all.",
+        (Panel("exchange", "", "test_accuracy", "epoch", CIFAR10, EXCHANGES, ""),), papers=False,
+    ),
 )}
 
 
@@ -260,16 +285,20 @@ DEMO = of_schedules(("decay", "hybrid", "increase"), "digits: one recipe, three 
 def select(names: str, scale: str) -> list[Figure]:
     """The figures that `names` asks for, as "all", "3", "3b" or "2,5,A", with these panels only.
 
+    "all" are the paper's.
+
     Raises:
         Mistake: if one of them does not exist at the scale; it names those that do.
     """
     there: dict[str, set[str]] = {}  # panels by all names that they go by
+    papers = []  # those of these names that are the paper's
     for figure in FIGURES.values():
         for panel in figure.panels:
             if panel.name in (SCALES[scale].panels or [panel.name]):
                 for name in (figure.name, panel.name):
                     there.setdefault(name, set()).add(panel.name)
-    asked = list(there) if names == "all" else list(filter(None, map(str.strip, names.split(","))))
+                    papers += [name] * figure.papers
+    asked = papers if names == "all" else list(filter(None, map(str.strip, names.split(","))))
     if unknown := [name for name in asked if name not in there]:
         raise Mistake(f"--figure names {unknown[0]!r}; at the scale {scale} there are "
                          f"{', '.join(there)}, or all.")

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bigbatch.job import statuses
 from bigbatch.mistake import Mistake
 from bigbatch.storage import continuing
 from bigbatch.storage.logs import read_events
@@ -123,12 +124,15 @@ def train(
         say: prints a line for each run that has ended.
 
     Raises:
+        Mistake: with a run's own line, as soon as one ends with status 2: what is wrong with its
+            command, data or machine is most likely wrong with all. Those under way save and end.
         RuntimeError: with a run's own output, if one failed, once all others have ended.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once the running ones have saved and ended.
     """
     on_cpu, cores = jax_devices()[0] == "cpu", own_cores()
     at_once = min(at_once or (len(cores) if on_cpu else 1), len(runs))
-    waiting, under_way, failures = list(runs), {}, []  # under way: run and process by slot
+    waiting, under_way = list(runs), {}  # under way: run and process by slot
+    failures, mistakes = [], []
     began, ended = time.perf_counter(), 0
     with (_stop_signals() as signals, tempfile.TemporaryDirectory() as folder,
           contextlib.ExitStack() as at_an_error):
@@ -147,13 +151,20 @@ def train(
                 if process.poll() is None:
                     continue
                 del under_way[slot]
-                if signals:
+                if signals or mistakes:
                     continue
                 ended, passed, how = ended + 1, time.perf_counter() - began, ""
                 if process.returncode and diverged(run):
                     how = "DIVERGED "
                 elif process.returncode:
                     how, text = "FAILED ", Path(folder, str(slot)).read_text(errors="replace")
+                    if process.returncode == statuses.MISTAKE:
+                        mistakes.append(f"{text.strip().rpartition('bigbatch: ')[2]} (So said "
+                                        f"{shlex.join(run.command(settings))}, and no other run is "
+                                        "started.)")
+                        waiting.clear()
+                        _terminate(under_way)
+                        continue
                     failures.append(f"{shlex.join(run.command(settings))} ended with status "
                                     f"{process.returncode}:\n{text[-4000:]}")
                 left = passed / ended * (len(runs) - ended) / 60
@@ -161,6 +172,8 @@ def train(
                     f"(about {left:.0f} min left)")
     if signals:
         raise KeyboardInterrupt
+    if mistakes:
+        raise Mistake(mistakes[0])
     if failures:
         raise RuntimeError(f"{len(failures)} of {len(runs)} runs failed. The first: {failures[0]}")
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from bigbatch.job import chips
-from bigbatch.plan import REMEMBERED, plan_for_slices
+from bigbatch.plan import plan_for_slices
 from bigbatch.planning import topology
 from configs import imagenet_inception_resnet_v2, imagenet_resnet50
 from experiments.command_line import one_line_errors
@@ -73,7 +73,7 @@ def main() -> None:
             for name in [ON_TWO[preset]] * (preset in ON_TWO) + list(SLICES):
                 config = load_config(f"configs/{family}.py:{argument}")
                 plans.append({"config": preset, "topology": name,
-                              **plan_for_slices(config, name, REMEMBERED)})
+                              **plan_for_slices(config, name)})
         command = f"python -m experiments.slices --output={output}"
         record = {"command": command, "jax": jax.__version__, "plans": plans}
         Path(output).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -52,3 +52,48 @@ def test_a_run_of_the_small_config_names_its_data_by_the_place_of_now(name):
     saved = saved_config({"config": {"data": {"name": f"configs.small.{name}"}}})
     assert saved.data.name == f"bigbatch.data.smaller.{name}"
     assert callable(resolve(saved.data.name, "config.data.name"))
+
+
+WITH_A_LINE = """
+from bigbatch.config import base_config, from_argument
+from ml_collections import ConfigDict
+def get_config(argument=""):
+    config = base_config()
+    {line}
+    return from_argument(config, argument, {{"only": {{}}}})
+"""
+
+
+@pytest.mark.parametrize(("line", "parts"), [
+    ("config.data.my_key = 3", (
+        "config.data.my_key is unknown", "of your own is config.data.options.my_key.")),
+    ("config.data.update({'seed': 1, 'sizes': 3})", ("config.data.seed is unknown",)),
+    ("config.data.augment['flips'] = True", (
+        "config.data.augment.flips is unknown (did you mean data.augment.flip?);",)),
+    ("config.recipe.foo = 1", ("config.recipe.foo is unknown; config.recipe has ",)),
+    ("config.recipe.eppochs = 1", ("did you mean recipe.epochs?",)),
+    ("config.epochs = 1", ("config.epochs is unknown (did you mean recipe.epochs?)",)),
+    ("config.batch = config.recipe.batch", ("config.recipe.batch is unknown",)),
+    ("config.seed = 'one'", ("config.seed takes a whole number (it is 0), not 'one'.",)),
+    ("config.recipe.falls = 5", ("config.recipe.falls takes a tuple in brackets (it is ()), not",)),
+])
+def test_a_key_that_there_is_not_is_named_with_the_line_that_set_it(tmp_path, line, parts):
+    file = tmp_path / "own.py"
+    file.write_text(WITH_A_LINE.format(line=line))
+    with pytest.raises(Mistake) as refused:
+        load_config(str(file))
+    told = str(refused.value)
+    assert told.startswith(f"{file}:6: ") and "\n" not in told
+    for part in parts:
+        assert part in told
+
+
+@pytest.mark.parametrize(("line", "error"), [
+    ("{}['missing']", KeyError), ("file.name", NameError), ("argument.name", AttributeError),
+    ("ConfigDict({'a': 1}).b", AttributeError), ("len(3)", TypeError)])
+def test_other_errors_of_a_config_file_are_its_own(tmp_path, line, error):
+    file = tmp_path / "own.py"
+    file.write_text(WITH_A_LINE.format(line=line))
+    with pytest.raises(error) as raised:
+        load_config(str(file))
+    assert not isinstance(raised.value, Mistake)

@@ -15,6 +15,7 @@ from bigbatch.data import sources
 from bigbatch.export import export_run
 from bigbatch.mistake import Mistake
 from bigbatch.models.normalization import GhostBatchNorm
+from tests.support.started import end, start_python
 from tests.support.updates import with_model
 
 SETTINGS = ("recipe.epochs=0.5", "recipe.falls=()", "data.augment.pad=1", "data.augment.crop=7",
@@ -45,8 +46,8 @@ def workdir(tmp_path_factory):
     return trained(tmp_path_factory.mktemp("own"), "Own")
 
 
-def trained(folder, model):
-    config = with_model(f"test_export.{model}", {}, *SETTINGS)
+def trained(folder, model, *settings):
+    config = with_model(f"test_export.{model}", {}, *SETTINGS, *settings)
     config.data.image_size = 7
     train.train_and_evaluate(config, folder, show=False)
     return folder
@@ -98,6 +99,26 @@ def test_npz_has_all_arrays_by_name_and_the_config(workdir, tmp_path):
         np.testing.assert_array_equal(
             file["batch_stats/norm/var"], state["batch_stats"]["norm"]["var"])
         assert json.loads(str(file["config"]))["network"] == "tests.test_export.Own"
+
+
+def test_an_earlier_checkpoint_is_loaded_and_exported_by_its_position(tmp_path):
+    folder = trained(tmp_path / "run", "Own", "checkpoint_every_epochs=0.2", "keep_checkpoints=9")
+    first, *_, last = (int(path.name) for path in sorted((folder / "checkpoints").iterdir()))
+    expected = checkpoint.load(folder, first)["params"]["head"]["kernel"]
+    assert (expected != checkpoint.load(folder)["params"]["head"]["kernel"]).any()
+    np.testing.assert_array_equal(
+        checkpoint.load_model(folder, first).params["head"]["kernel"], expected)
+    process = start_python("-m", "bigbatch.export", f"--workdir={folder}", f"--at={first}",
+                           f"--output={tmp_path / 'net.npz'}")
+    end(process)
+    with np.load(tmp_path / "net.npz") as file:
+        np.testing.assert_array_equal(file["params/head/kernel"], expected)
+    process = start_python("-m", "bigbatch.export", f"--workdir={folder}", "--at=1",
+                           f"--output={tmp_path / 'none'}")
+    told = end(process, status=2)
+    assert told.count("\n") == 1 and f" {last}." in told
+    assert f"no checkpoint at 1 examples seen; those that it has are at {first}," in told
+    assert not (tmp_path / "none").exists()
 
 
 def test_safetensors_has_the_same(workdir, tmp_path):

@@ -14,6 +14,7 @@ from bigbatch.job import preemption
 from bigbatch.mistake import Mistake
 from bigbatch.programs.programs import Ready
 from bigbatch.schedule.due import make_due
+from bigbatch.schedule.rates import Rates
 from bigbatch.storage.continuing import Position
 from bigbatch.watching.clock import Clock
 from bigbatch.watching.log import Log
@@ -143,7 +144,8 @@ class World:
         return train.loop(
             train.Run(
                 phases, to_run, (None,) * len(to_run), self, self.take_update, self.evaluate, fed,
-                lambda *rates: rates, self.case.is_due, N, log, self, self, nothing),
+                lambda phase, *_: Rates(phase.learning_rate, phase.momentum, 0, 0, 0),
+                lambda rates: rates, self.case.is_due, N, log, self, self, nothing),
             at, state)
 
 
@@ -201,6 +203,8 @@ def run_to_the_end(case, stops):
         except train.NotFinite as error:
             check_order(world.effects, case)
             assert f"update {case.diverges} " in str(error)
+            assert ("All checkpoints are from before it" in str(error)) == (world.newest > 0)
+            assert ("There is no checkpoint" in str(error)) == (world.newest == 0)
             assert [effect for effect in world.effects if effect[0] == "diverged"] == [
                 ("diverged", case.diverges - 1)]
             assert world.pending == [] and disk["checkpoint"][0] < case.diverges

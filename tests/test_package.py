@@ -123,9 +123,10 @@ def test_the_package_asks_for_what_it_imports_and_no_more():
                 imported.add(node.module.split(".")[0])
     libraries = imported - sys.stdlib_module_names - {"bigbatch"}
     distributions = importlib.metadata.packages_distributions()
-    for_buckets = {"gcsfs", "aiohttp"}  # the extra gcs: gcsfs, which brings aiohttp
+    # The extras gcs (gcsfs, which brings aiohttp) and plots.
+    extras = {"gcsfs", "aiohttp", "matplotlib"}
     asked = {name_of(line) for line in PROJECT["dependencies"]}
-    for library in libraries - for_buckets:
+    for library in libraries - extras:
         assert asked & {normal(name) for name in distributions[library]}, library
     given = {normal(name) for library in libraries for name in distributions.get(library, [])}
     assert asked - given <= NOT_IMPORTED

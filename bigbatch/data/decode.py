@@ -147,12 +147,15 @@ def dimensions(encoded: bytes) -> tuple[int, int]:
     """Width and height of a JPEG or PNG image in pixels, from its header.
 
     Raises:
-        Mistake: if the bytes are neither format or are truncated, or if a side of a JPEG is 0.
+        Mistake: if the bytes are neither format or are truncated, or if a side is 0.
     """
     if encoded[:8] == b"\x89PNG\r\n\x1a\n":
         if encoded.rfind(b"IEND") < 24:
             raise Mistake("the image is truncated: a PNG file without its end")
-        return int.from_bytes(encoded[16:20], "big"), int.from_bytes(encoded[20:24], "big")
+        width, height = (int.from_bytes(encoded[at : at + 4], "big") for at in (16, 20))
+        if not width or not height:
+            raise Mistake(f"a PNG image of {width} x {height} pixels")
+        return width, height
     if encoded[:3] != b"\xff\xd8\xff":
         raise Mistake(f"not a JPEG or PNG image: it starts with {encoded[:8]!r}")
     width = height = 0

@@ -11,7 +11,8 @@ the microbatch of pass k+1, which is then copied while pass k runs.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ from bigbatch.schedule import Phase, order
 from bigbatch.schedule.layout import Layout, examples_by_slot, lay_out_examples
 
 Arrays = dict[str, Any]  # of jax.Array; resident images are a ResidentImages
+EVALUATIONS = 100_000  # of a start that streams, at most: it keeps what it reads between any two
 
 
 @dataclasses.dataclass
@@ -144,7 +146,7 @@ class Feed:
 
 def open_feed(
     config: ConfigDict, mesh: Mesh, phases: Sequence[Phase], layouts: Sequence[Layout],
-    examples_seen: int, evaluated_at: Sequence[int],
+    examples_seen: int, evaluated_at: Iterable[int],
 ) -> Feed:
     """Loads the data set, or opens it for streaming from `examples_seen` on.
 
@@ -155,15 +157,23 @@ def open_feed(
         layouts: the layouts of these phases.
         examples_seen: the position at which the run starts or continues.
         evaluated_at: the positions at which the test set is evaluated, ascending; they include
-            `examples_seen` if an evaluation precedes the next update. Used for streaming only.
+            `examples_seen` if an evaluation precedes the next update. Read for streaming only.
 
     Raises:
         Mistake: if the data does not agree with the config. A data set that is streamed is checked
-            without decoding an image.
+            without decoding an image. Or if it is streamed through too many evaluations.
     """
     seed = {"seed": np.uint32(config.seed)}
     if config.data.streaming:
-        stream = _open_stream(config, mesh, phases, layouts, examples_seen, evaluated_at)
+        known = list(itertools.islice(evaluated_at, EVALUATIONS + 1))
+        if len(known) > EVALUATIONS:
+            raise Mistake(
+                f"config.eval_every_epochs is {config.eval_every_epochs:g}, and until epoch "
+                f"{phases[-1].end_example / config.data.train_examples:g} that is more than "
+                f"{EVALUATIONS} evaluations, all of which a streamed run must know when it starts: "
+                "set eval_every_epochs to more, or recipe.epochs to less."
+            )
+        stream = _open_stream(config, mesh, phases, layouts, examples_seen, known)
         return Feed(config, mesh, place(seed, replicated(mesh)), {}, stream)
     dataset = sources.load(config.data)
     sources.check(dataset, config.data)

@@ -13,7 +13,7 @@ from typing import Any
 
 from bigbatch.job.output import say
 from bigbatch.mistake import Mistake
-from bigbatch.storage import bucket
+from bigbatch.storage import bucket, caches
 
 
 def bring_down(builder: Any, splits: tuple[str, ...]) -> Any:
@@ -35,8 +35,7 @@ def bring_down(builder: Any, splits: tuple[str, ...]) -> Any:
     from tensorflow_datasets.core.read_only_builder import builder_from_directory
 
     url = os.fspath(builder.data_path)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folder = cache / "bigbatch" / "data" / url.removeprefix(bucket.SCHEME)
+    folder = Path(caches.folder("data", url.removeprefix(bucket.SCHEME))).expanduser()
     files, root = bucket.connect(url)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,8 +66,8 @@ def bring_down(builder: Any, splits: tuple[str, ...]) -> Any:
                 part.replace(folder / name)
     except OSError as error:
         raise Mistake(
-            f"{url} cannot be copied to {folder}: {error.strerror}; set XDG_CACHE_HOME to a folder "
-            "that can be written."
+            f"{url} cannot be copied to {folder}: {error.strerror or error}; set XDG_CACHE_HOME to "
+            "a folder that can be written."
         ) from error
     return builder_from_directory(folder)
 

@@ -19,6 +19,7 @@ import gc
 import logging
 import multiprocessing
 import os
+import re
 import resource
 import shutil
 import signal
@@ -234,8 +235,8 @@ class Stream:
         )
         stretches = tuple(stretch for stretch in stretches if len(stretch.needed))
         ahead = min((stretch.slots_MxS.shape[1] for stretch in stretches), default=1)
-        self._blocks = _background(stretches, workers, threads, ahead)
-        self._examples = _one_by_one(self._blocks)
+        self._blocks, running = _background(stretches, workers, threads, ahead)
+        self._examples = _one_by_one(self._blocks, running)
         _open_streams.add(self)
 
     def __iter__(self) -> Iterator[Microbatch]:
@@ -263,21 +264,56 @@ class Stream:
         _wait_for_freeing()
 
 
-def _one_by_one(blocks: Iterator[tuple]) -> Iterator[tuple[np.ndarray, int, str]]:
-    """Yields the examples of the blocks; releases each block before it takes the next."""
+def _one_by_one(
+    blocks: Iterator[tuple], workers: int
+) -> Iterator[tuple[np.ndarray, int, str]]:
+    """Yields the examples of the blocks; releases each block before it takes the next.
+
+    Args:
+        blocks: see `_background`.
+        workers: the processes that make them in turn; 0 for none.
+
+    Raises:
+        Mistake: if one of these processes was killed by a signal.
+    """
+    made = 0
     while True:
-        yield from zip(*next(blocks), strict=True)
+        try:
+            block = next(blocks)
+        except RuntimeError as error:
+            killed = re.search(r"exit code -(\d+)", str(error))
+            if not workers or not killed:
+                raise
+            break
+        yield from zip(*block, strict=True)
+        made += 1
+        del block
+    del blocks  # nothing may keep Grain's objects from being freed when the stream is closed
+    raise Mistake(_why_killed(signal.Signals(int(killed[1])), made % workers, workers))
+
+
+def _why_killed(by: signal.Signals, worker: int, workers: int) -> str:
+    """What a signal that ended a worker says, and what to change."""
+    why = {
+        signal.SIGKILL: "most likely for memory, which the machine or the container ran out of; "
+        "give it more, or",
+        signal.SIGBUS: f"most likely because {SHARED_MEMORY} is full; give the container more "
+        "(Docker: --shm-size), or",
+    }.get(by, "so a library that it calls broke down;")
+    return (f"worker {worker} of 0 to {workers - 1}, a process that decodes images, was killed by "
+            f"{by.name}, {why} set --config.data.workers to less (0 decodes in threads of the "
+            "training process). The same command goes on from the newest checkpoint.")
 
 
 def _background(
     stretches: tuple[Stretch, ...], workers: int, threads: int, ahead: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, list[str]]]:
-    """Grain's iterator over the blocks, which holds at most `ahead` images.
+) -> tuple[Iterator[tuple[np.ndarray, np.ndarray, list[str]]], int]:
+    """Grain's iterator over the blocks, which holds at most `ahead` images, and its workers.
 
     Fewer workers or threads than asked for are started if all of them would hold more.
     """
     if not stretches:
-        return (block for block in ())
+        return (block for block in ()), 0
     if workers:
         # Blocks of each worker: one in each of its threads, one waiting to be sent, one in the
         # pipe, and in this process one received and one waiting to be. One more is in use.
@@ -307,7 +343,7 @@ def _background(
             grain.MultiprocessingOptions(num_workers=running, per_worker_buffer_size=1),
             worker_init_fn=_begin_worker,
         )
-    return iter(dataset)
+    return iter(dataset), running if workers else 0
 
 
 def _check_shared_memory(wanted: int, workers: int) -> None:

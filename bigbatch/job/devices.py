@@ -1,5 +1,6 @@
 """The mesh of devices, and how arrays of the host are put on it."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +8,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from bigbatch.mistake import Mistake
 
 AXIS = "data"  # the mesh's one axis
 
@@ -39,12 +42,32 @@ def pin_options(dtype: str) -> None:
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh with one axis over `devices`, by default all devices of all processes.
 
-    JAX chooses their order for the network between them.
+    JAX chooses their order for the network between them. Raises what `all_devices` raises.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = all_devices() if devices is None else devices
     return jax.make_mesh(
         (len(devices),), (AXIS,), (jax.sharding.AxisType.Auto,), devices=devices
     )
+
+
+def all_devices() -> list[jax.Device]:
+    """All devices of all processes.
+
+    Raises:
+        Mistake: if JAX has none here, as where JAX_PLATFORMS asks for those of another machine.
+    """
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the second for a platform without its plugin
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        said = " ".join(str(error).split()).rstrip(".") or "none were found"
+        if not asked:
+            raise Mistake(f"JAX cannot use the devices of this machine: {said}.") from None
+        raise Mistake(
+            f"JAX_PLATFORMS is {asked!r}, and JAX has no such devices here: {said}. Unset it for "
+            "those that are there; pip install 'bigbatch[gpu]' or 'bigbatch[tpu]' brings JAX for "
+            "a GPU or a TPU."
+        ) from None
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,4 +1,4 @@
-"""Stopping on a signal (`stop_signals`) to any process of a job, at one position for all of them.
+"""Stopping on one of `signals.stop_signals` to any process of a job, at one position for all.
 
 A program with a reduction needs every process, so all processes must dispatch the same ones. Each
 process counts the reductions that it dispatches (`before_reduction`). After a signal every process
@@ -16,18 +16,11 @@ from collections.abc import Callable
 
 import jax
 
+from bigbatch.job import signals
 from bigbatch.job.jax_private import job_state
 
 LISTEN_SECONDS = 0.1
 _STOP, _COUNT = "bigbatch/stop", "bigbatch/reductions"  # directories of the key-value store
-
-
-def stop_signals() -> list[signal.Signals]:
-    """SIGTERM, Ctrl-C (SIGINT), SLURM's warning before a time limit (SIGUSR1), and a lost terminal
-    (SIGHUP), unless `nohup` had that one ignored."""
-    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
-    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return numbers if ignored else [*numbers, signal.SIGHUP]
 
 
 class Stop(BaseException):
@@ -35,7 +28,7 @@ class Stop(BaseException):
 
 
 class Watch:
-    """Listens for `stop_signals`, to this process and to the others of the job."""
+    """Listens for `signals.stop_signals`, to this process and to the others of the job."""
 
     def __init__(self, agreement_seconds: float = 10.0):
         """Installs the signal handlers. Warns outside the main thread, where Python allows none.
@@ -55,10 +48,11 @@ class Watch:
             threading.Thread(target=self._listen, name="preemption", daemon=True).start()
         self._handles = threading.current_thread() is threading.main_thread()
         if self._handles:
-            signal.set_wakeup_fd(-1)  # ends what `processes.join` does on a signal
+            signals.heard_elsewhere()
+            self._wakeup = signal.set_wakeup_fd(-1)  # a notebook has one of its own
             self._previous = {
                 number: signal.signal(number, self._on_signal)
-                for number in stop_signals()
+                for number in signals.stop_signals()
             }
         else:
             warnings.warn(
@@ -67,11 +61,12 @@ class Watch:
             )
 
     def close(self) -> None:
-        """Restores the previous signal handlers."""
+        """Restores the previous signal handlers, and the file that is told of signals."""
         self._closed.set()
         if self._handles:
             for number, handler in self._previous.items():
                 signal.signal(number, handler)
+            signal.set_wakeup_fd(self._wakeup)
 
     def poll(self) -> None:
         """To be called wherever stopping is safe.

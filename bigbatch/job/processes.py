@@ -5,17 +5,15 @@ import itertools
 import json
 import os
 import re
-import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from bigbatch.job import preemption, statuses
+from bigbatch.job import meeting, statuses
 from bigbatch.job.jax_private import job_state, running_in_cloud_tpu_vm
 from bigbatch.job.output import say, unbreakable
 from bigbatch.mistake import Mistake
@@ -35,7 +33,9 @@ TPU_COORDINATOR_PORT = 8476
 _decisions = itertools.count()
 
 
-def join(coordinator: str, processes: int, process: int, dead_peer_seconds: int) -> None:
+def join(
+    coordinator: str, processes: int, process: int, dead_peer_seconds: int, join_seconds: int = 300
+) -> None:
     """Connects this process to its job. To be called once, before any other use of JAX.
 
     Leave the first three at "", 0 and -1 for a job of one process, and where JAX finds the
@@ -46,19 +46,22 @@ def join(coordinator: str, processes: int, process: int, dead_peer_seconds: int)
         processes: the number of processes.
         process: the number of this process, from 0.
         dead_peer_seconds: the other processes end when one was silent for so long.
+        join_seconds: this process ends, with status 42, when another has not come for so long.
 
     Raises:
         Mistake: if only some of the first three are given, they contradict each other, or the
-            coordinator has no port.
+            coordinator has no port; or if JAX's own variables describe half a job.
     """
-    _leave_on_sigterm()
     # JAX's preemption service would swallow a SIGTERM that arrives before training listens. It also
     # stops only between updates, whereas a run has to stop inside an evaluation too.
     jax.config.update("jax_enable_preemption_service", False)
     given = (bool(coordinator), processes > 0, process >= 0)
-    options = {"heartbeat_timeout_seconds": dead_peer_seconds}
-    if dead_peer_seconds < 1:
-        raise Mistake(f"--dead_peer_seconds is {dead_peer_seconds}; it must be 1 or more.")
+    for flag, seconds in (("dead_peer", dead_peer_seconds), ("join", join_seconds)):
+        if seconds < 1:
+            raise Mistake(f"--{flag}_seconds is {seconds}; it must be 1 or more.")
+    # JAX aborts the process where its own time is over; `meeting` ends it before.
+    options = {"heartbeat_timeout_seconds": dead_peer_seconds,
+               "initialization_timeout": join_seconds + 60}
     if any(given):
         if not all(given) or process >= processes or not re.search(r".:\d+$", coordinator):
             raise Mistake(
@@ -68,13 +71,21 @@ def join(coordinator: str, processes: int, process: int, dead_peer_seconds: int)
             )
         if processes == 1:
             _expect_no_others()
-        jax.distributed.initialize(coordinator, processes, process, **options)
+        with meeting.limited(join_seconds):
+            jax.distributed.initialize(coordinator, processes, process, **options)
         return
     if running_in_cloud_tpu_vm:
         os.environ.setdefault("JAX_COORDINATOR_PORT", str(TPU_COORDINATOR_PORT))
     try:
-        jax.distributed.initialize(**options)
+        with meeting.limited(join_seconds):
+            jax.distributed.initialize(**options)
     except ValueError as error:
+        if named := os.environ.get("JAX_COORDINATOR_ADDRESS"):
+            raise Mistake(
+                f"JAX_COORDINATOR_ADDRESS is {named!r}, but JAX does not find how many processes "
+                f"the job has and which one this is ({str(error).rstrip('.')}): give --coordinator,"
+                " --processes and --process, or unset the variable for a job of one process."
+            ) from None
         if "coordinator_address should be defined" not in str(error):
             raise
         # The platform does not name any processes, so this one is a job of its own.
@@ -92,29 +103,6 @@ def _expect_no_others() -> None:
     which not every container can resolve.
     """
     jax.config.update("jax_cpu_collectives_implementation", None)
-
-
-def _leave_on_sigterm() -> None:
-    """Makes `stop_signals` end the process with status 42 until `preemption.Watch` handles them.
-
-    Before that there is nothing to save. Ctrl-C remains Python's own until then. A thread learns of
-    the signal through a socket, because a Python signal handler does not run while JAX waits for
-    other processes.
-    """
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    numbers = set(preemption.stop_signals()) - {signal.SIGINT}
-    for number in numbers:
-        signal.signal(number, lambda *_: None)
-    signal.set_wakeup_fd(writer.fileno())
-
-    def follow() -> None:
-        with writer:  # keeps the socket open
-            while reader.recv(1)[0] not in numbers:
-                pass
-        os._exit(statuses.AGAIN)
-
-    threading.Thread(target=follow, name="sigterm", daemon=True).start()
 
 
 def decided_by_first(what: str, decide: Callable[[], Any]) -> Any:

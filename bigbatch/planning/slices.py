@@ -149,7 +149,7 @@ class _Compiler:
             return measured.extra_bytes
         kind, beside = program.kind, 0
         if kind is Kind.EVALUATE:
-            beside += _bytes(self.state.opt_state) + _bytes(self.resident)
+            beside += _bytes((self.state.opt_state, self.state.average, self.resident))
         else:
             beside += _bytes(self.test)
         if kind is Kind.APPLY:

@@ -9,12 +9,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from bigbatch.job.devices import cut, place, replicated
+from bigbatch.schedule.rates import Rates
 from bigbatch.update import update
 
 
 def take_update(
     calls: Sequence[Callable], state: update.State, sums: update.Sums | None, resident: Mapping,
-    batches: Iterator[Mapping], rates: tuple[jax.Array, jax.Array],
+    batches: Iterator[Mapping], rates: Rates,
     before_pass: Callable[[], None] = lambda: None,
     before_reduction: Callable[[], None] = lambda: None, running: jax.Array | None = None,
     started: Callable[[], None] = lambda: None, landed: Callable[[float], None] = lambda _: None,
@@ -27,7 +28,7 @@ def take_update(
         sums: see `room_for_sums`; their arrays are donated if there are several passes.
         resident: see `feed.Feed`.
         batches: the update's microbatches.
-        rates: learning rate and momentum; see `as_rates`.
+        rates: as arrays on the devices; see `as_rates`.
         before_pass: called before each of several passes; its exceptions pass through.
         before_reduction: the same, before the program with the reduction.
         running: an output of the previous update, or None. After each of several passes is
@@ -47,7 +48,7 @@ def take_update(
         batch = microbatches.next()
         before_reduction()
         started()
-        state, measured = calls[0](state, resident, batch, *rates)
+        state, measured = calls[0](state, resident, batch, rates)
         return state, sums, measured, microbatches.waited
     accumulate, apply = calls
     first = True
@@ -62,7 +63,7 @@ def take_update(
                 landed(microbatches.waited)
         microbatches.running, first = done, False
     before_reduction()
-    state, measured = apply(state, sums, *rates)
+    state, measured = apply(state, sums, rates)
     return state, sums, measured, microbatches.waited
 
 
@@ -85,12 +86,9 @@ class _Input:
         return batch
 
 
-def as_rates(
-    mesh: Mesh, dtype: np.dtype, learning_rate: float, momentum: float
-) -> tuple[jax.Array, jax.Array]:
-    """Learning rate and momentum as arrays on the devices, of the parameters' type `dtype`."""
-    number = dtype.type
-    return place((number(learning_rate), number(momentum)), replicated(mesh))
+def as_rates(mesh: Mesh, dtype: np.dtype, rates: Rates) -> Rates:
+    """The rates as scalar arrays on the devices, of the parameters' type `dtype`."""
+    return place(jax.tree.map(dtype.type, rates), replicated(mesh))
 
 
 def room_for_sums(state: update.State, mesh: Mesh) -> update.Sums:

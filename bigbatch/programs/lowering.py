@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from bigbatch.data import feed
 from bigbatch.job.devices import replicated
 from bigbatch.programs.compilation import Kind, Program
+from bigbatch.schedule.rates import Rates
 from bigbatch.update import evaluation, network, update
 
 
@@ -60,9 +61,10 @@ def lower_update(
         return jax.ShapeDtypeStruct((), dtype, sharding=replicated(mesh))
 
     number = scalar(jax.tree.leaves(state.params)[0].dtype)
+    rates = Rates(*[number] * len(Rates._fields))
     if kind is Kind.UPDATE:
-        return functions.update.lower(state, resident, batch, number, number)
+        return functions.update.lower(state, resident, batch, rates)
     sums = update.abstract_sums(state, mesh)
     if kind is Kind.APPLY:
-        return functions.apply.lower(state, sums, number, number)
+        return functions.apply.lower(state, sums, rates)
     return functions.accumulate.lower(state, sums, resident, batch, scalar(np.bool_))

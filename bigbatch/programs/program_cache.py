@@ -16,8 +16,8 @@ import jax
 
 from bigbatch.job.jax_private import decompress_executable
 from bigbatch.mistake import Mistake
+from bigbatch.storage import caches
 
-DEFAULT = "~/.cache/bigbatch"
 VARIABLE = "JAX_COMPILATION_CACHE_DIR"  # JAX's own
 ENTRIES = "*-cache"
 SEAL = ".whole"
@@ -35,7 +35,7 @@ def keep(folder: str | None) -> str:
 
     Args:
         folder: the user's choice, "" for none. None without a choice: then it is the one that
-            JAX_COMPILATION_CACHE_DIR names, or else `DEFAULT`, and training can do without.
+            JAX_COMPILATION_CACHE_DIR names, or else `caches.folder()`, and training can do without.
 
     Returns:
         A line for the user if that folder cannot be used, and nothing is kept; else "".
@@ -43,7 +43,7 @@ def keep(folder: str | None) -> str:
     Raises:
         Mistake: if the folder that the user chose cannot be created or written.
     """
-    asked = os.environ.get(VARIABLE, DEFAULT) if folder is None else folder
+    asked = os.environ.get(VARIABLE, caches.folder()) if folder is None else folder
     jax.config.update("jax_compilation_cache_dir", None)
     if not asked:
         return ""

@@ -1,28 +1,46 @@
 """The schedule of a run: its phases, the order of its examples, and their layout on devices.
 
-Pure Python and NumPy. Nothing here imports JAX, nor any other part of the package but `mistake`.
+Pure Python (`order` and `layout` use NumPy). Nothing here imports JAX, nor any other part of the
+package but `mistake`.
 """
 
+from bigbatch.schedule.batches import Strategy
+from bigbatch.schedule.curves import CURVES, TAILS
 from bigbatch.schedule.phases import (
-    STRATEGIES,
-    Limits,
     Phase,
-    Recipe,
-    exact_updates,
     find_phase,
-    learning_rate_at,
-    noise_scale,
-    noise_scale_approximate,
-    nominal_noise_scale,
-    notes,
     phase_at,
     plan_phases,
-    scale_up,
     spans,
+    take_rates,
 )
+from bigbatch.schedule.rates import (
+    NoiseDiffers,
+    Rates,
+    check_noise,
+    noise,
+    noise_scale,
+    noise_scale_approximate,
+    rates_at,
+    reference_rate,
+    stated_noise,
+)
+from bigbatch.schedule.recipe import (
+    EXCHANGES,
+    STRATEGIES,
+    Limits,
+    PerExample,
+    Recipe,
+    pairs,
+    scale_up,
+    stated,
+)
+from bigbatch.schedule.worth import ceiling, exact_updates, notes
 
 __all__ = [
-    "STRATEGIES", "Limits", "Phase", "Recipe", "exact_updates", "find_phase", "learning_rate_at",
-    "noise_scale", "noise_scale_approximate", "nominal_noise_scale", "notes", "phase_at",
-    "plan_phases", "scale_up", "spans",
+    "CURVES", "EXCHANGES", "STRATEGIES", "TAILS", "Limits", "NoiseDiffers", "PerExample",
+    "Phase", "Rates", "Recipe", "Strategy", "ceiling", "check_noise", "exact_updates",
+    "find_phase", "noise", "noise_scale", "noise_scale_approximate", "notes", "pairs",
+    "phase_at", "plan_phases", "rates_at", "reference_rate", "scale_up", "spans", "stated",
+    "stated_noise", "take_rates",
 ]

@@ -1,6 +1,11 @@
 """Which updates are followed by a log line, an evaluation or a checkpoint."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+
+
+def interval(epochs: float, examples: int) -> int:
+    """An interval in examples, 1 or more; `examples` is N, those of an epoch."""
+    return max(1, round(epochs * examples))
 
 
 def make_due(
@@ -17,9 +22,29 @@ def make_due(
         is_due(name, start, end): whether the update from position `start` to `end` (examples seen)
         reaches or passes a multiple of the interval `name`, or ends the run.
     """
-    every = {name: max(1, round(epochs * examples)) for name, epochs in every_epochs.items()}
+    every = {name: interval(epochs, examples) for name, epochs in every_epochs.items()}
 
     def is_due(name: str, start: int, end: int) -> bool:
         return end // every[name] > start // every[name] or end == total
 
     return is_due
+
+
+def ends_due(every: int, start: int, end: int, batch_size: int, total: int) -> Iterator[int]:
+    """The ends of those updates between two positions after which something is due.
+
+    They are those of which `make_due` says so; the updates between them are not looked at, of which
+    a run may have billions.
+
+    Args:
+        every: see `interval`.
+        start: the position at which the first update begins.
+        end: the position at which the last one ends.
+        batch_size: of all of them.
+        total: see `make_due`.
+    """
+    while start < end:
+        wanted = min((start // every + 1) * every, total)
+        start += -(-(wanted - start) // batch_size) * batch_size
+        if start <= end:
+            yield start

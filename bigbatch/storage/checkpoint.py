@@ -27,6 +27,7 @@ import numpy as np
 import orbax.checkpoint as ocp0
 from orbax.checkpoint.experimental import v1 as ocp
 
+from bigbatch.job.devices import all_devices
 from bigbatch.job.output import say
 from bigbatch.mistake import Mistake
 from bigbatch.storage import bucket
@@ -153,7 +154,7 @@ def restore(path: Path, like: Any, mirror: bucket.Mirror | None = None) -> Any:
         mirror: see above.
 
     Returns:
-        The state, as NumPy arrays in the same tree.
+        The state, as NumPy arrays in the same tree; a field that is None stays None.
 
     Raises:
         Mistake: if this process cannot see the checkpoint, or its download is damaged.
@@ -167,10 +168,11 @@ def restore(path: Path, like: Any, mirror: bucket.Mirror | None = None) -> Any:
         mirror.fetch(path)
         if wrong := faults_of(path):
             raise Mistake(mirror.named("; ".join(wrong)) + ": start the job again.")
-    state = _read(path, jax.tree.map(lambda array: np.empty(array.shape, array.dtype), like))
+    wanted = jax.tree.map(lambda array: np.empty(array.shape, array.dtype), _fields(like))
+    state = _read(path, wanted)
     if mirror:
         mirror.empty(path)
-    return state
+    return like._replace(**state) if hasattr(like, "_asdict") else state
 
 
 def load(workdir: str | Path, examples_seen: int | None = None) -> dict[str, Any]:
@@ -181,7 +183,8 @@ def load(workdir: str | Path, examples_seen: int | None = None) -> dict[str, Any
         examples_seen: the checkpoint's position; None for the newest whole checkpoint.
 
     Returns:
-        `params`, `batch_stats` and `opt_state`, as nested dicts of NumPy arrays.
+        `params`, `batch_stats` and `opt_state`, as nested dicts of NumPy arrays. Of a run whose
+        `config.ema` is not 0 also `average`, with the averaged `params` and `batch_stats`.
 
     Raises:
         Mistake: if there is no such checkpoint, or it is not whole.
@@ -201,6 +204,7 @@ def load_run(
     Raises:
         Mistake: see `load`.
     """
+    all_devices()  # or Orbax, which asks for them, would take the arrays for damaged
     with bucket.opened(workdir) as (local, mirror):
         if examples_seen is None:
             found = find_newest(local, mirror)
@@ -254,7 +258,8 @@ def save(
 
     Args:
         workdir: the local folder of the run.
-        state: a tree of arrays, the same on every device.
+        state: a tree of arrays, the same on every device. If it is a named tuple, a field that is
+            None is not in the checkpoint.
         run: the content of run.json; its `examples_seen` is the checkpoint's name.
         keep: how many of the newest checkpoints are kept when this one is committed.
         boundaries: positions (examples seen) whose checkpoints are kept besides.
@@ -305,6 +310,16 @@ def save(
     return _commits.submit(commit)
 
 
+def _fields(state: Any) -> Any:
+    """A named tuple's fields that are not None, by the names that they have in a checkpoint.
+
+    Orbax would write down that a field is None, and then miss it in older checkpoints.
+    """
+    if not hasattr(state, "_asdict"):
+        return state
+    return {name: field for name, field in state._asdict().items() if field is not None}
+
+
 def _options() -> ocp0.options.MultiprocessingOptions:
     """Options that make Orbax write as if this were the only process."""
     me = jax.process_index()
@@ -329,7 +344,7 @@ def _start_writing(path: Path, state: Any) -> ocp0.AsyncCheckpointer:
     Orbax's v1 cannot write from one process of several: whatever its options are, it compares the
     path on all processes by a reduction over their devices.
     """
-    on_one_device = jax.tree.map(_on_one_device, state)
+    on_one_device = jax.tree.map(_on_one_device, _fields(state))
     for array in jax.tree.leaves(on_one_device):
         if isinstance(array, jax.Array):
             array.copy_to_host_async()  # so that the copies below overlap

@@ -7,14 +7,15 @@ microbatches) and changes that affect only examples not yet seen (more epochs, a
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from bigbatch import __version__
-from bigbatch.config import saved_config
-from bigbatch.schedule import Phase
+from bigbatch.config import make_recipe, saved_config
+from bigbatch.schedule import Phase, Rates, rates_at
 
 # These keys do not change what is learned.
 FREE = (
@@ -23,8 +24,13 @@ FREE = (
     "data.workers", "data.read_threads",
     "data.on_bad_image",  # affects only images read from now on
 )
-# These keys affect training only through the phases, which are compared themselves.
-THROUGH_PHASES = ("recipe", "strategy", "hybrid_falls", "scale_up", "limits")
+# These keys affect training only through the phases and the rates, which are compared themselves.
+THROUGH_PHASES = (
+    "recipe", "strategy", "hybrid_falls", "by_hand", "ramp", "exchange", "per_example", "scale_up",
+    "limits",
+)
+SAME = 1e-12  # relative difference of rates up to which they are called the same
+LOOKED_AT = 64  # updates of each phase whose rates are compared
 
 
 class Position(NamedTuple):
@@ -70,7 +76,8 @@ def changes(
     Returns:
         (differences that forbid continuing, differences that are allowed), one text each.
     """
-    before = flatten(json.loads(saved_config(saved).to_json()))
+    filled = saved_config(saved)
+    before = flatten(json.loads(filled.to_json()))
     now = flatten(json.loads(config.to_json()))
     refused, allowed = [], []
     for key in sorted(before.keys() | now.keys()):
@@ -79,7 +86,10 @@ def changes(
             text = f"{key}: {old!r} saved, {new!r} now"
             free = any(key == name or key.startswith(name + ".") for name in FREE + THROUGH_PHASES)
             (allowed if free else refused).append(text)
-    if differing := _phase_changes(saved["phases"], phases, saved["examples_seen"]):
+    differing = _phase_changes(saved["phases"], phases, saved["examples_seen"])
+    if not differing:
+        differing = _rate_changes(filled, config, phases, saved["examples_seen"])
+    if differing:
         # The keys that are the cause say more than the phases that follow from them.
         causes = [text for text in allowed if text.startswith(THROUGH_PHASES)]
         refused += causes or [
@@ -114,19 +124,44 @@ def _phase_changes(
             )}
             # The present phase may get another end, but its updates so far must stay the same.
             row["end_example"] = min(phase["end_example"], examples_seen)
-            if phase["learning_rate"] != phase["learning_rate_end"]:
-                row["learning_rate_end"] = phase["learning_rate_end"]
-                row["nominal_end_example"] = phase["nominal_end_example"]
             rows.append(row)
         return rows
 
     old, new = seen(saved), seen([dataclasses.asdict(phase) for phase in phases])
     differing = [
         f"phase {index}: {before} saved, {after} now"
-        for index, (before, after) in enumerate(zip(old, new, strict=False)) if before != after
+        for index, (before, after) in enumerate(zip(old, new, strict=False))
+        # In another version the last bits may differ.
+        if not all(math.isclose(before[key], after[key], rel_tol=SAME) for key in before)
     ]
     if len(old) != len(new):
         differing.append(
             f"phases before example {examples_seen}: {len(old)} saved, {len(new)} now"
         )
     return differing
+
+
+def _rate_changes(
+    before: ConfigDict, now: ConfigDict, phases: Sequence[Phase], examples_seen: int
+) -> list[str]:
+    """The first difference of what updates before `examples_seen` took, as a list of one text.
+
+    Both configs have the same phases so far. In each, some updates are compared.
+    """
+    old, new = make_recipe(before), make_recipe(now)
+    for phase in phases:
+        count = -(-(min(phase.end_example, examples_seen) - phase.start_example)
+                  // phase.batch_size)
+        for update in sorted({index * (count - 1) // LOOKED_AT for index in range(LOOKED_AT + 1)}):
+            if update < 0:
+                return []
+            start = phase.start_example + update * phase.batch_size
+            was, is_now = (rates_at(one, phase.batch_size, start) for one in (old, new))
+            if not all(math.isclose(one, other, rel_tol=SAME)
+                       for one, other in zip(was, is_now, strict=True)):
+                return [f"the update at example {start}: {_told(was)} saved, {_told(is_now)} now"]
+    return []
+
+
+def _told(rates: Rates) -> str:
+    return ", ".join(f"{key} {value:.9g}" for key, value in rates._asdict().items())

@@ -75,30 +75,53 @@ def logits_of(
     return logits.astype(jnp.promote_types(config.dtype, jnp.float32))
 
 
+def networks_of(state: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The parameters and running statistics to evaluate, by the end of the names of their results.
+
+    Args:
+        state: the fields of an `update.State`, or what `checkpoint.load` returns.
+
+    Returns:
+        "" for the weights, and "_average" for their average, if the run keeps one.
+    """
+    found = {"": (state["params"], state["batch_stats"])}
+    if average := state.get("average"):
+        found["_average"] = average["params"], average["batch_stats"]
+    return found
+
+
 def whole_test_set(
-    program: Callable, params: Any, batch_stats: Any, fed: Feed,
+    program: Callable, networks: Mapping[str, tuple[Any, Any]], fed: Feed,
     before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
     """Evaluates every test example once: `test_loss` (mean cross entropy) and `test_accuracy`.
 
     Args:
         program: the function that `make_evaluate` returns, jitted or compiled.
-        params: parameters.
-        batch_stats: running statistics.
+        networks: see `networks_of`; all of them see a batch before the next one is asked for.
         fed: the feed that yields the test set.
         before_batch: called before each batch; its exceptions are not caught.
+
+    Returns:
+        Both numbers for each network, whose key their names end with.
 
     Raises:
         Mistake: if a record cannot be read or decoded, or if all images were skipped.
     """
-    sums = []
+    sums: dict[str, list[jax.Array]] = {end: [] for end in networks}
+    last: list[jax.Array] = []
     for batch in fed.evaluation():
         before_batch()
-        sums.append(program(params, batch_stats, fed.test, batch))
+        before, last = last, [program(*one, fed.test, batch) for one in networks.values()]
+        for end, part in zip(networks, last, strict=True):
+            sums[end].append(part)
         # At most two batches are on the devices, so that a stop is noticed soon.
-        if len(sums) > 1:
-            sums[-2].block_until_ready()
-    loss, correct, examples = np.sum([np.asarray(part, np.float64) for part in sums], axis=0)
-    if not examples:  # the same in all processes
-        raise fed.none_of_use("the test set")
-    return {"test_loss": float(loss / examples), "test_accuracy": float(correct / examples)}
+        jax.block_until_ready(before)
+    results = {}
+    for end, parts in sums.items():
+        loss, correct, examples = np.sum([np.asarray(part, np.float64) for part in parts], axis=0)
+        if not examples:  # the same in all processes
+            raise fed.none_of_use("the test set")
+        results |= {f"test_loss{end}": float(loss / examples),
+                    f"test_accuracy{end}": float(correct / examples)}
+    return results

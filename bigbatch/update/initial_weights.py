@@ -75,7 +75,9 @@ def put(state: Any, arrays: Mapping[str, np.ndarray]) -> Any:
 
     tree = {"params": state.params, "batch_stats": state.batch_stats}
     tree = jax.tree_util.tree_map_with_path(one, tree)
-    return state._replace(**tree)
+    # Its own arrays, since an update takes over the memory of those it is given.
+    average = state.average and jax.tree.map(np.copy, tree)
+    return state._replace(**tree, average=average)
 
 
 def _within(name: str, layers: tuple[str, ...] | list[str]) -> bool:

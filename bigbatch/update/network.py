@@ -3,8 +3,9 @@
 import contextlib
 import inspect
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from types import FrameType
 from typing import Any, NamedTuple
 
 import flax.errors
@@ -17,7 +18,7 @@ from ml_collections import ConfigDict
 from bigbatch import dotted
 from bigbatch.mistake import Mistake
 from bigbatch.update import independence
-from bigbatch.update.user_lines import is_users
+from bigbatch.update.user_lines import FLAX, JAX, is_users
 
 Tree = Mapping[str, Any]
 
@@ -109,7 +110,10 @@ def build(config: ConfigDict, may_mix: bool = False) -> Network:
             return logits, auxiliary, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
 
         shapes = nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
-        with _naming_the_layer(name):
+        size, channels = config.data.image_size, len(config.data.mean)
+        images = (f"The images are {size} x {size} with {channels} channel{'s' * (channels != 1)}, "
+                  "as config.data.image_size and the length of config.data.mean say.")
+        with _naming_the_layer(name, images):
             found, results = _trace(apply, *shapes, config)
             if not may_mix:
                 _check_apart(found, results, name)
@@ -357,12 +361,20 @@ def _check_state(
 
 
 @contextlib.contextmanager
-def _naming_the_layer(name: str) -> Iterator[None]:
-    """Adds to a Mistake from inside a model's layer the layer and the user's line that asked."""
+def _naming_the_layer(name: str, images: str = "") -> Iterator[None]:
+    """Adds to a Mistake from inside a model's layer the layer and the user's line that asked.
+
+    Args:
+        name: of the network.
+        images: a sentence on what it is called on. With it, what one of Flax's layers refuses is a
+            Mistake too: most likely it was made for images of another size.
+    """
     try:
         yield
-    except Mistake as error:
+    except (Mistake, TypeError, ValueError, flax.errors.FlaxError) as error:
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+        if not isinstance(error, Mistake) and not (images and _by_flax(frames)):
+            raise
         layers = [frame.f_locals["self"] for frame in frames
                   if isinstance(frame.f_locals.get("self"), nnx.Module | linen.Module)]
         if not layers or str(error).startswith(f"{name} "):  # from the checks of this file
@@ -377,10 +389,20 @@ def _naming_the_layer(name: str) -> Iterator[None]:
             for frame, line in traceback.walk_tb(error.__traceback__)
             if is_users(frame.f_code.co_filename)
         ]
+        said = str(error)
+        if not isinstance(error, Mistake):
+            said = f"{' '.join(said.partition(' (https:')[0].split()).rstrip('.')}. {images}"
         raise Mistake(
-            f"{name}{' at ' + _where(path) if path else ''}: {error}"
+            f"{name}{' at ' + _where(path) if path else ''}: {said}"
             f"{' Called at ' + lines[-1] + '.' if lines else ''}"
         ) from None
+
+
+def _by_flax(frames: Sequence[FrameType]) -> bool:
+    """Whether one of Flax's own lines raised, or asked JAX for what that raised."""
+    files = [frame.f_code.co_filename for frame in frames]
+    own = [file for file in files if not file.startswith((JAX, "<")) and "/jaxlib/" not in file]
+    return bool(own) and own[-1].startswith(FLAX)
 
 
 def _check_outputs(outputs: Any, shape: tuple[int, int], name: str) -> tuple[jax.Array, list]:

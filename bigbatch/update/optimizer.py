@@ -1,4 +1,4 @@
-"""The optimizer of an update: Optax transformations, with rate and momentum as inputs."""
+"""The optimizer of an update: Optax transformations, with the rates as inputs."""
 
 from typing import Any
 
@@ -7,24 +7,31 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from bigbatch.schedule.rates import Rates
+from bigbatch.update import own_optimizer
+
 Tree = Any
 
 
-def make_optimizer(
-    config: ConfigDict, in_norm: Tree, learning_rate: jax.Array, momentum: jax.Array
-) -> optax.GradientTransformation:
-    """Makes the optimizer for a learning rate and a momentum, which may change at every update.
+def make_optimizer(config: ConfigDict, in_norm: Tree, rates: Rates) -> optax.GradientTransformation:
+    """Makes the optimizer for rates that may change at every update.
 
     The rate multiplies the accumulator, not what is added to it: A <- m A + g, w <- w - eps A
     (Smith et al., ICLR 2018, equations 6 and 7). So a change of the rate needs no correction of the
-    accumulator. The optimizer's state depends neither on the rate nor on the momentum.
+    accumulator. The optimizer's state depends on none of the rates.
+
+    The gradient's global norm is clipped first, if `clip_norm` is not 0. Here the gradient is the
+    mean over the whole batch, so what is clipped does not depend on devices and passes.
 
     Args:
         config: `config.optimizer` is read.
         in_norm: see `network.Network`.
-        learning_rate: eps, a scalar; an input of the update and not a constant, so that a new
-            value needs no compilation.
-        momentum: m, likewise; for Adam its first beta.
+        rates: scalar arrays; inputs of the update and not constants, so that new values need no
+            compilation. `rates.weight_decay` is read where the decay is decoupled; L2 decay, which
+            is added to the gradient, is `config.optimizer.weight_decay`.
+
+    Raises:
+        Mistake: see `own_optimizer.make`.
     """
     options = config.optimizer
     decay_mask = {
@@ -34,17 +41,22 @@ def make_optimizer(
             lambda path, norm: not norm and getattr(path[-1], "key", None) != "bias", in_norm
         ),
     }[options.weight_decay_on]
-    decay = optax.add_decayed_weights(options.weight_decay, decay_mask)
-    accumulator = {
-        "momentum": lambda: optax.trace(momentum),
-        "nesterov": lambda: optax.trace(momentum, nesterov=True),
+    decay = optax.add_decayed_weights(
+        rates.weight_decay if options.decoupled else options.weight_decay, decay_mask)
+    accumulator = own_optimizer.make(config, rates) if own_optimizer.is_own(config) else {
+        "momentum": lambda: optax.trace(rates.momentum),
+        "nesterov": lambda: optax.trace(rates.momentum, nesterov=True),
         "sgd": optax.identity,
-        "adam": lambda: optax.scale_by_adam(momentum, options.beta2, options.epsilon),
+        "adam": lambda: optax.scale_by_adam(rates.momentum, rates.beta2, options.epsilon),
     }[options.name]()
     steps = [accumulator, decay] if options.decoupled else [decay, accumulator]
-    return optax.chain(*steps, optax.scale(-learning_rate))
+    if own_optimizer.is_own(config) and own_optimizer.decays_itself(config):
+        steps = [accumulator]
+    clip = [optax.clip_by_global_norm(options.clip_norm)] if options.clip_norm else []
+    return optax.chain(*clip, *steps, optax.scale(-rates.learning_rate))
 
 
 def init_optimizer(config: ConfigDict, in_norm: Tree, params: Tree) -> Tree:
     """The optimizer's state before the first update. Checkpoints have the same tree structure."""
-    return make_optimizer(config, in_norm, jnp.zeros(()), jnp.zeros(())).init(params)
+    nothing = Rates(*[jnp.zeros(())] * len(Rates._fields))
+    return make_optimizer(config, in_norm, nothing).init(params)

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from bigbatch.data import augment
 from bigbatch.job.devices import AXIS, compiler_options, cut, replicated
 from bigbatch.models.normalization import fold_weights
+from bigbatch.schedule.rates import Rates
 from bigbatch.update.network import AUGMENTATION, DROPOUT, Network
 from bigbatch.update.optimizer import init_optimizer, make_optimizer
 
@@ -36,6 +37,9 @@ class State(NamedTuple):
     params: Tree
     batch_stats: Tree
     opt_state: Tree
+    # The running average of both, as {"params": ..., "batch_stats": ...}; None where `config.ema`
+    # is 0, and then it is not in checkpoints either.
+    average: Tree = None
 
 
 class Sums(NamedTuple):
@@ -60,11 +64,11 @@ class Metrics(NamedTuple):
 class Update(NamedTuple):
     """The jitted functions of an update; programs/lowering.py lowers them for given shapes."""
 
-    update: Callable  # (state, resident, batch, rate, momentum) -> state, metrics
+    update: Callable  # (state, resident, batch, rates) -> state, metrics
     # (state, sums, resident, batch, first) -> sums, one number per device. The caller waits for the
     # numbers, since the sums are donated to the next pass and cannot be waited for.
     accumulate: Callable
-    apply: Callable  # (state, sums, rate, momentum) -> state, metrics
+    apply: Callable  # (state, sums, rates) -> state, metrics
 
 
 def make_init(config: ConfigDict, network: Network) -> Callable:
@@ -75,7 +79,8 @@ def make_init(config: ConfigDict, network: Network) -> Callable:
 
     def init(seed: jax.Array) -> State:
         params, batch_stats = network.init(seed)
-        return State(params, batch_stats, init_optimizer(config, network.in_norm, params))
+        opt_state = init_optimizer(config, network.in_norm, params)
+        return State(params, batch_stats, opt_state, _averaged(config, params, batch_stats))
 
     return jax.jit(init, compiler_options=options)
 
@@ -90,8 +95,19 @@ def abstract_state(config: ConfigDict, network: Network, mesh: Mesh) -> State:
     opt_state = jax.eval_shape(partial(init_optimizer, config, network.in_norm), network.params)
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
-        State(network.params, network.batch_stats, opt_state),
+        State(network.params, network.batch_stats, opt_state,
+              _averaged(config, network.params, network.batch_stats)),
     )
+
+
+def _averaged(config: ConfigDict, params: Tree, batch_stats: Tree) -> Tree:
+    """What is averaged over the updates, in the tree of `State.average`; None if nothing is.
+
+    The average begins with the weights that the run begins with, as elsewhere. A correction for
+    them, as Adam has it, would need the product of all `rates.average` so far as one more number of
+    the state, and would differ only while that product is not small.
+    """
+    return {"params": params, "batch_stats": batch_stats} if config.ema else None
 
 
 def make_update(
@@ -106,7 +122,8 @@ def make_update(
     - `batch`, one microbatch, cut over the devices: `examples` (rows of `lay_out_examples`) and, if
       the data set is streamed, `images` and `labels`;
     - `sums`, those of each device on a leading axis, cut over the devices;
-    - `first`, whether this is the update's first pass; and `rate` and `momentum`.
+    - `first`, whether this is the update's first pass;
+    - `rates`, scalar arrays, replicated: see `make_optimizer`.
 
     Args:
         config: of the run.
@@ -124,10 +141,10 @@ def make_update(
             function, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
         )
 
-    def update(state: State, resident: Mapping, batch: Mapping, rate: jax.Array,
-               momentum: jax.Array) -> tuple[State, Metrics]:
+    def update(state: State, resident: Mapping, batch: Mapping,
+               rates: Rates) -> tuple[State, Metrics]:
         sums = microbatch_sums(state, resident, batch)
-        return _apply_sums(config, network, state, sums, rate, momentum)
+        return _apply_sums(config, network, state, sums, rates)
 
     def accumulate(state: State, sums: Sums, resident: Mapping, batch: Mapping,
                    first: jax.Array) -> tuple[Sums, jax.Array]:
@@ -136,15 +153,14 @@ def make_update(
         sums = jax.tree.map(lambda old, new: jnp.where(first, 0, old) + new[None], sums, new)
         return sums, sums.examples + 0
 
-    def apply(state: State, sums: Sums, rate: jax.Array,
-              momentum: jax.Array) -> tuple[State, Metrics]:
+    def apply(state: State, sums: Sums, rates: Rates) -> tuple[State, Metrics]:
         own = jax.tree.map(lambda leaf: leaf[0], sums)
-        return _apply_sums(config, network, state, own, rate, momentum)
+        return _apply_sums(config, network, state, own, rates)
 
     jitted = partial(jax.jit, compiler_options=compiler_options(mesh))
     return Update(
         update=jitted(
-            mapped(update, (whole, whole, parts, whole, whole), whole),
+            mapped(update, (whole, whole, parts, whole), whole),
             donate_argnums=0,
         ),
         accumulate=jitted(
@@ -152,7 +168,7 @@ def make_update(
             donate_argnums=1,
         ),
         apply=jitted(
-            mapped(apply, (whole, parts, whole, whole), whole),
+            mapped(apply, (whole, parts, whole), whole),
             donate_argnums=0,
         ),
     )
@@ -262,13 +278,12 @@ def _reduce(sums: Sums) -> Sums:
 
 
 def _apply_sums(
-    config: ConfigDict, network: Network, state: State, sums: Sums, rate: jax.Array,
-    momentum: jax.Array
+    config: ConfigDict, network: Network, state: State, sums: Sums, rates: Rates
 ) -> tuple[State, Metrics]:
     """Does the one all-reduce, then applies the optimizer and updates the running statistics."""
     sums = _reduce(sums)
     gradient = jax.tree.map(lambda leaf: leaf / sums.examples, sums.gradient)
-    optimizer = make_optimizer(config, network.in_norm, rate, momentum)
+    optimizer = make_optimizer(config, network.in_norm, rates)
     steps, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, steps)
 
@@ -276,6 +291,9 @@ def _apply_sums(
         return jnp.exp(sums.ghosts * math.log(decay)) * running + added
 
     batch_stats = jax.tree.map(fold, state.batch_stats, sums.statistics, network.decays)
+    average = jax.tree.map(
+        lambda old, new: old + (1 - rates.average) * (new - old),
+        state.average, _averaged(config, params, batch_stats))
     loss = sums.loss / sums.examples
     # The total is not finite if any parameter is not. Parameters of the same shape are added first,
     # since the sum of each array is a separate operation, and there would be hundreds of them.
@@ -284,4 +302,4 @@ def _apply_sums(
         by_shape[leaf.shape] = by_shape.get(leaf.shape, 0) + leaf
     total = sum(map(jnp.sum, by_shape.values()), loss)
     metrics = Metrics(loss, sums.correct / sums.examples, jnp.isfinite(total))
-    return State(params, batch_stats, opt_state), metrics
+    return State(params, batch_stats, opt_state, average), metrics

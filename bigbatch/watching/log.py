@@ -59,9 +59,11 @@ class Log:
             self.clock.no_line()
             return
         if "test_accuracy" in event:
+            averaged = event.get("test_accuracy_average")
             self.line(
                 f"epoch {event['epoch']:.2f}, update {event['updates']}: train loss "
                 f"{event['train_loss']:.4f}, test accuracy {event['test_accuracy']:.4f}"
+                + (f" (of the averaged weights {averaged:.4f})" if averaged is not None else "")
             )
         self._write("metrics", event)
         speed = self.clock.speed(event["updates"], event["batch_size"])

@@ -7,13 +7,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from bigbatch.config import make_recipe
 from bigbatch.data import augment, sources
 from bigbatch.data.resident import lay_out_images
 from bigbatch.job.devices import compiler_options, cut, make_mesh, place, replicated
 from bigbatch.programs.compilation import programs_of
 from bigbatch.programs.dispatch import as_rates, room_for_sums, take_update
 from bigbatch.programs.lowering import lower_update
-from bigbatch.schedule import order
+from bigbatch.schedule import order, rates_at
 from bigbatch.schedule.layout import lay_out_examples, make_layout
 from bigbatch.update import network, update
 from experiments.figures import load_config
@@ -108,7 +109,9 @@ class BareUpdate:
                           "labels": dataset.train_labels[record]}
             self.batches.append(place(batch, cut(mesh)))
         dtype = jax.tree.leaves(self.state.params)[0].dtype
-        self.rates = as_rates(mesh, dtype, 0.01, config.recipe.momentum)
+        recipe = make_recipe(config)
+        self.rates = as_rates(
+            mesh, dtype, rates_at(recipe, recipe.batch_size, 0)._replace(learning_rate=0.01))
         self.sums = room_for_sums(self.state, mesh) if len(self.batches) > 1 else None
         self.loss: float | None = None
         self.lowered = [

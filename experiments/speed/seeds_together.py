@@ -36,10 +36,10 @@ def seeds_together(repeats: int, short: bool) -> list[Measurement]:
     state = _stack([row.state for row in rows])
     resident = rows[0].resident | {"seed": np.arange(SEEDS, dtype=np.uint32)}
     shared = {"images": None, "labels": None, "seed": 0}  # all seeds see the same images
-    rest = resident, _stack([row.batches[0] for row in rows]), *rows[0].rates
+    rest = resident, _stack([row.batches[0] for row in rows]), rows[0].rates
 
     def mapped(update: Callable) -> Callable:
-        return jax.vmap(update, in_axes=(0, shared, 0, None, None))
+        return jax.vmap(update, in_axes=(0, shared, 0, None))
 
     program = rows[0].compile_with(mapped, state, *rest)
 

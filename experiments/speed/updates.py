@@ -56,7 +56,7 @@ def several_a_dispatch(repeats: int, short: bool) -> list[Measurement]:
     """The demo's updates in turn beside as many in a loop of one program, which no run makes."""
     config = load_config("configs/digits.py:decay")
     one, looped = BareUpdate(config), BareUpdate(config)
-    arguments = looped.resident, looped.batches[0], *looped.rates
+    arguments = looped.resident, looped.batches[0], looped.rates
 
     def loop(update: Callable) -> Callable:
         return lambda state, *rest: jax.lax.scan(

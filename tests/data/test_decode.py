@@ -335,6 +335,10 @@ def test_a_header_without_an_image_is_refused():
     encoded = encode(smooth_picture("RGB", 120, 90))
     start = encoded.index(b"\xff\xc0")
     broken = encoded[: start + 5] + bytes(4) + encoded[start + 9 :]
+    png = encode(smooth_picture("RGB", 6, 4), "PNG")
+    for at, sides in ((16, "0 x 4"), (20, "6 x 0")):  # one side in the header is set to 0
+        with pytest.raises(ValueError, match=f"a PNG image of {sides} pixels"):
+            decode.dimensions(png[:at] + bytes(4) + png[at + 4 :])
     with pytest.raises(ValueError, match="0 x 0"):
         decode.dimensions(broken)
     with pytest.raises(ValueError, match="cannot be decoded"):

@@ -25,6 +25,7 @@ from bigbatch.job.devices import AXIS, make_mesh
 from bigbatch.mistake import Mistake
 from bigbatch.schedule import order
 from bigbatch.schedule.layout import make_layout
+from bigbatch.schedule.rates import Rates
 from bigbatch.update import evaluation, network, update
 from tests.data.test_sources import prepare
 from tests.support.sample_data import data_dir
@@ -205,7 +206,7 @@ def test_an_update_of_streamed_pictures_is_that_of_resident_ones(folder):
         phase, start = run.updates[0]
         (batch,) = run.microbatches(phase, start)
         state, measured = update.make_update(config, net, run.mesh).update(
-            state, run.feed.resident, batch, np.float32(0.1), np.float32(0.9))
+            state, run.feed.resident, batch, Rates(*map(np.float32, (0.1, 0.9, 0.999, 0.0, 0.0))))
         program = evaluation.make_evaluate(config, net, run.mesh)
         sums = [program(state.params, state.batch_stats, run.feed.test, batch)
                 for batch in run.feed.evaluation()]
@@ -292,8 +293,8 @@ def test_where_no_image_is_of_use_the_last_of_them_are_named(tmp_path, microbatc
     with pytest.raises(Mistake, match="no image of the test set is of use: all were skipped.*"
                                       "record 20 of split 'test.*truncated"):
         evaluation.whole_test_set(
-            evaluation.make_evaluate(config, net, run.mesh), state.params, state.batch_stats,
-            run.feed)
+            evaluation.make_evaluate(config, net, run.mesh),
+            evaluation.networks_of(state._asdict()), run.feed)
     taken = iter(run.microbatches(*run.updates[0]))
     for _ in range(microbatches - 1):
         next(taken)

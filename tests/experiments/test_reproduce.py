@@ -10,6 +10,7 @@ import threading
 import numpy as np
 import pytest
 
+from bigbatch.mistake import Mistake
 from bigbatch.storage.logs import read_events
 from experiments import (
     drawing,
@@ -364,17 +365,35 @@ def test_a_figure_is_drawn_beside_runs_that_diverged(written, name):
 def test_a_failed_run_does_not_keep_others_from_ending(tmp_path):
     """The first of three fails at once and is told; the others train to their end."""
     tiny = "tests/support/small_config.py:resident"
-    wanted = [runs.Run("configs/small.py:decay", tmp_path / "fails")]
+    broken = f"{tiny},data.name=tests.experiments.test_reproduce.broken_data"
+    wanted = [runs.Run(broken, tmp_path / "fails")]
     wanted += [runs.Run(f"{tiny},seed={seed}", tmp_path / f"run{seed}") for seed in (0, 1)]
     said, data_dir = [], tmp_path / "no data"
     with pytest.raises(RuntimeError, match="1 of 3 runs failed") as failed:
         runs.train(wanted, [f"--config.data.dir={data_dir}"], 2, said.append)
-    assert "there is no such folder" in str(failed.value)
-    assert ("python -m bigbatch.main --config=configs/small.py:decay "
-            f"'--config.data.dir={data_dir}' --workdir={wanted[0].workdir} ended with status"
+    assert "RuntimeError: the disk is gone" in str(failed.value)
+    assert (f"python -m bigbatch.main --config={broken} "
+            f"'--config.data.dir={data_dir}' --workdir={wanted[0].workdir} ended with status 1"
             ) in str(failed.value)
     assert [runs.is_over(run) for run in wanted] == [False, True, True]
     assert sum("FAILED" in line for line in said) == 1
+
+
+def broken_data(data):
+    raise RuntimeError("the disk is gone")
+
+
+def test_a_mistake_that_runs_share_ends_them_after_the_first(tmp_path):
+    """One that is under way saves and ends, and no more are started."""
+    tiny = "tests/support/small_config.py:resident"
+    wanted = [runs.Run(f"{tiny},recipe.epochs=1e6", tmp_path / "long")]
+    wanted += [runs.Run(f"configs/small.py:decay,seed={seed}", tmp_path / f"run{seed}")
+               for seed in range(3)]
+    said = []
+    with pytest.raises(Mistake, match="there is no such folder.*seed=0.* no other run") as refused:
+        runs.train(wanted, [f"--config.data.dir={tmp_path / 'nowhere'}"], 2, said.append)
+    assert "\n" not in str(refused.value) and said == []
+    assert not (tmp_path / "run1").exists()
 
 
 def test_after_a_stop_nothing_more_is_started(tmp_path):

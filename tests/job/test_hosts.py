@@ -1,11 +1,15 @@
 """Jobs of several processes: each feeds its own devices only, and the curve does not change."""
 
+import contextlib
 import io
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import threading
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,7 +18,7 @@ from PIL import Image
 
 from bigbatch import train
 from bigbatch.config import make_layouts, make_phases
-from bigbatch.job import processes
+from bigbatch.job import preemption, processes
 from bigbatch.schedule.layout import ghosts_by_slot
 from bigbatch.storage import checkpoint
 from bigbatch.storage.logs import read_events
@@ -130,6 +134,45 @@ def check_reads(folder, hosts):
         assert set(reads["test"]) == records & set(range(config.data.test_examples))
 
 
+def test_an_update_without_an_image_of_use_is_no_divergence_in_any_process(tmp_path):
+    prepare(tmp_path / "data", [b"no image"] * 160, name="photographs", channels=3)
+    job = started.start_job(
+        tmp_path / "run", f"data.dir={tmp_path}/data", "data.on_bad_image=skip", processes=2,
+        file="tests/support/small_config.py", config=("streaming",))
+    for process in job:
+        output = started.end(process, status=2)
+        assert "bigbatch: no image of the update from example 0 is of use: all were skip" in output
+        assert "diverged" not in output
+    events = read_events(tmp_path / "run/timing.jsonl")
+    assert events and not [event for event in events if event["event"] == "diverged"]
+
+
+def workers_of(pid):
+    """The processes that a training process has started to decode images."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == pid and b"spawn_main" in (folder / "cmdline").read_bytes():
+                found.append(int(folder.name))
+    return sorted(found)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
+def test_a_killed_worker_is_one_line_that_says_what_to_change(photographs, tmp_path):
+    process = started.start(
+        tmp_path, f"data.dir={photographs}", "data.workers=2", "recipe.epochs=5000",
+        "tensorboard=false", file="tests/support/small_config.py", config=("streaming",))
+    log = tmp_path / "metrics.jsonl"
+    started.wait_until(log.exists, process, "a line")
+    os.kill(workers_of(process.pid)[1], signal.SIGKILL)
+    output = started.end(process, status=2, seconds=60)
+    lines = [line for line in output.splitlines() if "killed by SIGKILL" in line]
+    assert len(lines) == 1 and re.match("bigbatch: worker [01] of 0 to 1, a", lines[0])
+    assert "memory" in lines[0] and "--config.data.workers" in lines[0]
+    assert "Traceback" not in output and "semaphore" not in output, output
+
+
 # --- what calls training without a job ------------------------------------------------------------
 def test_sigterm_is_heard_in_a_script_that_joined_no_job(tmp_path):
     script = """
@@ -171,6 +214,18 @@ def test_training_outside_the_main_thread_works_and_says_that_sigterm_is_not_han
     jax.tree.map(np.testing.assert_array_equal, saved, jax.tree.map(np.asarray, states[0].params))
 
 
+def test_the_file_that_a_notebook_has_told_of_signals_is_told_again_after_training():
+    reader, writer = socket.socketpair()
+    with reader, writer:
+        writer.setblocking(False)
+        before = signal.set_wakeup_fd(writer.fileno())
+        try:
+            preemption.Watch().close()
+            assert signal.set_wakeup_fd(writer.fileno()) == writer.fileno()
+        finally:
+            signal.set_wakeup_fd(before)
+
+
 def test_processes_that_were_never_joined_are_told_how_to(monkeypatch):
     """As on a TPU pod, where JAX knows of the other hosts without jax.distributed.initialize."""
     monkeypatch.setattr(jax, "process_count", lambda: 4)
@@ -179,8 +234,7 @@ def test_processes_that_were_never_joined_are_told_how_to(monkeypatch):
 
 
 @pytest.mark.parametrize("coordinator", ["10.0.0.1", "10.0.0.1:", ":8476", "10.0.0.1:port"])
-def test_a_coordinator_without_a_port_is_refused(monkeypatch, coordinator):
-    monkeypatch.setattr(processes, "_leave_on_sigterm", lambda: None)  # signals are pytest's
+def test_a_coordinator_without_a_port_is_refused(coordinator):
     with pytest.raises(ValueError, match=f"--coordinator='{coordinator}'.*host:port"):
         processes.join(coordinator, 2, 0, 60)
 

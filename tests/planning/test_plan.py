@@ -72,6 +72,20 @@ def test_every_preset_is_the_papers_curve(preset):
     assert_is_the_papers([dataclasses.asdict(phase) for phase in phases], preset)
 
 
+def test_a_plans_numbers_are_all_written_in_one_way():
+    """Also those in its notes; a number is never on two lines, and names keep their digits."""
+    config = configs.load("cifar10", "figure5_increased_momentum,recipe.falls=((60,1250),)")
+    text = as_text(plan(config, devices=8))
+    assert "noise/1250: batch 5 120 is over a tenth of the 50 000 training examples" in text
+    bare = [word for word in re.findall(r"[\w./]*\d{4,}[\w./]*", text)
+            if word != "noise/1250" and "." not in word.strip(".")]
+    assert bare == []
+    for line in text.splitlines():
+        if line.startswith("Note") or not line.startswith(" "):
+            assert len(line) <= 100
+    assert not re.search(r"\d\n\d{3}\b", text)
+
+
 @pytest.mark.parametrize("family", ("cifar10", "digits"))
 def test_a_familys_docstring_has_the_updates_that_the_planner_gives(family):
     module = config_files.load_file(configs.CONFIGS / f"{family}.py")

@@ -8,11 +8,12 @@ import jax
 import numpy as np
 import pytest
 
-from bigbatch import train
+from bigbatch import schedule, train
 from bigbatch.job.devices import make_mesh
 from bigbatch.programs import compilation
 from bigbatch.programs.compilation import APPLY, EVALUATE, INIT, Kind, Program
 from bigbatch.schedule.layout import make_layout
+from bigbatch.schedule.rates import Rates
 from bigbatch.update import update
 from bigbatch.update.network import build
 from tests.storage.test_continuing import assert_same_bits
@@ -127,9 +128,35 @@ def test_a_run_that_is_continued_draws_no_parameters(tmp_path, monkeypatch):
     assert_same_bits(train.train_and_evaluate(config, tmp_path / "run", show=False), whole, "run")
 
 
+def test_rates_that_are_others_at_every_update_ask_for_no_further_program(tmp_path, monkeypatch):
+    """Adam with decoupled decay and an average of the weights, so that all five are of use."""
+    config = small_config.get_config(
+        "resident,optimizer.name=adam,optimizer.decoupled=true,optimizer.weight_decay=0.1,ema=0.9")
+    compiled, compile_it = [], jax.stages.Lowered.compile
+    monkeypatch.setattr(jax.stages.Lowered, "compile", lambda lowered, *rest: (
+        compiled.append(lowered) or compile_it(lowered, *rest)))
+    states, numbers, plain = [], [], schedule.take_rates
+
+    def varied(field, *where):
+        rates = plain(*where)
+        share = 1 - 1e-5 * where[-1]  # falls with the examples seen
+        return rates._replace(**{field: getattr(rates, field) * share})
+
+    for field in (None, *Rates._fields):
+        if field:
+            monkeypatch.setattr(schedule, "take_rates", partial(varied, field))
+        compiled.clear()
+        states.append(train.train_and_evaluate(config, tmp_path / str(field), show=False))
+        numbers.append(len(compiled))
+    assert numbers[0] >= 4 and set(numbers) == {numbers[0]}
+    plain_leaf, *leaves = [
+        np.asarray(jax.tree.leaves(state.average["params"])[0]).tobytes() for state in states]
+    assert plain_leaf not in leaves and len(set(leaves)) == len(leaves)
+
+
 def test_the_state_has_the_shapes_that_programs_are_lowered_for():
     """The mesh's shapes are told without drawing anything; so nothing may be drawn otherwise."""
-    for settings in ((), ("optimizer.name=adam",), ("optimizer.name=sgd",)):
+    for settings in ((), ("optimizer.name=adam",), ("optimizer.name=sgd",), ("ema=0.9",)):
         config = conv_net(*settings)
         net = build(config)
         told = update.abstract_state(config, net, make_mesh())

@@ -10,7 +10,7 @@ from fractions import Fraction
 import pytest
 
 from bigbatch import schedule
-from bigbatch.schedule import Limits, Recipe
+from bigbatch.schedule import Limits, Recipe, due
 
 CIFAR = Recipe(
     learning_rate=0.1, batch_size=128, momentum=0.9, examples=50_000, epochs=204.8,
@@ -99,11 +99,11 @@ def test_a_warm_up_rises_by_the_example_from_an_absolute_rate():
         assert warmup.learning_rate == 0.1
         for update in (0, 1, 100, warmup.updates - 1):
             example = update * warmup.batch_size
-            assert schedule.learning_rate_at(warmup, example) == pytest.approx(
+            assert schedule.reference_rate(recipe, example) == pytest.approx(
                 0.1 + (top - 0.1) * example / nominal, rel=1e-12)
         # The last update of a warm-up still begins before its end, so no rate is past the top.
         assert warmup.end_example - warmup.batch_size < nominal <= warmup.end_example
-        assert schedule.learning_rate_at(first, first.start_example) == top
+        assert first.learning_rate == schedule.reference_rate(recipe, nominal) == top
 
 
 def test_noise_scales_and_lost_epochs_by_hand():
@@ -230,7 +230,8 @@ def test_all_strategies_share_one_nominal_noise_curve():
             # The first and the last update and some between, at one of their examples each.
             for update in {0, phase.updates - 1, *(draw.randrange(phase.updates) for _ in "abc")}:
                 start = phase.start_example + update * phase.batch_size
-                rate = schedule.learning_rate_at(phase, start)
+                rate = schedule.take_rates(
+                    recipe, phases, phase, start, start + phase.batch_size).learning_rate
                 noise = rate * recipe.examples / (phase.batch_size * (1 - phase.momentum))
                 assert noise == pytest.approx(nominal_noise(recipe, start), rel=1e-9)
                 inside = start + draw.randrange(phase.batch_size)
@@ -243,12 +244,14 @@ def test_all_strategies_share_one_nominal_noise_curve():
     assert straddling, "no update was looked at past the fall that it straddles"
 
 
-def test_the_recipes_own_noise_curve_is_the_nominal_one():
+def test_the_noise_that_a_recipe_states_is_the_nominal_one():
     for recipe, _, _ in random_recipes(50):
+        peak = recipe.learning_rate * recipe.examples / (
+            recipe.batch_size * (1 - recipe.momentum))
         for epoch in (0.0, 0.05, 1.0, 3.33, 12.0, *(epoch for epoch, _ in recipe.falls)):
-            # Phases count whole examples, so a warm-up's end may lie half an example off.
-            assert schedule.nominal_noise_scale(recipe, epoch) == pytest.approx(
-                nominal_noise(recipe, round(epoch * recipe.examples)), rel=0.5 / recipe.batch_size)
+            example = round(epoch * recipe.examples)
+            assert schedule.stated_noise(recipe, example) * peak == pytest.approx(
+                nominal_noise(recipe, example), rel=1e-12)
 
 
 def test_a_larger_batch_never_needs_more_updates():
@@ -318,8 +321,11 @@ def test_scale_up_keeps_the_noise_and_the_warm_ups_start():
     recipe = scaled(GOYAL, 32, 2.0, 0.95)
     assert (recipe.learning_rate, recipe.batch_size, recipe.momentum) == (6.4, 32_768, 0.95)
     assert recipe.warmup_learning_rate == 0.1
-    assert schedule.nominal_noise_scale(recipe, 6) == pytest.approx(
-        schedule.nominal_noise_scale(GOYAL, 6), rel=1e-12)
+    for one, other in zip(schedule.plan_phases(recipe, "decay", TO_65536),
+                          schedule.plan_phases(GOYAL, "decay", TO_65536), strict=True):
+        if one.name != "warmup":
+            assert one.noise_scale_approximate == pytest.approx(
+                other.noise_scale_approximate, rel=1e-12)
     # 16 is no multiple of 128, but 8 x 16 is.
     assert scaled(dataclasses.replace(CIFAR, batch_size=16), 128, 8.0).batch_size == 128
     assert scaled(CIFAR, 128) == CIFAR
@@ -372,3 +378,16 @@ def test_phases_of_almost_one_noise_have_names_of_their_own():
     names = [phase.name for phase in schedule.plan_phases(recipe, "decay", GHOST_128)]
     assert len(set(names)) == 4
     assert names[0] == "noise/1" and names[-1].startswith("noise/5.000001")
+
+
+def test_the_ends_due_are_those_that_is_due_names():
+    draw = random.Random(0)
+    for _ in range(500):
+        batch, updates = draw.randrange(1, 9), draw.randrange(1, 30)
+        start = draw.randrange(50)
+        end = start + batch * updates
+        total = end if draw.random() < 0.5 else end + draw.randrange(1, 90)
+        is_due = due.make_due({"eval": draw.choice((0.3, 1.0, 2.5))}, 10, total)
+        every = next(size for size in range(1, 99) if is_due("eval", size - 1, size))
+        expected = [at + batch for at in range(start, end, batch) if is_due("eval", at, at + batch)]
+        assert list(due.ends_due(every, start, end, batch, total)) == expected

@@ -90,6 +90,12 @@ REFUSED = {
     "growth past the training set": (
         {"falls": ((60, 5), (120, 5), (160, 5), (180, 5))}, "increase", GHOST_128,
         ("from 16000 to 80000", "50000", "limits.max_batch_size", "4992")),
+    "falls without factors": (
+        {"falls": ((60,),)}, "decay", GHOST_128, ("recipe.falls is ((60,),)", "pairs of (epoch,")),
+    "falls in texts": (
+        {"falls": (("60", "5"),)}, "increase", GHOST_128, ("recipe.falls is (('60', '5'),)",)),
+    "one fall and no tuple of falls": ({"falls": (60, 5)}, "hybrid", GHOST_128, ("is (60, 5)",)),
+    "falls that are a number": ({"falls": 60}, "hybrid", GHOST_128, ("recipe.falls is 60",)),
     "strategy": ({}, "incraese", GHOST_128, ("'incraese'", "constant, decay, hybrid, increase")),
 }
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -341,6 +342,13 @@ def test_data_that_cannot_be_had_is_refused_in_one_line(data_in_bucket, monkeypa
         patch.setattr(shutil, "disk_usage", lambda folder: usage)
         shutil.rmtree(data_in_bucket[1])
         assert "do not fit there (0.0 GB are free): set XDG_CACHE_HOME" in refusal()
+    with monkeypatch.context() as patch:
+        def of_a_library(*_, **__):
+            raise OSError("the mount has gone")  # as one does, with no number of the system's
+
+        patch.setattr(Path, "mkdir", of_a_library)
+        told = refusal()
+        assert "the mount has gone; set XDG_CACHE_HOME" in told and "None" not in told
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "gcsfs", None)
         assert "needs the package gcsfs: pip install gcsfs" in refusal()

@@ -19,7 +19,7 @@ from flax import nnx
 from bigbatch import train
 from bigbatch.mistake import Mistake
 from bigbatch.programs import program_cache
-from bigbatch.storage import checkpoint, workdir
+from bigbatch.storage import caches, checkpoint, workdir
 from bigbatch.storage.logs import read_events
 from tests import soak
 from tests.storage.test_continuing import assert_same_bits, run, small
@@ -85,7 +85,8 @@ def cache_of_jax(monkeypatch):
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs",
              "jax_persistent_cache_min_entry_size_bytes")
     before = {name: getattr(jax.config, name) for name in names}
-    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    for variable in ("JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
     yield lambda: jax.config.jax_compilation_cache_dir
     for name, value in before.items():
         jax.config.update(name, value)
@@ -105,6 +106,17 @@ def test_training_can_do_without_a_cache_that_nobody_named(tmp_path, monkeypatch
     with pytest.raises(Mistake, match="~/cache cannot be used: there is no such home folder; give"):
         program_cache.keep("~/cache")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_compiled_programs_are_where_other_caches_are(tmp_path, monkeypatch, cache_of_jax):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for named, expected in ((str(tmp_path / "xdg"), "xdg/bigbatch"), ("", ".cache/bigbatch"),
+                            ("not/absolute", ".cache/bigbatch")):
+        monkeypatch.setenv("XDG_CACHE_HOME", named)
+        assert program_cache.keep(None) == ""
+        assert cache_of_jax() == str(tmp_path / expected)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert caches.folder("plans") == str(tmp_path / "xdg/bigbatch/plans")
 
 
 def test_the_cache_that_jax_knows_is_used_and_left_to_its_others(
@@ -131,6 +143,34 @@ def test_an_entry_of_another_user_is_left_where_it_is(tmp_path, monkeypatch, cac
     assert program_cache.keep(str(tmp_path)) == "" and cache_of_jax() == str(tmp_path)
     monkeypatch.setattr(Path, "exists", forbidden)
     assert program_cache.keep(str(tmp_path)) == "" and cache_of_jax() == str(tmp_path)
+
+
+# --- what a run says of itself ------------------------------------------------------------------
+def test_a_stop_before_the_first_update_does_not_say_that_it_saved(tmp_path):
+    process = started.start(tmp_path, **SMALL, cache=None)
+    started.wait_until((tmp_path / "config.json").exists, process, "its first file")
+    process.send_signal(signal.SIGTERM)
+    output = started.end(process, status=42, seconds=60)
+    assert "told to stop before the first update, so nothing is saved" in output
+    assert checkpoint.finished(tmp_path) == []
+
+
+def test_an_enormous_run_begins_at_once(tmp_path):
+    """It does not look at each of its billions of updates first."""
+    process = started.start(tmp_path, "recipe.epochs=1e9", **SMALL)
+    started.wait_until((tmp_path / "metrics.jsonl").exists, process, "a line", seconds=45)
+    process.send_signal(signal.SIGTERM)
+    started.end(process, status=42, seconds=60)
+
+
+def test_a_run_past_the_phase_to_stop_after_says_so(tmp_path):
+    phases = ("recipe.falls=((1,2),(2,1.5))",)
+    first = started.start(tmp_path, *phases, **SMALL, flags=("--stop_after_phase=1",))
+    assert "stopped after phase noise/2 at example 384" in started.end(first, status=3)
+    again = started.start(tmp_path, *phases, **SMALL, flags=("--stop_after_phase=0",))
+    output = started.end(again, status=3)
+    assert "phase noise/1 is over since example 192, so nothing was trained" in output
+    assert "stopped after" not in output
 
 
 # --- spoiled checkpoints ----------------------------------------------------------------------

@@ -8,13 +8,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bigbatch import schedule
-from bigbatch.config import make_layouts, make_phases
+from bigbatch.config import make_layouts, make_phases, make_recipe
 from bigbatch.data import sources
 from bigbatch.data.resident import lay_out_images
 from bigbatch.job.devices import cut, make_mesh, place, replicated
 from bigbatch.programs.dispatch import take_update
 from bigbatch.schedule import order
 from bigbatch.schedule.layout import Layout, lay_out_examples, make_layout
+from bigbatch.schedule.rates import Rates
 from bigbatch.update import network, update
 from tests.support.configs import tiny
 
@@ -43,9 +44,16 @@ class Updater(NamedTuple):
     mesh: jax.sharding.Mesh
     state: update.State  # before the first update
 
+    def rates(self, learning_rate: float, momentum: float, **others: float) -> Rates:
+        """Rates of the parameters' type, the config's own where they are not given."""
+        recipe = make_recipe(self.config)
+        own = schedule.rates_at(recipe, recipe.batch_size, 0)._replace(
+            learning_rate=learning_rate, momentum=momentum, **others)
+        return jax.tree.map(self.number, own)
+
     @property
     def number(self) -> Callable:
-        """Makes a rate or a momentum of the parameters' type."""
+        """Makes a number of the parameters' type."""
         return jax.tree.leaves(self.state.params)[0].dtype.type
 
     def batches(self, records_Bx3: np.ndarray, layout: Layout) -> list[Mapping]:
@@ -56,11 +64,14 @@ class Updater(NamedTuple):
         ]
 
     def take(
-        self, state: update.State, resident: Mapping, batches: Sequence[Mapping], rate: float,
-        momentum: float,
+        self, state: update.State, resident: Mapping, batches: Sequence[Mapping],
+        learning_rate: float, momentum: float, **others: float,
     ) -> tuple[update.State, update.Metrics]:
-        """One update, over as many passes as there are batches. The state is donated."""
-        hyper = self.number(rate), self.number(momentum)
+        """One update, over as many passes as there are batches. The state is donated.
+
+        `others` are rates too; see `rates`.
+        """
+        rates = self.rates(learning_rate, momentum, **others)
         functions, sums = self.functions, None
         calls = [functions.update]
         if len(batches) > 1:
@@ -69,7 +80,7 @@ class Updater(NamedTuple):
             sums = jax.tree.map(
                 lambda leaf: place(np.full(leaf.shape, np.nan, leaf.dtype), cut(self.mesh)),
                 update.abstract_sums(state, self.mesh))
-        state, _, measured, _ = take_update(calls, state, sums, resident, iter(batches), hyper)
+        state, _, measured, _ = take_update(calls, state, sums, resident, iter(batches), rates)
         return state, measured
 
 
@@ -108,7 +119,8 @@ def train(
             config.seed, examples_seen, phase.batch_size, config.data.train_examples)
         state, metrics = updater.take(
             state, resident, updater.batches(records_Bx3, layouts[phase.index]),
-            schedule.learning_rate_at(phase, examples_seen), phase.momentum,
+            **schedule.take_rates(make_recipe(config), phases, phase, examples_seen,
+                                  examples_seen + phase.batch_size)._asdict(),
         )
         states.append(jax.device_get(state))
         measured.append(jax.device_get(metrics))

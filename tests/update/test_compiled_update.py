@@ -50,8 +50,8 @@ def test_an_update_on_eight_devices_holds_one_reduction():
 
 
 def test_buffers_are_donated():
-    """State and sums are written over and not copied."""
-    updater = prepare(conv_net("microbatches=2", *NO_AUGMENTATION), 2)
+    """State, with an average of its weights, and sums are written over and not copied."""
+    updater = prepare(conv_net("microbatches=2", "ema=0.9", *NO_AUGMENTATION), 2)
     resident, state = training_set(updater), updater.state
     _, batches = inputs(updater, 96)
     sums = jax.tree.map(
@@ -68,12 +68,12 @@ def test_buffers_are_donated():
     def gone(tree):
         return {leaf.is_deleted() for leaf in jax.tree.leaves(tree)}
 
-    hyper = updater.number(0.1), updater.number(0.9)
+    rates = updater.rates(0.1, 0.9)
     added, _ = programs["accumulate"](state, sums, resident, batches[0], np.bool_(True))
     assert (gone(sums), gone(state)) == ({True}, {False})
-    new, _ = programs["apply"](state, added, *hyper)
+    new, _ = programs["apply"](state, added, rates)
     assert (gone(state), gone(added)) == ({True}, {False})  # the sums serve the next update too
-    newer, _ = programs["update"](new, resident, batches[0], *hyper)
+    newer, _ = programs["update"](new, resident, batches[0], rates)
     assert (gone(new), gone(resident), gone(newer)) == ({True}, {False}, {False})
 
 

@@ -310,6 +310,12 @@ class OneByOne(nnx.Module):
         return self.inner[0](self.inner[0].norm(images.reshape(len(images), -1)[:1], train))
 
 
+class Flat(linen.Module):
+    @linen.compact
+    def __call__(self, images, train, keys):
+        return linen.Dense(10, name="head")(images.reshape(len(images), -1))
+
+
 class LinenOneByOne(linen.Module):
     @linen.compact
     def __call__(self, images, train, keys):
@@ -450,6 +456,15 @@ UNFIT = {
     "linen_one_by_one": (
         from_linen(LinenOneByOne()),
         r"at norm: GhostBatchNorm got 1 examples, .* Called at .*test_network.py:\d+\.$"),
+    "for_colour": (
+        holding(lambda rngs: nnx.Conv(3, 4, (3, 3), rngs=rngs),
+                lambda held, x: held(x.reshape(-1, 8, 8, 1)).reshape(len(x), -1)[:, :64]),
+        r"at inner.0.held: .*1 // 1 != 3. The images are 8 x 8 with 1 channel, as config.data.im.*"
+        r"Called at .*test_network.py:\d+\.$"),
+    "linen_for_small_images": (
+        lambda num_classes, dtype, rngs: nnx.bridge.ToNNX(Flat(), rngs=rngs).lazy_init(
+            jnp.zeros((32, 4, 4, 1)), False, None),
+        r"at head: .*\(64, 10\), .* has shape \(16, 10\). The images are 8 x 8.* Called at .*py:"),
     "dropped_out": (
         holding(lambda rngs: None, lambda _, x: dropout(x, 2.0, None, True, tag=0)),
         r" dropout: rate is 2.0; .* Called at .*test_network.py:\d+\.$"),

@@ -1,14 +1,18 @@
 """Losses and optimizers against their closed forms, through the real update."""
 
+from functools import cache
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from bigbatch.job.devices import cut, place
 from bigbatch.update.optimizer import make_optimizer
 from tests.support.updates import (
     NO_AUGMENTATION,
+    conv_net,
     distance,
     inputs,
     pictures,
@@ -118,11 +122,41 @@ def test_optimizers_over_changes_of_rate_and_momentum(name, decoupled):
         expected = {key: step[0] for key, step in stepped.items()}
         kept = {key: step[1] for key, step in stepped.items()}
         if number == 1:
-            hyper = updater.number(rate), updater.number(momentum)
-            program = updater.functions.update.lower(state, resident, batches[0], *hyper).compile()
-        state, _ = program(
-            state, resident, batches[0], updater.number(rate), updater.number(momentum))
+            program = updater.functions.update.lower(
+                state, resident, batches[0], updater.rates(rate, momentum)).compile()
+        state, _ = program(state, resident, batches[0], updater.rates(rate, momentum))
         assert distance(jax.device_get(state.params)["head"], expected) < 1e-12, number
+
+
+@cache
+def plain_gradient():
+    """Of the first update, as a step of plain SGD of rate 1 shows it; and the parameters before."""
+    updater = prepare(conv_net(
+        "dtype=float64", "optimizer.name=sgd", "recipe.momentum=0.0", "optimizer.weight_decay=0.0"))
+    before = jax.device_get(updater.state.params)
+    state, _ = updater.take(
+        updater.state, training_set(updater), inputs(updater, 64)[1], 1.0, 0.0)
+    return jax.tree.map(np.subtract, before, jax.device_get(state.params)), before
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize("share", [0.3, 2.0])
+def test_what_is_clipped_is_the_gradient_of_the_whole_update(share, devices, passes):
+    """By Optax's rule, before L2 decay is added; a norm below the bound is left as it is."""
+    jax.config.update("jax_enable_x64", True)
+    gradient, before = plain_gradient()
+    bound, decay, rate = share * float(optax.tree.norm(gradient)), 0.05, 0.3
+    clipped, _ = optax.clip_by_global_norm(bound).update(gradient, optax.EmptyState())
+    assert (distance(clipped, gradient) > 0.5) == (share < 1)
+    updater = prepare(conv_net(
+        "dtype=float64", "optimizer.name=momentum", f"optimizer.clip_norm={bound!r}",
+        f"optimizer.weight_decay={decay}", f"microbatches={passes}"), devices)
+    state, _ = updater.take(
+        updater.state, training_set(updater), inputs(updater, 64)[1], rate, 0.9)
+    moved = jax.tree.map(np.subtract, jax.device_get(state.params), before)
+    expected = jax.tree.map(lambda g, w: -rate * (g + decay * w), clipped, before)
+    assert distance(moved, expected) < 1e-10
 
 
 NORMS = {"norm1.scale", "norm1.bias", "norm2.scale", "norm2.bias"}
@@ -145,7 +179,7 @@ def test_weight_decay_leaves_out_what_it_says(model, on, spared, decoupled):
         "optimizer.weight_decay=0.5", f"optimizer.decoupled={decoupled}")
     updater = prepare(config)
     ones = jax.tree.map(jnp.ones_like, updater.state.params)
-    optimizer = make_optimizer(config, updater.net.in_norm, jnp.float32(0.25), jnp.float32(0.9))
+    optimizer = make_optimizer(config, updater.net.in_norm, updater.rates(0.25, 0.9))
     steps, _ = optimizer.update(jax.tree.map(jnp.zeros_like, ones), optimizer.init(ones), ones)
     found = {
         ".".join(str(key.key) for key in path): np.unique(leaf).tolist()
