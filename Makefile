@@ -34,8 +34,10 @@ test-slow: .venv/installed
 soak: .venv/installed
 	$(BIN)/python -m tests.soak --kills=30 --seed=0
 
-# Compiles every ImageNet preset for slices of TPU: hours the first time on 2 cores, then minutes.
+# Compiles updates and every ImageNet preset for slices of TPU: hours the first time on 2 cores,
+# then minutes. Fails where an update has become slower or larger than the records say.
 slices: .venv/installed .tpu/installed
+	$(BIN)/python -m experiments.speed.by_compiler
 	$(BIN)/python -m experiments.slices --output=experiments/records/slices.json
 
 lint: .venv/installed
@@ -55,5 +57,13 @@ lint: .venv/installed
 		--target .tpu libtpu || echo "no libtpu for this machine: what needs it will be skipped"
 	mkdir -p .tpu && touch $@
 
+# The compiler for NVIDIA GPUs, for bigbatch.plan --topology=h100-8; 400 MB, and no GPU is needed.
+.cuda/installed: .venv/installed
+	version=$$($(BIN)/python -c "import jax; print(jax.__version__)") && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+		--target .cuda jax-cuda13-pjrt==$$version \
+		|| echo "no compiler for CUDA for this machine: what needs it will be skipped"
+	mkdir -p .cuda && touch $@
+
 clean:
-	rm -rf .venv .tpu .jax_cache runs build *.egg-info
+	rm -rf .venv .tpu .cuda .jax_cache runs build *.egg-info

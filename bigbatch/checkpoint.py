@@ -47,8 +47,7 @@ class Model:
 
     def logits(self, params: Any, batch_stats: Any, images_BxHxWxC: jax.Array) -> jax.Array:
         """The logits as a function for JAX to transform: nothing is checked or cut into batches."""
-        rows = jnp.arange(images_BxHxWxC.shape[0])
-        return logits_of(self.config, self._net, params, batch_stats, images_BxHxWxC, rows)
+        return logits_of(self.config, self._net, params, batch_stats, images_BxHxWxC)
 
     def __call__(self, images_NxHxWxC: np.ndarray) -> np.ndarray:
         """The logits (N, classes) of any number of images.

@@ -283,6 +283,12 @@ def _compiled_paragraphs(compiled: Mapping[str, Any]) -> list[str]:
     ]
     lines += [textwrap.fill(f"{name} does not fit on {row['slice']}: {row['advice']}.", 100)
               for name, row in named if not row["fits"]]
+    if kernels := [f"{name} {row['kernels']} and {row['accessed_bytes'] / 1e9:.3g} GB"
+                   for name, row in named if row["kernels"]]:
+        lines.append(textwrap.fill(
+            f"Kernels, and what they read and write: {', '.join(kernels)}. No GPU was there to try "
+            "algorithms on, and times are the least that memory or matrix units allow; real ones "
+            "are several times as long.", 100))
     seconds = compiled["seconds_at_least"]
     if seconds is not None and compiled["fits"]:
         lines.append(textwrap.fill(

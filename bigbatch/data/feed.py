@@ -13,6 +13,7 @@ the microbatch of pass k+1, which is then copied while pass k runs.
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,12 +21,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from bigbatch.data import sources, streaming
+from bigbatch.data.resident import ResidentImages, lay_out_images
 from bigbatch.job.devices import cut, place, replicated
 from bigbatch.mistake import Mistake
 from bigbatch.schedule import Phase, order
 from bigbatch.schedule.layout import Layout, examples_by_slot, lay_out_examples
 
-Arrays = dict[str, jax.Array]
+Arrays = dict[str, Any]  # of jax.Array; resident images are a ResidentImages
 EVALUATIONS = 100_000  # of a start that streams, at most: it keeps what it reads between any two
 
 
@@ -176,8 +178,8 @@ def open_feed(
     dataset = sources.load(config.data)
     sources.check(dataset, config.data)
     resident, test = place(
-        (seed | {"images": dataset.train_images, "labels": dataset.train_labels},
-         {"images": dataset.test_images, "labels": dataset.test_labels}),
+        (seed | {"images": lay_out_images(dataset.train_images), "labels": dataset.train_labels},
+         {"images": lay_out_images(dataset.test_images), "labels": dataset.test_labels}),
         replicated(mesh),
     )
     return Feed(config, mesh, resident, test, None)
@@ -205,7 +207,7 @@ def evaluation_shapes(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtyp
 
 def resident_shapes(
     config: ConfigDict, mesh: Mesh
-) -> tuple[dict[str, jax.ShapeDtypeStruct], dict[str, jax.ShapeDtypeStruct]]:
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The shapes of `Feed.resident` and `Feed.test`, as far as the config alone determines them.
 
     The config does not state the size of images before they are cropped, so the size of the crop is
@@ -216,14 +218,12 @@ def resident_shapes(
         return seed, {}
     size, channels = config.data.image_size, len(config.data.mean)
 
-    def split(examples: int) -> dict[str, jax.ShapeDtypeStruct]:
-        return {
-            name: jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))
-            for name, shape, dtype in (
-                ("images", (examples, size, size, channels), np.uint8),
-                ("labels", (examples,), np.int32),
-            )
-        }
+    def split(examples: int) -> dict[str, Any]:
+        rows, labels = (
+            jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))
+            for shape, dtype in (((examples, size * size * channels), np.uint8),
+                                 ((examples,), np.int32)))
+        return {"images": ResidentImages(rows, (size, size, channels)), "labels": labels}
 
     return seed | split(config.data.train_examples), split(config.data.test_examples)
 

@@ -1,7 +1,7 @@
 """A table of known chips: peak FLOP/s, memory, clocks and names. Plain Python.
 
-`planning.topology` compiles for these TPUs, a run divides its FLOP/s by the peak, and `launch/`
-creates slices by these names.
+`planning.topology` compiles for these TPUs and GPUs, a run divides its FLOP/s by the peak, and
+`launch/` creates slices by these names.
 """
 
 from typing import NamedTuple
@@ -56,6 +56,35 @@ GPU_PEAKS = {
     "NVIDIA A100-SXM4-40GB": _A100, "NVIDIA A100-SXM4-80GB": _A100,
     "NVIDIA A100-PCIE-40GB": _A100, "NVIDIA A100 80GB PCIe": _A100,
     "NVIDIA H100 80GB HBM3": _HOPPER, "NVIDIA H200": _HOPPER,
+}
+
+
+class Gpu(NamedTuple):
+    """A kind of NVIDIA GPU, on an SXM board. The numbers are from NVIDIA's data sheets."""
+
+    device_kind: str  # as JAX spells it
+    version: str  # its name in --topology
+    bytes_a_second: float  # of its memory
+    memory_bytes: int  # of a device, as much as JAX takes of it
+    compute_capability: tuple[int, int]
+    multiprocessors: int
+    clock_hertz: float
+    devices_a_chip: int = 1
+
+    @property
+    def peak_flops(self) -> float:
+        """FLOP/s, dense, in bfloat16."""
+        return GPU_PEAKS[self.device_kind]["bfloat16"]
+
+
+TAKEN_BY_JAX = 0.75  # of a GPU's memory, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
+GPUS = {
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", "a100", 2.039e12, int(TAKEN_BY_JAX * 79.2 * GIB),
+                (8, 0), 108, 1.41e9),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", "h100", 3.352e12, int(TAKEN_BY_JAX * 79.1 * GIB),
+                (9, 0), 132, 1.98e9),
+    "h200": Gpu("NVIDIA H200", "h200", 4.8e12, int(TAKEN_BY_JAX * 139.8 * GIB),
+                (9, 0), 132, 1.98e9),
 }
 TPU_PEAKS = {tpu.device_kind: tpu.peak_flops for tpu in TPUS.values()}
 

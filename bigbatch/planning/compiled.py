@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import json
-import math
 import re
 import time
 from pathlib import Path
@@ -12,7 +11,10 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from bigbatch.job.chips import GIB, Tpu
+from bigbatch.job.chips import GIB, Gpu, Tpu
+from bigbatch.planning import cards
+from bigbatch.planning.kernels import kernels, least_seconds, shape_bytes
+from bigbatch.programs.compilation import count_flops
 from bigbatch.storage.logs import replace_text
 
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "reduce-scatter", "collective-permute",
@@ -30,11 +32,19 @@ class Measured(NamedTuple):
     # arguments. If the program does not fit, all the memory that the compiler says it needs.
     extra_bytes: int
     flops: float
-    seconds: float | None  # the compiler's estimate of one call, without collectives
+    # The compiler's estimate of one call, without collectives. For a GPU a lower bound.
+    seconds: float | None
     collectives: dict[str, list[int]]  # {kind: [how many, bytes of their results]}
+    temporary_bytes: int = 0
+    accessed_bytes: float = 0.0  # read and written by all instructions, by the compiler's count
+    operations: int = 0  # of the program as it was lowered
+    instructions: int = 0  # of the program as it was compiled, those within fusions too
+    kernels: int = 0  # that a GPU launches
 
 
-def measure(lowered: jax.stages.Lowered, kind: Tpu, mesh: Mesh, folder: Path | None) -> Measured:
+def measure(
+    lowered: jax.stages.Lowered, kind: Tpu | Gpu, mesh: Mesh, folder: Path | None
+) -> Measured:
     """Compiles a program and returns what the compiler says of it, or reads that from `folder`.
 
     The folder keeps these results and not the program, because JAX cannot load a program that was
@@ -46,14 +56,17 @@ def measure(lowered: jax.stages.Lowered, kind: Tpu, mesh: Mesh, folder: Path | N
         mesh: the devices.
         folder: for the results; None to keep none.
     """
-    settings = kind.version, kind.chip_config, kind.clock_hertz
-    key = "\n".join((jax.__version__, version(mesh), repr(settings), lowered.as_text()))
+    on_gpu = isinstance(kind, Gpu)
+    settings = kind if on_gpu else (kind.version, kind.chip_config, kind.clock_hertz)
+    lowered_text = lowered.as_text()
+    key = "\n".join((jax.__version__, version(mesh), repr(settings), repr(Measured._fields),
+                     lowered_text))
     file = folder and folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
     if file and file.exists():
         return Measured(**json.loads(file.read_text(encoding="utf-8")))
     began = time.perf_counter()
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(cards.COMPILER_OPTIONS if on_gpu else None)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -63,20 +76,37 @@ def measure(lowered: jax.stages.Lowered, kind: Tpu, mesh: Mesh, folder: Path | N
     else:
         seconds, memory = time.perf_counter() - began, compiled.memory_analysis()
         text = compiled.as_text()
+        costs = _costs_on_gpu(lowered, text, kind) if on_gpu else _costs(compiled, text, kind)
         measured = Measured(
             fits=True,
             compile_seconds=seconds,
             argument_bytes=memory.argument_size_in_bytes,
             extra_bytes=_extra_bytes(memory),
-            flops=float(compiled.cost_analysis()["flops"]),
-            seconds=estimated_seconds(text, kind.clock_hertz),
             collectives=collectives(text),
+            temporary_bytes=memory.temp_size_in_bytes,
+            operations=lowered_text.count(" = "),
+            instructions=text.count(" = "),
+            **costs,
         )
     if file:
         with contextlib.suppress(OSError):  # a result that is not kept is only compiled again
             folder.mkdir(parents=True, exist_ok=True)
             replace_text(file, json.dumps(measured._asdict()))
     return measured
+
+
+def _costs(compiled: jax.stages.Compiled, text: str, kind: Tpu) -> dict[str, Any]:
+    """The fields of `Measured` on work and time, by the TPU's compiler."""
+    counted = compiled.cost_analysis()
+    return {"flops": float(counted["flops"]), "accessed_bytes": float(counted["bytes accessed"]),
+            "seconds": estimated_seconds(text, kind.clock_hertz)}
+
+
+def _costs_on_gpu(lowered: jax.stages.Lowered, text: str, kind: Gpu) -> dict[str, Any]:
+    """The same for a GPU, whose compiler counts nothing where there is none."""
+    launched, flops = kernels(text), count_flops(lowered) or 0.0
+    return {"flops": flops, "accessed_bytes": float(sum(launched)), "kernels": len(launched),
+            "seconds": least_seconds(launched, kind, flops)}
 
 
 def memory_bytes(program: jax.stages.Compiled) -> int:
@@ -104,16 +134,6 @@ def collectives(text: str) -> dict[str, list[int]]:
         count, size = found.get(kind, (0, 0))
         found[kind] = [count + 1, size + shape_bytes(shape)]
     return found
-
-
-def shape_bytes(shape: str) -> int:
-    """The bytes of a shape in HLO text, such as f32[8,128]{1,0}, or of a tuple of shapes."""
-    arrays = re.findall(r"\b(pred|bf16|[suf]\d+)\w*\[([\d,]*)\]", shape)
-    return sum(
-        math.prod(map(int, filter(None, sides.split(","))))
-        * max(1, int(re.sub(r"\D", "", kind) or 8) // 8)
-        for kind, sides in arrays
-    )
 
 
 def estimated_seconds(text: str, clock_hertz: float) -> float | None:

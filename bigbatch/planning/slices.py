@@ -1,4 +1,4 @@
-"""What the programs of a config need on TPU slices, by compiling them with the TPU compiler."""
+"""What the programs of a config need on slices of TPU or GPUs, by compiling them for these."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -191,8 +191,9 @@ class _Compiler:
         Returns:
             `slice`, its `devices` and `chips`; `fits`, `memory_bytes` (the most at any time) and
             `memory_limit_bytes`; summed over all calls `flops`, `seconds` (the compiler's estimate,
-            None if it made none) and `collectives` {kind: [how many, bytes]}; `compile_seconds` of
-            all programs, and their names, `programs`.
+            None if it made none; on GPUs a lower bound), `collectives` {kind: [how many, bytes]},
+            `kernels` (0 on TPUs) and `accessed_bytes`; `compile_seconds` of all programs, and their
+            names, `programs`.
         """
         calls = [(self.measure(program), count)
                  for program, count in zip(programs, times, strict=True)]
@@ -213,6 +214,8 @@ class _Compiler:
             "seconds": (
                 sum(count * measured.seconds for measured, count in calls) if known else None),
             "collectives": total,
+            "kernels": sum(count * measured.kernels for measured, count in calls),
+            "accessed_bytes": sum(count * measured.accessed_bytes for measured, count in calls),
             "compile_seconds": sum(measured.compile_seconds for measured, _ in calls),
             "programs": list(map(str, programs)),
         }
@@ -231,8 +234,8 @@ class _Compiler:
         if slots := self._most_slots(Kind.UPDATE, layout):
             changes.append(f"a slice of {-(-layout.ghosts // slots)} devices or more fits")
         return ", or ".join(changes) or (
-            f"not even one ghost batch of {ghost} has room on a device: a kind of TPU with more "
-            "memory, or a smaller network, is needed"
+            f"not even one ghost batch of {ghost} has room on a device: a kind of device with "
+            "more memory, or a smaller network, is needed"
         )
 
     def _most_slots(self, kind: Kind, layout: Layout) -> int:

@@ -1,7 +1,9 @@
-"""Slices of Cloud TPU by name, as devices that programs can be compiled for where there are none.
+"""Slices of Cloud TPU, and GPUs, by name: devices to compile programs for where there are none.
 
-The compiler is libtpu's, which compiles for every slice on any x86 Linux machine. Names are those
-of Cloud TPU (v2-256, v5litepod-16), or the shape of the chips (v2:8x16).
+The compiler for TPUs is libtpu's, which compiles for every slice on any x86 Linux machine; that for
+GPUs is in `cards`. Names are those of Cloud TPU (v2-256, v5litepod-16) or the shape of the chips
+(v2:8x16). GPUs are named by their number (h100-8; from 8 on in hosts of 8), or as hosts x cards of
+each (h100:2x4).
 """
 
 import math
@@ -15,22 +17,24 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from bigbatch.job import devices
-from bigbatch.job.chips import TPUS, Tpu
+from bigbatch.job.chips import GPUS, TPUS, Gpu, Tpu
 from bigbatch.mistake import Mistake
+from bigbatch.planning import cards
 
 # Where `make .tpu/installed` puts it in a checkout: in the environment itself JAX would look for a
 # TPU each time. Where it is not there JAX finds the libtpu of the environment, if that has one.
 LIBTPU = Path(__file__).parents[2] / ".tpu" / "libtpu" / "libtpu.so"
 SPELLINGS = {"v5e": "v5litepod"}
-EXAMPLES = "v2-256, v3-32, v4-64, v5litepod-16, v6e-64, or the shape of its chips, as v2:8x16"
+EXAMPLES = ("v2-256, v3-32, v4-64, v5litepod-16, v6e-64, or the shape of its chips, as v2:8x16; "
+            "GPUs are h100-8, or hosts and cards, as h100:2x8")
 
 
 class Slice(NamedTuple):
-    """A slice, by the name it was asked for."""
+    """A slice, or hosts of GPUs, by the name it was asked for."""
 
     name: str
-    shape: tuple[int, ...]  # of the chips
-    kind: Tpu
+    shape: tuple[int, ...]  # of the chips; of GPUs (hosts, cards of each)
+    kind: Tpu | Gpu
 
     @property
     def chips(self) -> int:
@@ -44,7 +48,9 @@ class Slice(NamedTuple):
 
     @property
     def one_host(self) -> "Slice":
-        """The slice of the same kind that has one host."""
+        """The slice of the same kind that has one host; of GPUs a single one."""
+        if isinstance(self.kind, Gpu):
+            return parse(f"{self.kind.version}-1")
         return parse(f"{self.kind.version}:{_shape_text(self.kind, 4)}")
 
 
@@ -56,10 +62,11 @@ def parse(name: str) -> Slice:
     """
     match = re.fullmatch(r"([a-z0-9]+)(?:-(\d+)|:(\d+(?:x\d+)+))", name)
     kind_name = match and SPELLINGS.get(match[1], match[1])
+    if kind_name in GPUS:
+        return _gpus(name, GPUS[kind_name], match[2] or match[3])
     if kind_name not in TPUS:
-        raise Mistake(
-            f"--topology names {name!r}; a slice is {EXAMPLES}. Known are {', '.join(TPUS)}."
-        )
+        known = ", ".join((*TPUS, *GPUS))
+        raise Mistake(f"--topology names {name!r}; a slice is {EXAMPLES}. Known are {known}.")
     kind = TPUS[kind_name]
     if match[3]:
         shape = tuple(map(int, match[3].split("x")))
@@ -80,6 +87,19 @@ def parse(name: str) -> Slice:
     return Slice(name, _shape(kind, chips), kind)
 
 
+def _gpus(name: str, kind: Gpu, amount: str) -> Slice:
+    """So many GPUs ("16"), or hosts and cards of each ("2x8")."""
+    numbers = tuple(map(int, amount.split("x")))
+    shape = cards.shape_of(*numbers) if len(numbers) == 1 else numbers
+    if not shape or len(shape) != 2 or not all(shape) or shape[1] > cards.CARDS_A_HOST:
+        most = cards.CARDS_A_HOST
+        raise Mistake(
+            f"--topology names {name!r}, but GPUs come as 1 to {most}, {2 * most}, {3 * most} and "
+            f"so on, or written out as hosts and cards of each, as {kind.version}:2x4."
+        )
+    return Slice(name, shape, kind)
+
+
 def compile_elsewhere() -> None:
     """To be called before JAX is used where programs are compiled for slices that are not here."""
     # A machine whose accelerators train something else can still plan.
@@ -92,8 +112,10 @@ def make_mesh(found: Slice) -> Mesh:
     """The slice's devices on one axis, to compile for.
 
     Raises:
-        Mistake: if libtpu is not there, or knows no such slice.
+        Mistake: if the compiler is not there, or knows no such slice.
     """
+    if isinstance(found.kind, Gpu):
+        return devices.make_mesh(cards.make_devices(found.kind, found.shape))
     if LIBTPU.exists():
         os.environ.setdefault("TPU_LIBRARY_PATH", str(LIBTPU))
     # Else libtpu asks the network and the environment which TPU this machine has, and says at

@@ -32,11 +32,11 @@ def make_evaluate(config: ConfigDict, net: network.Network, mesh: Mesh) -> Calla
     def evaluate(params: Any, batch_stats: Any, test: Mapping, batch: Mapping) -> jax.Array:
         record = batch["record"]
         if "images" in batch:
-            source, labels, rows = batch["images"], batch["labels"], jnp.arange(len(record))
+            images, labels = batch["images"], batch["labels"]
         else:
             rows = jnp.maximum(record, 0)
-            source, labels = test["images"], test["labels"][rows]
-        logits = logits_of(config, net, params, batch_stats, source, rows)
+            images, labels = test["images"].take(rows), test["labels"][rows]
+        logits = logits_of(config, net, params, batch_stats, images)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
         real = record >= 0
         sums = jnp.stack([
@@ -54,7 +54,7 @@ def make_evaluate(config: ConfigDict, net: network.Network, mesh: Mesh) -> Calla
 
 def logits_of(
     config: ConfigDict, net: network.Network, params: Any, batch_stats: Any,
-    images_NxHxWxC: jax.Array, rows_B: jax.Array,
+    images_BxHxWxC: jax.Array,
 ) -> jax.Array:
     """The logits of images as they are in the data set, cropped and normalised for evaluation.
 
@@ -63,15 +63,14 @@ def logits_of(
         net: its network.
         params: its parameters.
         batch_stats: its running statistics.
-        images_NxHxWxC: uint8.
-        rows_B: the indices of the images to take.
+        images_BxHxWxC: uint8.
 
     Returns:
         (B, classes) in float32, or in float64 where `config.dtype` is.
     """
-    images = augment.take_plain(images_NxHxWxC, rows_B, config.data.augment.crop)
+    images = augment.crop_centre(images_BxHxWxC, config.data.augment.crop)
     images = augment.normalise(images, config.data.mean, config.data.std, jnp.dtype(config.dtype))
-    keys = jax.random.split(jax.random.key(0), rows_B.shape[0])  # not used in evaluation
+    keys = jax.random.split(jax.random.key(0), images.shape[0])  # not used in evaluation
     logits, *_ = net.apply(params, batch_stats, images, False, keys)
     return logits.astype(jnp.promote_types(config.dtype, jnp.float32))
 

@@ -246,26 +246,42 @@ def prepare_microbatch(
     seed = jax.random.key(resident["seed"], impl="threefry2x32")
     keys = partial(augment.example_keys, epoch_B=epoch, position_B=position)
     if "images" in batch:
-        source, labels, record = batch["images"], batch["labels"], jnp.arange(len(record))
+        images, labels = batch["images"], batch["labels"]
     else:
-        source, labels = resident["images"], resident["labels"][record]
+        images, labels = resident["images"].take(record), resident["labels"][record]
     options = config.data.augment
-    images = augment.take_augmented(
-        source, record, keys(jax.random.fold_in(seed, AUGMENTATION)),
+    images = augment.crop_and_flip(
+        images, keys(jax.random.fold_in(seed, AUGMENTATION)),
         options.pad, options.crop, options.flip,
     )
     images = augment.normalise(images, config.data.mean, config.data.std, jnp.dtype(config.dtype))
     return images, labels, keys(jax.random.fold_in(seed, DROPOUT))
 
 
+def _reduce(sums: Sums) -> Sums:
+    """The devices' sums added up, in the form that the platform's compiler makes most of.
+
+    A TPU's merges the reductions of hundreds of arrays and copies nothing. A CPU's does not, and a
+    GPU's then cuts the result into arrays by a kernel each, so both reduce one vector. Of that a
+    GPU's compiler also makes fewer kernels where nothing is reduced: 262 in place of 309 for an
+    update of a Wide ResNet 16-4.
+    """
+    def as_vector(sums: Sums) -> Sums:
+        vector, unravel = ravel_pytree(sums)
+        return unravel(jax.lax.optimization_barrier(jax.lax.psum(vector, AXIS)))
+
+    def as_tree(sums: Sums) -> Sums:
+        return jax.lax.psum(sums, AXIS)
+
+    elsewhere = as_vector if jax.lax.axis_size(AXIS) > 1 else lambda sums: sums
+    return jax.lax.platform_dependent(sums, tpu=as_tree, cuda=as_vector, default=elsewhere)
+
+
 def _apply_sums(
     config: ConfigDict, network: Network, state: State, sums: Sums, rates: Rates
 ) -> tuple[State, Metrics]:
     """Does the one all-reduce, then applies the optimizer and updates the running statistics."""
-    if jax.lax.axis_size(AXIS) > 1:
-        # Reduce one vector: XLA on CPU does not combine the all-reduces of hundreds of arrays.
-        vector, unravel = ravel_pytree(sums)
-        sums = unravel(jax.lax.psum(vector, AXIS))
+    sums = _reduce(sums)
     gradient = jax.tree.map(lambda leaf: leaf / sums.examples, sums.gradient)
     optimizer = make_optimizer(config, network.in_norm, rates)
     steps, opt_state = optimizer.update(gradient, state.opt_state, state.params)

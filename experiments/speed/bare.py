@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from bigbatch.config import make_recipe
 from bigbatch.data import augment, sources
+from bigbatch.data.resident import lay_out_images
 from bigbatch.job.devices import compiler_options, cut, make_mesh, place, replicated
 from bigbatch.programs.compilation import programs_of
 from bigbatch.programs.dispatch import as_rates, room_for_sums, take_update
@@ -94,7 +95,8 @@ class BareUpdate:
             config.microbatches)
         resident: dict[str, Any] = {"seed": np.uint32(config.seed)}
         if augmented:
-            resident |= {"images": dataset.train_images, "labels": dataset.train_labels}
+            resident |= {
+                "images": lay_out_images(dataset.train_images), "labels": dataset.train_labels}
         self.resident = place(resident, replicated(mesh))
         self.batches = []
         for examples in lay_out_examples(records_Bx3, layout, config.ghost_size):

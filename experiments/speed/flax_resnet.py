@@ -71,12 +71,15 @@ class TrainState(NamedTuple):
 
 
 def make_step(
-    network: ResNet, rate: float, momentum: float, weight_decay: float
+    network: ResNet, rate: float, momentum: float, weight_decay: float, axis: str = ""
 ) -> tuple[Callable, Callable]:
     """`init(params) -> state` and the jitted `step(state, images, labels) -> state, loss`.
 
-    The loss is the cross entropy alone.
+    The loss is the cross entropy alone. Where `axis` names devices, the step is one device's part:
+    statistics are its own, as the example's are until it evaluates, and gradients and metrics are
+    averaged over the devices.
     """
+    mean = partial(jax.lax.pmean, axis_name=axis) if axis else lambda tree: tree
     optimizer = optax.sgd(rate, momentum, nesterov=True)
 
     def init(params: Any, batch_stats: Any) -> TrainState:
@@ -94,10 +97,11 @@ def make_step(
             return loss + weight_decay * 0.5 * penalty, (loss, logits, new["batch_stats"])
 
         gradient, (loss, logits, stats) = jax.grad(objective, has_aux=True)(state.params)
+        gradient = mean(gradient)
         steps, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         accuracy = jnp.mean(jnp.argmax(logits, -1) == labels)
         params = optax.apply_updates(state.params, steps)
-        return TrainState(params, stats, opt_state), (loss, accuracy)
+        return TrainState(params, stats, opt_state), mean((loss, accuracy))
 
     return init, step
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from bigbatch.data import augment
+from bigbatch.data.resident import lay_out_images
 from bigbatch.schedule import order
 
 
@@ -109,8 +110,8 @@ def test_every_picture_is_one_numpy_cuts_and_all_occur_alike(shape, pad, crop, f
     images = noise(3, *shape)
     references = reference_pictures(np.asarray(images[1]), pad, crop, flip)
     count = 60 * len(references)
-    pictures = np.asarray(augment.take_augmented(
-        images, jnp.ones(count, jnp.int32), keys_of(count), pad, crop, flip
+    pictures = np.asarray(augment.crop_and_flip(
+        images[jnp.ones(count, jnp.int32)], keys_of(count), pad, crop, flip
     ))
     assert pictures.dtype == np.uint8
     times = dict.fromkeys(references.values(), 0)
@@ -127,11 +128,10 @@ def test_every_picture_is_one_numpy_cuts_and_all_occur_alike(shape, pad, crop, f
 
 def test_without_a_crop_images_stay_as_they_are_but_for_the_flip():
     images = noise(20, 6, 9, 3)
-    record = jnp.arange(20)
     np.testing.assert_array_equal(
-        augment.take_augmented(images, record, keys_of(20), 0, 0, False), images
+        augment.crop_and_flip(images, keys_of(20), 0, 0, False), images
     )
-    pictures = np.asarray(augment.take_augmented(images, record, keys_of(20), 0, 0, True))
+    pictures = np.asarray(augment.crop_and_flip(images, keys_of(20), 0, 0, True))
     upright = (pictures == images).all((1, 2, 3))
     mirrored = (pictures == images[:, :, ::-1]).all((1, 2, 3))
     assert (upright ^ mirrored).all() and upright.any() and mirrored.any()
@@ -139,13 +139,13 @@ def test_without_a_crop_images_stay_as_they_are_but_for_the_flip():
 
 def test_an_example_gets_the_same_picture_in_every_batch():
     """Batches of 1, 3 and 64, compiled or not, as records or gathered before (streaming)."""
-    images = noise(50, 8, 8, 3)
+    images = lay_out_images(noise(50, 8, 8, 3))
     rows = order.records(4, 30, 64, 50)
     record, epoch, place = rows.T
 
     def take(images, record, epoch, place):
         keys = augment.example_keys(run_key(), epoch, place)
-        return augment.take_augmented(images, record, keys, 2, 8, True)
+        return augment.crop_and_flip(images.take(record), keys, 2, 8, True)
 
     whole = np.asarray(take(images, record, epoch, place))
     compiled = jax.jit(take)
@@ -160,7 +160,34 @@ def test_an_example_gets_the_same_picture_in_every_batch():
     mapped = jax.vmap(take, in_axes=(None, 0, 0, 0))
     cut = [column.reshape(4, 16) for column in (record, epoch, place)]
     np.testing.assert_array_equal(mapped(images, *cut).reshape(whole.shape), whole)
-    np.testing.assert_array_equal(compiled(images[record], np.arange(64), epoch, place), whole)
+    fed = lay_out_images(images.take(record))
+    np.testing.assert_array_equal(compiled(fed, np.arange(64), epoch, place), whole)
+
+
+@pytest.mark.parametrize(("shape", "pad", "crop"), [
+    ((32, 32, 3), 4, 32), ((9, 6, 3), 5, 4), ((8, 8, 1), 1, 8), ((300, 290, 2), 20, 224),
+])
+def test_what_a_tpu_multiplies_is_what_others_gather(shape, pad, crop):
+    """To the bit, at all 256 values of a pixel."""
+    height, width, _ = shape
+    images, draw = noise(7, *shape), np.random.default_rng(1)
+    rows = draw.integers(0, height, (7, crop), dtype=np.int32)
+    cols = draw.integers(0, width, (7, crop), dtype=np.int32)
+    expected = np.stack([image[np.ix_(*lines)] for image, *lines in zip(
+        np.asarray(images), rows, cols, strict=True)])
+    for function in (augment.lines_by_index, augment.lines_by_products):
+        taken = jax.jit(function)(images, rows, cols)
+        assert taken.dtype == np.uint8
+        np.testing.assert_array_equal(taken, expected, err_msg=function.__name__)
+
+
+def test_resident_images_are_taken_whole():
+    images = noise(5, 3, 4, 2)
+    record = jnp.array([4, 0, 4])
+    resident = lay_out_images(images)
+    assert resident.rows_NxP.shape == (5, 24)
+    np.testing.assert_array_equal(resident.take(record), images[record])
+    assert lay_out_images(np.zeros((0, 3, 4, 2), np.uint8)).rows_NxP.shape == (0, 24)
 
 
 def test_the_augmentation_is_the_one_of_runs_already_begun():
@@ -172,7 +199,7 @@ def test_the_augmentation_is_the_one_of_runs_already_begun():
     image = jnp.arange(225, dtype=jnp.uint8).reshape(1, 15, 15, 1)
     epoch, place = jnp.array([0, 0, 0, 1, 1, 204]), jnp.array([0, 1, 49_999, 0, 1, 1_281_166])
     keys = augment.example_keys(run_key(seed=7), epoch, place)
-    cut = augment.take_augmented(image, jnp.zeros(6, jnp.int32), keys, 0, 4, True)
+    cut = augment.crop_and_flip(image.repeat(6, axis=0), keys, 0, 4, True)
     first_rows = np.asarray(cut)[:, 0, :, 0].astype(int)
     drawn = [(*divmod(row.min(), 15), row[0] > row[1]) for row in first_rows]
     assert drawn == [
@@ -186,8 +213,8 @@ def test_the_augmentation_is_the_one_of_runs_already_begun():
 ])
 def test_evaluation_sees_the_centre(shape, crop, rows, columns):
     images = noise(5, *shape, 3)
-    taken = augment.take_plain(images, jnp.array([3, 0]), crop)
-    np.testing.assert_array_equal(taken, np.asarray(images)[[3, 0]][:, rows, columns])
+    taken = augment.crop_centre(images, crop)
+    np.testing.assert_array_equal(taken, np.asarray(images)[:, rows, columns])
 
 
 @pytest.mark.parametrize(("pad", "crop", "message"), [
@@ -197,7 +224,7 @@ def test_evaluation_sees_the_centre(shape, crop, rows, columns):
 def test_windows_that_do_not_fit_are_refused(pad, crop, message):
     images = noise(1, 8, 8, 1)
     with pytest.raises(ValueError, match=message):
-        augment.take_augmented(images, jnp.zeros(1, jnp.int32), keys_of(1), pad, crop, False)
+        augment.crop_and_flip(images, keys_of(1), pad, crop, False)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [

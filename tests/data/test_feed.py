@@ -116,7 +116,8 @@ class Run:
         if "images" in batch:
             return np.asarray(batch["images"]), np.asarray(batch["labels"])
         record = np.asarray(batch["examples"][:, 0])
-        return tuple(np.asarray(self.feed.resident[key])[record] for key in ("images", "labels"))
+        resident = self.feed.resident
+        return tuple(map(np.asarray, (resident["images"].take(record), resident["labels"][record])))
 
 
 def in_dealt_order(arrays, devices: int) -> np.ndarray:
@@ -235,7 +236,8 @@ def test_an_evaluation_holds_the_whole_test_set_in_order(folder, devices, batche
         images = np.concatenate([batch["images"] for batch in taken])[:TEST_EXAMPLES]
         labels = np.concatenate([batch["labels"] for batch in taken])[:TEST_EXAMPLES]
     else:
-        images, labels = run.feed.test["images"], run.feed.test["labels"]
+        images = run.feed.test["images"].take(np.arange(TEST_EXAMPLES))
+        labels = run.feed.test["labels"]
     np.testing.assert_array_equal(images, pictures()[:TEST_EXAMPLES])
     np.testing.assert_array_equal(labels, np.arange(TEST_EXAMPLES) % 10)
     run.feed.close()

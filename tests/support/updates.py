@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from bigbatch import schedule
 from bigbatch.config import make_layouts, make_phases, make_recipe
 from bigbatch.data import sources
+from bigbatch.data.resident import lay_out_images
 from bigbatch.job.devices import cut, make_mesh, place, replicated
 from bigbatch.programs.dispatch import take_update
 from bigbatch.schedule import order
@@ -93,11 +94,11 @@ def prepare(config: ConfigDict, devices: int = 1) -> Updater:
     return Updater(config, net, update.make_update(config, net, mesh), mesh, state)
 
 
-def training_set(updater: Updater) -> dict[str, jax.Array]:
+def training_set(updater: Updater) -> dict[str, Any]:
     """The config's training images and labels and its seed, on the updater's devices."""
     dataset = sources.load(updater.config.data)
     return place(
-        {"images": dataset.train_images, "labels": dataset.train_labels,
+        {"images": lay_out_images(dataset.train_images), "labels": dataset.train_labels,
          "seed": np.uint32(updater.config.seed)},
         replicated(updater.mesh),
     )

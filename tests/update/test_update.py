@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from bigbatch.data.resident import lay_out_images
 from bigbatch.job.devices import cut, place, replicated
 from bigbatch.schedule.layout import make_layout
 from tests.support import foreign_models, plain_wide_resnet
@@ -109,7 +110,8 @@ def test_draws_follow_the_epoch_and_the_place_in_it(model):
     updater = prepare(config)
     # Record 1 is record 0's double, so that only the draws can tell them apart.
     resident = place({
-        "images": np.random.default_rng(0).integers(0, 255, (1, 8, 8, 1), np.uint8).repeat(2, 0),
+        "images": lay_out_images(
+            np.random.default_rng(0).integers(0, 255, (1, 8, 8, 1), np.uint8).repeat(2, 0)),
         "labels": np.full(2, 3, np.int32), "seed": np.uint32(config.seed),
     }, replicated(updater.mesh))
     state = updater.state
