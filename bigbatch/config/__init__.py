@@ -1,0 +1,22 @@
+"""The config of a run: its keys, their values, how texts set them, and what they mean."""
+
+from bigbatch.config.checks import check
+from bigbatch.config.keys import base_config
+from bigbatch.config.meaning import (
+    evaluations,
+    exchange,
+    make_due,
+    make_layouts,
+    make_limits,
+    make_phases,
+    make_recipe,
+    make_strategy,
+    saved_config,
+)
+from bigbatch.config.texts import from_argument, refusal, set_from_text
+
+__all__ = [
+    "base_config", "check", "evaluations", "exchange", "from_argument", "make_due", "make_layouts",
+    "make_limits", "make_phases", "make_recipe", "make_strategy", "refusal", "saved_config",
+    "set_from_text",
+]

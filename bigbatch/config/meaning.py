@@ -1,0 +1,197 @@
+"""What is made of a config: its recipe, phases and layouts, and when something is due."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from bigbatch import dotted, schedule
+from bigbatch.config.keys import BY_OPTIMIZER, OPTIMIZERS, base_config
+from bigbatch.mistake import Mistake
+from bigbatch.schedule import due
+from bigbatch.schedule.layout import Layout, make_layout
+
+# What version 0.1 had in configs/small.py: {its dotted path: the one of now}.
+MOVED = {
+    "configs.small.half_resolution": "bigbatch.data.smaller.half_resolution",
+    "configs.small.some_digits": "bigbatch.data.smaller.some_digits",
+}
+
+
+def saved_config(run: Mapping[str, Any]) -> ConfigDict:
+    """The config that a run was saved with, with defaults for keys that are newer than the run.
+
+    The default of a new key is what runs did before the key existed, so old runs can be continued.
+    A function that was moved within the package is given its present path.
+
+    Args:
+        run: the content of run.json: its `config`, and its `version`, which version 0.1 left out.
+    """
+    filled = base_config()
+    with filled.unlocked():
+        _fill(filled, run["config"])
+        wide_resnet = filled.network == "bigbatch.models.wide_resnet.WideResNet"
+        if "version" not in run and wide_resnet and "same_padding" not in filled.model:
+            filled.model.same_padding = True  # version 0.1 had no other padding
+        if "exchange" not in run["config"] and filled.optimizer.name == "adam":
+            # There was no other exchange, and nothing was kept per example.
+            filled.exchange = "linear"
+            filled.per_example.update({"momentum": False, "beta2": False, "weight_decay": False})
+        filled.data.name = MOVED.get(filled.data.name, filled.data.name)
+    return filled
+
+
+def _fill(config: ConfigDict, saved: Mapping[str, Any]) -> None:
+    """Sets the values of `saved` in `config`, group by group; `model` and `options` as a whole."""
+    for key, value in saved.items():
+        if isinstance(value, Mapping) and key in config and key not in ("model", "options"):
+            _fill(config[key], value)
+        else:
+            config[key] = ConfigDict(value) if isinstance(value, Mapping) else value
+
+
+def make_recipe(config: ConfigDict) -> schedule.Recipe:
+    """The recipe of a config, after its `scale_up`, as its strategy follows it.
+
+    Raises:
+        Mistake: if a value is outside its range, or the scaled-up batch is no multiple of the
+            granularity.
+    """
+    options, keep = config.optimizer, config.per_example
+    adam = options.name == "adam"
+    reads_beta2 = adam or "beta2" in options.get("options", {}).values()
+    recipe = schedule.Recipe(
+        **{
+            **config.recipe.to_dict(),
+            "falls": schedule.pairs("recipe.falls", config.recipe.falls),
+            "curve": _curve(config.recipe.curve),
+        },
+        examples=config.data.train_examples, exchange=exchange(config), beta2=options.beta2,
+        weight_decay=options.weight_decay, average=config.ema,
+        accumulates=options.name in ("momentum", "nesterov"),
+        per_example=schedule.PerExample(
+            momentum=adam if keep.momentum is None else keep.momentum,
+            beta2=keep.beta2 and reads_beta2, weight_decay=keep.weight_decay, average=keep.ema,
+            momentum_floor=keep.momentum_floor, beta2_floor=keep.beta2_floor),
+    )
+    granularity = config.limits.granularity or config.ghost_size
+    # `plan_phases` refuses a wrong batch size by the key that sets it.
+    if (config.scale_up.learning_rate, config.scale_up.momentum) != (1.0, None):
+        recipe = schedule.scale_up(
+            recipe, config.scale_up.learning_rate, config.scale_up.momentum, granularity)
+    return schedule.stated(recipe, config.strategy)
+
+
+def exchange(config: ConfigDict) -> str:
+    """The exchange of a config: its own, or that of its optimizer.
+
+    Raises:
+        Mistake: if the config leaves it to an optimizer that has none.
+    """
+    if config.exchange != BY_OPTIMIZER:
+        return config.exchange
+    if config.optimizer.name not in OPTIMIZERS:
+        raise Mistake(
+            f"config.exchange is {BY_OPTIMIZER!r}, but the optimizer {config.optimizer.name!r} is "
+            f"your own; set it to one of {', '.join(schedule.EXCHANGES)}: the rate is multiplied by"
+            " the batch's growth, by its square root, or not at all."
+        )
+    return OPTIMIZERS[config.optimizer.name]
+
+
+def _curve(name: str) -> str | Callable[[float], float]:
+    """A curve of `schedule` by its name, or a function of the user's as one of Python's numbers."""
+    if not dotted.is_dotted(name):
+        return name
+    return _called_on_host(dotted.resolve(name, "config.recipe.curve"))
+
+
+@functools.lru_cache(maxsize=16)  # the schedule remembers what it has found out about a function
+def _called_on_host(function: Callable) -> Callable[[float], float]:
+    """The function as one of Python's numbers, were it written with JAX, as Optax's schedules are.
+
+    It is computed on the CPU, because a result from an accelerator would have to wait there behind
+    the updates under way.
+    """
+    @functools.wraps(function)
+    def share(progress: float) -> float:
+        import jax  # only a config with such a curve needs it
+
+        try:
+            on_host = jax.local_devices(backend="cpu")[0]
+        except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
+            on_host = None
+        with jax.default_device(on_host):
+            found = function(progress)
+        return float(found) if hasattr(found, "__float__") else found
+
+    return share
+
+
+def make_strategy(config: ConfigDict) -> schedule.Strategy:
+    """How the config chooses its batches.
+
+    Raises:
+        Mistake: if its pairs of numbers are none.
+    """
+    return schedule.Strategy(
+        config.strategy, config.hybrid_falls,
+        schedule.pairs("by_hand", config.by_hand), schedule.pairs("ramp", config.ramp))
+
+
+def make_limits(config: ConfigDict) -> schedule.Limits:
+    """The limits that a config sets on the batch size."""
+    return schedule.Limits(**config.limits.to_dict(), ghost_size=config.ghost_size)
+
+
+def make_phases(config: ConfigDict) -> tuple[schedule.Phase, ...]:
+    """The phases of a config, by its recipe, strategy and limits.
+
+    Raises:
+        Mistake: if there is no schedule for these.
+    """
+    return schedule.plan_phases(make_recipe(config), make_strategy(config), make_limits(config))
+
+
+def make_layouts(
+    config: ConfigDict, phases: Sequence[schedule.Phase], devices: int
+) -> list[Layout]:
+    """The layout of the updates of each phase on `devices` devices.
+
+    Raises:
+        Mistake: if a ghost batch is larger than `max_per_device_batch`.
+    """
+    return [
+        make_layout(phase.batch_size, config.ghost_size, devices,
+                    config.max_per_device_batch, config.microbatches)
+        for phase in phases
+    ]
+
+
+def make_due(config: ConfigDict, total: int) -> Callable[[str, int, int], bool]:
+    """`schedule.due.make_due` for the intervals `..._every_epochs` of a config.
+
+    Args:
+        config: of the run.
+        total: the examples of the whole run.
+    """
+    every = {what: config[f"{what}_every_epochs"] for what in ("log", "eval", "checkpoint")}
+    return due.make_due(every, config.data.train_examples, total)
+
+
+def evaluations(
+    config: ConfigDict, phases: Sequence[schedule.Phase], examples_seen: int, total: int
+) -> Iterator[int]:
+    """The examples seen at each evaluation of a run from `examples_seen` on.
+
+    Args:
+        config: of the run.
+        phases: those still to run.
+        examples_seen: the position of the run.
+        total: the examples of the whole run.
+    """
+    every = due.interval(config.eval_every_epochs, config.data.train_examples)
+    for phase in phases:
+        start = max(phase.start_example, examples_seen)
+        yield from due.ends_due(every, start, phase.end_example, phase.batch_size, total)
