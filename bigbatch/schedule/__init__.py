@@ -35,12 +35,14 @@ from bigbatch.schedule.recipe import (
     scale_up,
     stated,
 )
+from bigbatch.schedule.table import Row, Table, make_table, row, rows, update_at
 from bigbatch.schedule.worth import ceiling, exact_updates, notes
 
 __all__ = [
     "CURVES", "EXCHANGES", "STRATEGIES", "TAILS", "Limits", "NoiseDiffers", "PerExample",
-    "Phase", "Rates", "Recipe", "Strategy", "ceiling", "check_noise", "exact_updates",
-    "find_phase", "noise", "noise_scale", "noise_scale_approximate", "notes", "pairs",
-    "phase_at", "plan_phases", "rates_at", "reference_rate", "scale_up", "spans", "stated",
-    "stated_noise", "take_rates",
+    "Phase", "Rates", "Recipe", "Row", "Strategy", "Table", "ceiling", "check_noise",
+    "exact_updates", "find_phase", "make_table", "noise", "noise_scale",
+    "noise_scale_approximate", "notes", "pairs", "phase_at", "plan_phases", "rates_at",
+    "reference_rate", "row", "rows", "scale_up", "spans", "stated", "stated_noise",
+    "take_rates", "update_at",
 ]
