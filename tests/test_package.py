@@ -40,31 +40,44 @@ class Installed(NamedTuple):
             timeout=240, env=environment | {"XLA_FLAGS": ""})
 
 
+PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+
+
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory):
-    root = tmp_path_factory.mktemp("package")
+def wheel(tmp_path_factory):
+    root = tmp_path_factory.mktemp("wheel")
     source = root / "source"  # so that the checkout gets no build/
     for name in ("bigbatch", "configs"):
         shutil.copytree(REPOSITORY / name, source / name,
                         ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(REPOSITORY / name, source)
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-index", "--no-deps", "--no-build-isolation",
+    subprocess.run([*PIP, "wheel", "--no-index", "--no-deps", "--no-build-isolation",
                     "--wheel-dir", root, source], check=True)
-    shutil.rmtree(source)
+    made, = root.glob("bigbatch-*.whl")
+    return made
+
+
+def install(wheel: Path, root: Path, libraries: bool) -> Installed:
+    """Installs the wheel in a new environment, which has this one's libraries or none at all."""
     venv.create(root / "environment", with_pip=False)
     made = Installed(root / "environment" / "bin")
-    python = made.bin / "python"
-    found = made.run("python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))",
-                     folder=root)
-    Path(found.stdout.strip(), "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    before = made.run("python", "-c", "import jax, bigbatch", folder=root)
+    if libraries:
+        found = made.run("python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))",
+                         folder=root)
+        Path(found.stdout.strip(), "libraries.pth").write_text(
+            sysconfig.get_path("purelib") + "\n")
+    before = made.run("python", "-c", "import jax, bigbatch" if libraries else "import bigbatch",
+                      folder=root)
     assert "No module named 'bigbatch'" in before.stderr
-    wheel, = root.glob("bigbatch-*.whl")
-    subprocess.run([*pip, "--python", python, "install", "--no-index", "--no-deps", wheel],
-                   check=True)
+    subprocess.run([*PIP, "--python", made.bin / "python", "install", "--no-index", "--no-deps",
+                    wheel], check=True)
     return made
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    return install(wheel, tmp_path_factory.mktemp("package"), libraries=True)
 
 
 def test_the_commands_train_and_evaluate_in_another_folder(installed, tmp_path):
@@ -105,6 +118,24 @@ def test_the_commands_say_what_python_m_says(installed, tmp_path):
     assert "Evaluates a run's last checkpoint" in told and "--data_dir" in told
 
 
+SCHEDULE_ALONE = """
+import sys
+from bigbatch import schedule
+recipe = schedule.Recipe(learning_rate=0.1, batch_size=128, momentum=0.9, examples=50000,
+                         epochs=204.8, falls=((60, 5), (120, 5), (160, 5)))
+table = schedule.make_table(recipe, "increase", schedule.Limits(max_batch_size=5120))
+print(table.updates, schedule.row(table, table.updates - 1).batch_size)
+from bigbatch.adapters import batches
+print(*{name.split(".")[0] for name in sys.modules} - sys.stdlib_module_names - {"__main__"})
+"""
+
+
+def test_the_schedule_needs_nothing_but_python(wheel, tmp_path):
+    alone = install(wheel, tmp_path, libraries=False)
+    said = alone.run("python", "-I", "-c", SCHEDULE_ALONE, folder=tmp_path)
+    assert said.stdout.split() == ["29189", "5120", "bigbatch"], said.stderr
+
+
 def test_the_version_is_stated_once(installed, tmp_path):
     said = installed.run("python", "-c", "import bigbatch; print(bigbatch.__version__)",
                          folder=tmp_path)
@@ -123,26 +154,29 @@ def test_the_package_asks_for_what_it_imports_and_no_more():
                 imported.add(node.module.split(".")[0])
     libraries = imported - sys.stdlib_module_names - {"bigbatch"}
     distributions = importlib.metadata.packages_distributions()
-    for_buckets = {"gcsfs", "aiohttp"}  # the extra gcs: gcsfs, which brings aiohttp
+    # The extra gcs is gcsfs, which brings aiohttp.
+    in_extras = {"gcsfs", "aiohttp", *map(name_of, EXTRAS["adapters"])}
     asked = {name_of(line) for line in PROJECT["dependencies"]}
-    for library in libraries - for_buckets:
+    for library in libraries - in_extras:
         assert asked & {normal(name) for name in distributions[library]}, library
     given = {normal(name) for library in libraries for name in distributions.get(library, [])}
     assert asked - given <= NOT_IMPORTED
 
 
 def test_one_bound_a_library_wherever_it_is_stated():
-    checkout, tpu = (
+    checkout, tpu, adapters = (
         [line.partition("#")[0].strip() for line in
          (REPOSITORY / name).read_text(encoding="utf-8").splitlines()]
-        for name in ("requirements.txt", "requirements-tpu.txt"))
+        for name in ("requirements.txt", "requirements-tpu.txt", "requirements-adapters.txt"))
     testing = [line for line in EXTRAS["test"] if line != "bigbatch[gcs,plots,export]"]
     asked = {*PROJECT["dependencies"], *testing, *EXTRAS["gcs"], *EXTRAS["plots"],
              *EXTRAS["export"]}
     assert {*filter(None, checkout)} == asked
     assert [*filter(None, tpu)] == EXTRAS["tpu"]
+    for_tests = {line for line in asked if name_of(line) in ("numpy", "pytest")}
+    assert {*filter(None, adapters)} == {*EXTRAS["adapters"], *for_tests}
     bounds = {}
-    for line in [*asked, *EXTRAS["tpu"], *EXTRAS["gpu"]]:
+    for line in [*asked, *EXTRAS["tpu"], *EXTRAS["gpu"], *EXTRAS["adapters"]]:
         bounds.setdefault(name_of(line), set()).add(line.partition(">=")[2])
     assert all(len(stated) == 1 for stated in bounds.values()), bounds
 

@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "bigbatch"
 # A file of a room, or one on top, imports from its own line and from lines further down.
 ORDER = [
-    {"commands", "main", "plan", "evaluate", "export"},
+    {"commands", "main", "plan", "evaluate", "export", "adapters"},
     {"train"},
     {"checkpoint", "command_line", "planning"},
     {"programs"},
@@ -23,9 +23,15 @@ ORDER = [
     {"mistake", "__init__"},
 ]
 # These run where JAX is not installed, or are read by programs that need nothing but Python.
-PLAIN = {"schedule/phases.py": set(), "schedule/due.py": set(), "schedule/layout.py": {"numpy"},
-         "schedule/order.py": {"numpy"}, "schedule/__init__.py": set(), "job/statuses.py": set(),
-         "job/chips.py": set(), "job/__init__.py": set(), "mistake.py": set(), "__init__.py": set()}
+PLAIN = {
+    **{file.relative_to(PACKAGE).as_posix(): set() for file in PACKAGE.glob("schedule/*.py")},
+    "schedule/layout.py": {"numpy"}, "schedule/order.py": {"numpy"},
+    "adapters/__init__.py": set(), "adapters/batches.py": set(),
+    "job/statuses.py": set(), "job/chips.py": set(), "job/__init__.py": set(), "mistake.py": set(),
+    "__init__.py": set()}
+# Each adapter needs its own framework and no other library; Lightning and the Trainer need PyTorch.
+FRAMEWORKS = {"pytorch": {"torch"}, "huggingface": {"torch", "transformers"},
+              "lightning": {"torch", "lightning"}, "optax": {"jax", "numpy"}}
 LINES_AT_MOST = 100
 
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -80,6 +86,15 @@ def test_every_room_has_a_place_and_three_files_or_more():
 def test_what_is_plain_python_needs_no_library(name):
     found = {module.split(".")[0] for module in imports(PACKAGE / name)}
     assert found - {"bigbatch"} - sys.stdlib_module_names == PLAIN[name]
+
+
+@pytest.mark.parametrize("name", FRAMEWORKS)
+def test_an_adapter_needs_its_framework_the_schedule_and_nothing_else(name):
+    found = imports(PACKAGE / "adapters" / f"{name}.py")
+    libraries = {module.split(".")[0] for module in found} - {"bigbatch"} - sys.stdlib_module_names
+    assert libraries == FRAMEWORKS[name]
+    rooms = {room_of(module) for module in found if module.startswith("bigbatch")}
+    assert rooms <= {"schedule", "adapters", "mistake"}
 
 
 def test_one_file_touches_what_is_private_in_jax():

@@ -1,0 +1,157 @@
+"""A schedule in a PyTorch loop: a batch sampler with growing batches, a scheduler of all rates."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import Sampler
+
+from bigbatch import schedule
+from bigbatch.adapters import batches
+from bigbatch.mistake import Mistake
+from bigbatch.schedule import Table
+
+
+class ScheduledBatches(Sampler[list[int]]):
+    """The indexes of each update's examples, for `DataLoader(batch_sampler=...)`.
+
+    One batch of the loader is one update, over all epochs of the run. Where several processes each
+    hold the model (DistributedDataParallel, which takes the mean of their gradients), process
+    `rank` takes the places rank, rank + ranks, ... of each batch, so all have equally many.
+
+    Args:
+        table: of the run.
+        order: of each epoch; see `batches.Order`. All processes need the same.
+        from_update: the update to begin with, `last_epoch` of a continued run's `ScheduledRates`.
+        rank: of this process.
+        ranks: the number of processes.
+
+    Raises:
+        Mistake: if a batch is no multiple of `ranks`, or there is no such update.
+    """
+
+    def __init__(
+        self, table: Table, order: batches.Order, from_update: int = 0, rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        if not 0 <= from_update <= table.updates:
+            raise Mistake(f"from_update is {from_update}; this schedule has {table.updates}.")
+        if not 0 <= rank < ranks:
+            raise Mistake(f"rank is {rank} of {ranks}; it must be from 0 to {ranks - 1}.")
+        for phase in table.phases:
+            if phase.batch_size % ranks:
+                raise Mistake(
+                    f"the batch of {phase.batch_size} in phase {phase.name!r} is no multiple of "
+                    f"the {ranks} processes; make it one with Limits(granularity={ranks})."
+                )
+        self.table, self.order = table, order
+        self.from_update, self.rank, self.ranks = from_update, rank, ranks
+
+    def __len__(self) -> int:
+        return self.table.updates - self.from_update
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = functools.lru_cache(maxsize=1)(self.order)
+        for update in range(self.from_update, self.table.updates):
+            row = schedule.row(self.table, update)
+            whole = batches.indexes(
+                order, self.table.recipe.examples, row.start, row.start + row.batch_size)
+            yield whole[self.rank :: self.ranks]
+
+
+class ScheduledRates(LRScheduler):
+    """Sets all rates of the next update; `step()` follows each `optimizer.step()`.
+
+    They are written to each parameter group: `lr`, the first two of `betas` or `momentum`, and
+    `weight_decay` if the recipe has a decoupled one. A group may have a multiple of the recipe's
+    rate or decay, which it keeps; 0 is one. A decay that the recipe does not have (L2, as in
+    `torch.optim.SGD`) is left as it is. `last_epoch` counts updates, and after the last one the
+    rates stay as they are.
+
+    Args:
+        optimizer: made with the recipe's learning rate and weight decay.
+        table: of the run.
+
+    Raises:
+        Mistake: if no group has the recipe's learning rate or weight decay, or the optimizer
+            averages gradients (it has `betas`) where the recipe says that it adds them up, or the
+            other way round.
+    """
+
+    def __init__(self, optimizer: Optimizer, table: Table) -> None:
+        self.table = table
+        recipe = table.recipe
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", float(group["lr"]))
+            group.setdefault("initial_weight_decay", group.get("weight_decay", 0.0))
+            _check_kind(group, recipe)
+        self.rate_factors = _factors(optimizer, "lr", "learning_rate", recipe)
+        self.decay_factors = _factors(optimizer, "weight_decay", "weight_decay", recipe)
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float]:
+        """The rate of each group at update `last_epoch`; sets the groups' other rates."""
+        rates = schedule.row(self.table, min(self.last_epoch, self.table.updates - 1)).rates
+        for group, factor in zip(self.optimizer.param_groups, self.decay_factors, strict=True):
+            if "betas" in group:
+                group["betas"] = (rates.momentum, rates.beta2, *group["betas"][2:])
+            elif "momentum" in group:
+                group["momentum"] = rates.momentum
+            if self.table.recipe.weight_decay:
+                group["weight_decay"] = rates.weight_decay * factor
+        return [rates.learning_rate * factor for factor in self.rate_factors]
+
+    def go_to(self, update: int) -> None:
+        """Sets the rates of an update. `step()` goes to the next."""
+        if update != self.last_epoch:
+            self.last_epoch = update - 1
+            self._update_lr()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The number of the next update, and its row, by which another schedule is noticed."""
+        return {"last_epoch": self.last_epoch, "row": self._row()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes to the update of a saved state, and sets its rates.
+
+        Raises:
+            Mistake: if that update would have another start, batch or rate than when it was saved.
+        """
+        self.last_epoch = state_dict["last_epoch"] - 1
+        self._update_lr()
+        if (row := self._row()) != state_dict["row"]:
+            raise Mistake(
+                f"the state was saved before update {self.last_epoch} with (start, batch, rates) "
+                f"{state_dict['row']}, and this schedule has {row} there; continue with the recipe,"
+                " strategy and limits that the run began with."
+            )
+
+    def _row(self) -> list[float]:
+        if self.last_epoch >= self.table.updates:
+            return [self.table.examples]
+        row = schedule.row(self.table, self.last_epoch)
+        return [row.start, row.batch_size, *row.rates]
+
+
+def _check_kind(group: dict[str, Any], recipe: schedule.Recipe) -> None:
+    if "betas" in group and recipe.accumulates:
+        raise Mistake(
+            "the optimizer has betas, so it averages gradients; say so in the recipe: "
+            "accumulates=False, and exchange='sqrt' for Adam."
+        )
+    if group.get("momentum") and not recipe.accumulates:
+        raise Mistake("the optimizer adds gradients up; set accumulates=True in the recipe.")
+
+
+def _factors(optimizer: Optimizer, key: str, name: str, recipe: schedule.Recipe) -> list[float]:
+    """What multiple of the recipe's value each group has."""
+    given = [float(group[f"initial_{key}"]) for group in optimizer.param_groups]
+    stated = getattr(recipe, name)
+    if stated and stated not in given:
+        raise Mistake(
+            f"recipe.{name} is {stated:g}, and the optimizer's parameter groups have {key} "
+            f"{', '.join(f'{value:g}' for value in given)}; one must have the recipe's."
+        )
+    return [value / stated if stated else 1.0 for value in given]
