@@ -31,8 +31,7 @@ test-slow: .venv/installed
 	$(PYTEST) -m slow tests
 
 # A schedule in the loops of PyTorch, Trainer, Lightning: under 2 minutes on 2 cores, once they are
-# there. `make test` has Optax's. PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu brings a
-# PyTorch without CUDA.
+# there (gigabytes). `make test` has Optax's. A PyTorch without CUDA is enough, where pip knows of one.
 test-adapters: .adapters/installed
 	.adapters/bin/python -m pytest --confcutdir=tests/adapters tests/adapters
 

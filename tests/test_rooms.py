@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "bigbatch"
 # A file of a room, or one on top, imports from its own line and from lines further down.
 ORDER = [
-    {"commands", "main", "plan", "evaluate", "export"},
+    {"commands", "main", "plan", "evaluate", "export", "adapters"},
     {"train"},
     {"checkpoint", "command_line", "planning"},
     {"programs"},

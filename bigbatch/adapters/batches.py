@@ -5,7 +5,7 @@ update takes the next B positions, which may lie in two epochs, so each example 
 epoch also where the batch changes.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 
 from bigbatch.mistake import Mistake
 from bigbatch.schedule import Table
@@ -40,6 +40,15 @@ def indexes(order: Order, examples: int, start: int, end: int) -> list[int]:
         found += map(int, epoch_order[place : place + taken])
         start += taken
     return found
+
+
+def check_length(dataset: Sized, table: Table) -> None:
+    """Raises Mistake for a training set that has not as many examples as the recipe says."""
+    if len(dataset) != table.recipe.examples:
+        raise Mistake(
+            f"the training set has {len(dataset)} examples, and recipe.examples is "
+            f"{table.recipe.examples}; they must be equal, so that each is seen once an epoch."
+        )
 
 
 def cut(batch: Sequence, size: int) -> Iterator[Sequence]:

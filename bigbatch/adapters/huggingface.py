@@ -37,18 +37,26 @@ class ScheduledTrainer(Trainer):
         **options: of `Trainer`. Of `optimizers`, the scheduler is None.
 
     Raises:
-        Mistake: if a batch is no multiple of the micro-batch, there are several processes or
-            devices, or an argument says something else than the table.
+        Mistake: if a batch is no multiple of the micro-batch, the training set has another size
+            than the recipe says, there are several processes or devices, or an argument says
+            something else than the table.
     """
 
     def __init__(self, *args: Any, table: Table, order: batches.Order, **options: Any) -> None:
         super().__init__(*args, **options)
         self.table, self.order = table, order
         batches.micro_batches(table, self.args.per_device_train_batch_size)
-        if self.args.world_size > 1 or self.args.n_gpu > 1:
+        batches.check_length(self.train_dataset, table)
+        if (self.args.world_size > 1 or self.args.n_gpu > 1 or self.is_deepspeed_enabled
+                or self.is_fsdp_enabled):
             raise Mistake(
-                "ScheduledTrainer runs in one process on one device; with several, the Trainer "
-                "would hand each of them other examples than those of the update."
+                "ScheduledTrainer runs in one process on one device, without DeepSpeed or FSDP; "
+                "several processes would not share an update's examples."
+            )
+        if self.args.ignore_data_skip:
+            raise Mistake(
+                "ignore_data_skip is True, so a continued run would begin with the first examples "
+                "again; set it to False. Skipping reads no data here."
             )
         if self.args.gradient_accumulation_steps != 1:
             raise Mistake(

@@ -46,8 +46,9 @@ class ScheduledData(LightningDataModule):
         **options: of `DataLoader`, as `num_workers` and `collate_fn`.
 
     Raises:
-        Mistake: if a batch is no multiple of the micro-batch; and when training begins if there
-            are several processes, or the Trainer or the optimizer was made without the table.
+        Mistake: if a batch is no multiple of the micro-batch, or the training set has another size
+            than the recipe says; and when training begins, if there are several processes, or the
+            Trainer or the optimizer was made without the table.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class ScheduledData(LightningDataModule):
         self.dataset, self.table, self.options = dataset, table, options
         self.order, self.micro_batch = order, micro_batch
         self.accumulations = batches.micro_batches(table, micro_batch)
+        batches.check_length(dataset, table)
 
     def train_dataloader(self) -> DataLoader:
         """The rest of the current phase; Lightning asks for it at the start of each."""
@@ -129,8 +131,7 @@ def _check(trainer: Trainer, table: Table) -> None:
     """Raises Mistake for a Trainer that would use other batches or rates than the table's."""
     if trainer.world_size > 1:
         raise Mistake(
-            "ScheduledData runs in one process; with several, Lightning would hand each of them "
-            "other examples than those of the update."
+            "ScheduledData runs in one process; several would not share an update's examples."
         )
     if trainer.reload_dataloaders_every_n_epochs != 1 or trainer.max_epochs != len(table.phases):
         raise Mistake(

@@ -131,12 +131,12 @@ def test_a_step_that_the_scaler_leaves_out_takes_its_examples_along(tmp_path, mo
 
 def test_the_loss_that_is_logged_is_the_batchs_mean(tmp_path):
     table, record = TABLES["sgd"], torch_task.Recorder()
-    trainer, optimizer = make(table, MeanLoss(record), str(tmp_path), max_steps=3,
+    trainer, optimizer = make(table, MeanLoss(record), str(tmp_path), max_steps=35,
                               logging_strategy="steps", logging_steps=1)
     record.watch(optimizer)
     trainer.train()
     wanted = tables.wanted(table)
-    for update, logged in enumerate(trainer.state.log_history[:3]):
+    for update, logged in enumerate(trainer.state.log_history[:35]):
         weights = tables.weights_after(table, wanted[:update])
         rows = list(wanted[update].examples)
         loss = np.mean((tables.FEATURES[rows] @ weights - tables.TARGETS[rows]) ** 2)
@@ -159,6 +159,8 @@ def test_what_does_not_fit_is_refused(tmp_path):
 
     refused(r"no multiple of the micro-batch of 3", per_device_train_batch_size=3)
     refused(r"gradient_accumulation_steps is 2; leave it 1", gradient_accumulation_steps=2)
+    refused("begin with the first examples again", ignore_data_skip=True)
+    refused("set has 49 examples, and recipe.examples is 50", train_dataset=[{}] * 49)
     refused(r"max_steps is 54, and the schedule has 53 updates", max_steps=54)
     model = MeanLoss(record)
     optimizer = torch_task.make_optimizer(table, model.parameters())
@@ -167,4 +169,5 @@ def test_what_does_not_fit_is_refused(tmp_path):
         ScheduledTrainer(
             model, transformers.TrainingArguments(
                 str(tmp_path), per_device_train_batch_size=MICRO_BATCH, use_cpu=True, report_to=[]),
-            table=table, order=ORDER, optimizers=(optimizer, given))
+            train_dataset=torch_task.Examples(), table=table, order=ORDER,
+            optimizers=(optimizer, given))

@@ -145,3 +145,5 @@ def test_what_does_not_fit_is_refused(tmp_path):
     refused("the table's rates are not in use", net=PlainNet)
     with pytest.raises(Mistake, match=r"no multiple of the micro-batch of 3"):
         ScheduledData(torch_task.Examples(), table, ORDER, micro_batch=3)
+    with pytest.raises(Mistake, match="set has 49 examples, and recipe.examples is 50"):
+        ScheduledData([None] * 49, table, ORDER, MICRO_BATCH)
