@@ -13,7 +13,7 @@ from pathlib import Path
 from bigbatch.mistake import Mistake
 from experiments import drawing, figures, tables
 from experiments.command_line import one_line_errors
-from experiments.logs import check_seeds, padding_note, read_run
+from experiments.logs import check_seeds, read_run
 from experiments.markdown_table import markdown_table
 
 
@@ -21,8 +21,7 @@ def draw(figure: figures.Figure, results: tables.Results, output: Path) -> str:
     """Writes curves.png and table.md into `output`; returns the table's text."""
     output.mkdir(parents=True, exist_ok=True)
     drawing.draw(figure, None, results).savefig(output / "curves.png", dpi=110)
-    note = padding_note(run for runs in results.values() for run in runs)
-    text = table(results) + f"\n\n{note}" * bool(note)
+    text = table(results)
     (output / "table.md").write_text(text + "\n", encoding="utf-8")
     return text
 

@@ -108,13 +108,6 @@ def _filled(run: Logs) -> ConfigDict:
     return saved_config({"config": run.config} | version)
 
 
-def padding_note(runs: Iterable[Logs]) -> str:
-    """A line that says which runs have version 0.1's Wide ResNet; "" where none has."""
-    old = [not run.version and _filled(run).model.get("same_padding", False) for run in runs]
-    return (f"{'These' if all(old) else 'Some of these'} runs were made by version 0.1, whose Wide "
-            "ResNet pads (0, 1) at a stride of 2.") * any(old)
-
-
 def check_seeds(name: str, runs: Sequence[Logs]) -> None:
     """Refuses runs under one name that are not seeds of one config.
 

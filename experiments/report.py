@@ -24,7 +24,7 @@ th, pre { background: #f4f4f4 }
 
 def write(
     folder: Path, chosen: Sequence[Figure], scale: str, seeds: int, results: tables.Results,
-    made: Mapping[str, Sequence[tables.Table]], note: str, trainings: Sequence[dict[str, Any]],
+    made: Mapping[str, Sequence[tables.Table]], trainings: Sequence[dict[str, Any]],
 ) -> None:
     """Writes report.md and report.html.
 
@@ -35,7 +35,6 @@ def write(
         seeds: runs of each curve.
         results: the runs that the figures are drawn from.
         made: the tables of each figure, by its name.
-        note: a line about all runs, or "".
         trainings: see `provenance`.
     """
     title = "Don't decay the learning rate, increase the batch size"
@@ -43,7 +42,6 @@ def write(
         f"# {title}",
         "Figures and tables of Smith, Kindermans, Ying and Le (ICLR 2018), reproduced at the scale "
         f"**{scale}**. {figures.SCALES[scale].says}",
-        note,
         f"Lines are means over {seeds} seed{'s' * (seeds > 1)}, bands go from the lowest to the "
         "highest value, and dotted lines mark where the noise scale falls. A run that diverged is "
         "in no mean: it is a dashed line, with a cross on the axis where it diverged. The paper's "

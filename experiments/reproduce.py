@@ -23,7 +23,6 @@ cluster's queue, or for `xargs -d '\\n' -P 4 -I COMMAND sh -c COMMAND`, in the r
 
 import argparse
 import functools
-import json
 import shlex
 import shutil
 import sys
@@ -75,12 +74,10 @@ def read(
     try:
         for run, config in wanted(chosen, scale, seeds, folder).items():
             found = logs.read_run(run.workdir)
-            # Keys of the model that are newer than the run are no difference.
-            newest = json.loads(figures.planned(run.config)[0].to_json())["model"]
             runs.refuse_another(run, {
-                "config": found.config | {"model": newest | found.config["model"]},
-                "phases": found.phases,
-                "examples_seen": found.events[-1]["examples_seen"] if found.events else 0})
+                "config": found.config, "phases": found.phases,
+                "examples_seen": found.events[-1]["examples_seen"] if found.events else 0,
+            } | ({"version": found.version} if found.version else {}))
             results.setdefault(config, []).append(found)
     except Mistake as error:
         raise Mistake(f"{source} cannot be drawn from: {error}") from None
@@ -100,9 +97,8 @@ def draw(
     if any(figure.trained for figure in chosen):
         with records.opened(source) as folder:
             results = read(chosen, scale, seeds, folder, source)
-    note = logs.padding_note(run for found in results.values() for run in found)
     text = [f"# The paper's figures at the scale {scale}\n",
-            f"{figures.SCALES[scale].says} Seeds a curve: {seeds}.\n", *[f"{note}\n"] * bool(note)]
+            f"{figures.SCALES[scale].says} Seeds a curve: {seeds}.\n"]
     overview = tables.summary(chosen, scale, results)
     if overview.cells:
         text += [f"## {overview.name}\n", tables.markdown(overview)]
@@ -113,7 +109,7 @@ def draw(
         for table in made[figure.name]:
             text += [f"## {table.name}: {figure.title}\n", tables.markdown(table)]
     (output / "tables.md").write_text("\n".join(text), encoding="utf-8")
-    report.write(output, chosen, scale, seeds, results, made, note, provenance.read(source))
+    report.write(output, chosen, scale, seeds, results, made, provenance.read(source))
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from tests.support.started import REPOSITORY
 from tests.support.tables import rows_of
 
 RECORDS = REPOSITORY / "experiments" / "records"
-SMALL, DEMO = RECORDS / "2026-11-25_small", RECORDS / "2026-11-26_demo"
+SMALL, DEMO = RECORDS / "2026-11-26_small", RECORDS / "2026-11-26_demo"
 SPEED = RECORDS / "2026-11-26_speed.json"
 
 
@@ -49,19 +49,6 @@ def test_the_page_on_speed_has_the_table_of_its_record():
     page = rows_of((REPOSITORY / "docs" / "speed.md").read_text(encoding="utf-8"))
     made = rows_of(measure.markdown(found, record["hardware"]))
     assert len(made) > 20 and [row for row in made if row not in page] == []
-
-
-def test_only_runs_of_version_0_1_have_its_padding():
-    note = "These runs were made by version 0.1, whose Wide ResNet pads (0, 1) at a stride of 2."
-    found = {}
-    for record in (DEMO, RECORDS / "2026-11-26_h200"):
-        with records.opened(record) as folder:
-            found[record] = [logs.read_run(run) for run in sorted((folder / "runs").iterdir())]
-    old, new = found.values()
-    assert logs.padding_note(old) == note and logs.padding_note(new) == ""
-    assert logs.padding_note(old + new).startswith("Some of these runs were made by version 0.1")
-    for page in (SMALL / "tables.md", DEMO / "table.md"):
-        assert page.read_text(encoding="utf-8").splitlines().count(note) == 1
 
 
 @pytest.mark.parametrize("record", [SMALL, DEMO], ids=lambda path: path.name)
