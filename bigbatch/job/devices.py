@@ -94,10 +94,14 @@ def place(tree: Any, sharding: NamedSharding) -> Any:
 
 def compiler_options(mesh: Mesh) -> dict[str, str] | None:
     """The XLA options for compiling for this mesh, where they differ from the defaults."""
-    if mesh.devices.flat[0].platform == "cpu":
+    platform = mesh.devices.flat[0].platform
+    if platform == "cpu":
         # YNNPACK computes sums several times faster than XLA's own code, but matrix products and
         # convolutions, which XLA gives it by default, more slowly.
         return {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+    if platform == "tpu":
+        # How many arrays one reduction takes, 256 by default: a network may have a thousand.
+        return {"xla_jf_crs_combiner_threshold_count": "65536"}
     return None
 
 

@@ -12,6 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from bigbatch.job.chips import GIB, Gpu, Tpu
+from bigbatch.job.devices import compiler_options
 from bigbatch.planning import cards
 from bigbatch.planning.kernels import kernels, least_seconds, shape_bytes
 from bigbatch.programs.compilation import count_flops
@@ -60,7 +61,7 @@ def measure(
     settings = kind if on_gpu else (kind.version, kind.chip_config, kind.clock_hertz)
     lowered_text = lowered.as_text()
     key = "\n".join((jax.__version__, version(mesh), repr(settings), repr(Measured._fields),
-                     lowered_text))
+                     repr(compiler_options(mesh)), lowered_text))
     file = folder and folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
     if file and file.exists():
         return Measured(**json.loads(file.read_text(encoding="utf-8")))

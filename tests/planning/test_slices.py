@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from bigbatch.config import make_phases
-from bigbatch.job import chips
+from bigbatch.job import chips, devices
 from bigbatch.plan import as_text, plan
 from bigbatch.planning import compiled, slices, topology
 from bigbatch.update import network
@@ -300,3 +300,18 @@ def test_without_the_compiler_it_is_one_line():
         cwd=REPOSITORY, text=True, capture_output=True, timeout=120, env=environment)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.count("\n") == 1 and "make .tpu/installed" in done.stderr, done.stderr
+
+
+def test_hundreds_of_arrays_are_one_reduction(libtpu):
+    """Where the TPU's compiler left to itself makes one of each 256."""
+    mesh = topology.make_mesh(topology.parse("v2-8"))
+    arrays = [jax.ShapeDtypeStruct((8, 128), np.float32, sharding=devices.cut(mesh))] * 600
+
+    def reductions(options):
+        mapped = jax.shard_map(lambda tree: jax.lax.psum(tree, devices.AXIS), mesh=mesh,
+                               in_specs=P(devices.AXIS), out_specs=P(), check_vma=False)
+        text = jax.jit(mapped, compiler_options=options).lower(arrays).compile().as_text()
+        return compiled.collectives(text)["all-reduce"]
+
+    assert reductions(devices.compiler_options(mesh)) == [1, 600 * 128 * 4]
+    assert reductions(None)[0] > 1

@@ -149,8 +149,10 @@ def pictures(updater: Updater, records_Bx3: np.ndarray) -> tuple[np.ndarray, np.
 
 
 def distance(tree: Any, reference: Any) -> float:
-    """||tree - reference|| / ||reference||, over all numbers of two equal trees."""
+    """||tree - reference|| / ||reference||, over all numbers of two equal trees; 0 without any."""
     assert jax.tree.structure(tree) == jax.tree.structure(reference)
+    if not jax.tree.leaves(reference):
+        return 0.0
     pairs = [
         (np.asarray(one, np.float64), np.asarray(other, np.float64))
         for one, other in zip(jax.tree.leaves(tree), jax.tree.leaves(reference), strict=True)
