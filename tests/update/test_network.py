@@ -25,7 +25,7 @@ from tests.support.updates import conv_net, train, with_model
 def test_models_of_a_users_own_learn(name, model):
     config = with_model(f"support.foreign_models.{name}", model)
     net = network.build(config)
-    params, batch_stats, _ = init_state(config, net)
+    params, batch_stats, *_ = init_state(config, net)
     images = jnp.asarray(np.random.default_rng(0).normal(size=(20, 8, 8, 1)), jnp.float32)
     logits, _, _ = net.apply(params, batch_stats, images, False, None)
     assert logits.shape == (20, 10)
@@ -45,7 +45,7 @@ def test_linen_and_nnx_ghost_batch_norm_are_one():
     """The same layer through Flax's bridge: rows in training, running statistics outside."""
     config = with_model("support.foreign_models.FromLinen", {"ghost_size": 16})
     net = network.build(config)
-    params, batch_stats, _ = init_state(config, net)
+    params, batch_stats, *_ = init_state(config, net)
     images = jnp.asarray(np.random.default_rng(0).normal(size=(48, 8, 8, 1)), jnp.float32)
     _, _, rows = net.apply(params, batch_stats, images, True, None)
     found = rows["net"]["ToLinen_0"]["mean"]
