@@ -151,6 +151,10 @@ def _unknown(equation: Any, operands: list[Dependence]) -> list[Dependence]:
 
 
 def _elementwise(equation: Any, operands: list[Dependence]) -> list[Dependence]:
+    operands = [
+        _stretched(operand, _shape(atom), _shape(equation.outvars[0]))
+        for operand, atom in zip(operands, equation.invars, strict=True)
+    ]
     drawn = frozenset().union(*(one.varies for one in operands if one.none and one.drawn))
     if any(bits.any() for one in operands for axis, bits in one.along.items() if axis in drawn):
         # Which number an example gets follows from its place among the others.
@@ -158,6 +162,16 @@ def _elementwise(equation: Any, operands: list[Dependence]) -> list[Dependence]:
     if equation.primitive.name in MASKING:
         operands = _masked(equation, operands)
     return _outputs(equation, _joined(operands))
+
+
+def _stretched(operand: Dependence, old: Sequence[int], new: Sequence[int]) -> Dependence:
+    """What is left along axes of one entry: nothing varies there, and a longer axis repeats it."""
+    along, everywhere = dict(operand.along), operand.everywhere
+    for axis in operand.along:
+        if old[axis] != new[axis]:
+            everywhere |= int(along.pop(axis)[0])
+    varies = frozenset(axis for axis in operand.varies if old[axis] > 1)
+    return operand._replace(everywhere=everywhere, along=along, varies=varies)
 
 
 def _masked(equation: Any, operands: list[Dependence]) -> list[Dependence]:

@@ -66,6 +66,7 @@ APART = {
     "rotated_as_complex_numbers": complex_numbers,
     "rotated_pair_by_pair": lambda x: jnp.stack(
         [-x[..., 1::2], x[..., ::2]], axis=-1).reshape(x.shape),
+    "scaled": lambda x: x * jnp.linspace(0.5, 1, WIDTH).reshape(1, 1, WIDTH),
     "attention": attended,
     "causal": lambda x: attended(x, is_causal=True),
     "recomputed": jax.checkpoint(lambda x: jnp.sin(x) * x),
