@@ -97,8 +97,8 @@ class Transformer(nnx.Module):
     ):
         """Args:
         num_classes: the vocabulary's size.
-        dtype: to compute in; parameters, normalisations, angles, the softmax of attention and
-            logits are float32 (float64 for float64).
+        dtype: to compute in; parameters, embeddings, normalisations, angles, the softmax of
+            attention and logits are float32 (float64 for float64).
         rngs: Flax's random streams; `params` is used.
         blocks: how many.
         width: features of a token.
@@ -139,8 +139,9 @@ class Transformer(nnx.Module):
         linear = partial(nnx.Linear, use_bias=bias, dtype=dtype, kernel_init=normal(DEVIATION),
                          **layer)
         residual = partial(linear, kernel_init=normal(DEVIATION / math.sqrt(2 * blocks)))
-        embed = partial(nnx.Embed, features=width, dtype=dtype, embedding_init=normal(DEVIATION),
-                        **layer)
+        # In the parameters' type, in which the gradients of a token's many places are then summed.
+        embed = partial(nnx.Embed, features=width, dtype=param_dtype,
+                        embedding_init=normal(DEVIATION), **layer)
         has_bias = {"use_bias": bias} if norm == "layer" else {}
         # In the parameters' type, so that a scale near 1 is not rounded to bfloat16.
         make_norm = partial(NORMS[norm], width, epsilon=epsilon, dtype=param_dtype, **has_bias,
@@ -158,6 +159,7 @@ class Transformer(nnx.Module):
         self.head = None if tied else linear(width, num_classes, use_bias=False)
         self.max_length, self.head_size, self.rotary_base = max_length, width // heads, rotary_base
         self.dropout_rate, self.checkpoint_blocks = dropout_rate, checkpoint_blocks
+        self.dtype = dtype
 
     def __call__(self, tokens_BxT: jax.Array, train: bool, keys_B: jax.Array) -> jax.Array:
         """Logits (B, T, V), in the parameters' type; those at t follow from the tokens up to t.
@@ -182,15 +184,14 @@ class Transformer(nnx.Module):
             angles = rotary_angles(length, self.head_size, self.rotary_base, self.norm.dtype)
         else:
             x = x + self.positions(jnp.arange(length))
-        x = dropout(x, self.dropout_rate, keys_B, train, tag=0)
+        x = dropout(x.astype(self.dtype), self.dropout_rate, keys_B, train, tag=0)
         for block in self.blocks:
             run = _recomputed(block) if self.checkpoint_blocks else block
             x = run(x, angles, train, keys_B)
         return self._logits(self.norm(x))
 
     def _logits(self, x_BxTxD: jax.Array) -> jax.Array:
-        dtype = self.tokens.dtype
-        tied = self.head is None
+        dtype, tied = self.dtype, self.head is None
         table_VxD = self.tokens.embedding[...] if tied else self.head.kernel[...].T
         # Products of bfloat16, added up in float32; by the preset in the backward pass as well.
         precision = jax.lax.DotAlgorithmPreset.BF16_BF16_F32 if dtype == jnp.bfloat16 else None

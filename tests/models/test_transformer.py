@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from bigbatch.mistake import Mistake
-from bigbatch.models.attention import attend
+from bigbatch.models.attention import attend, rotary_angles, rotate
 from bigbatch.models.transformer import Transformer
 from bigbatch.update import independence
 from tests.support.network_checks import count, keys, random_state
@@ -185,13 +185,16 @@ def test_a_token_changes_no_logits_before_it(kind):
         assert (np.abs(after[:, t:] - before[:, t:]).max(axis=-1) > 1e-4).all()
 
 
-def test_rotary_positions_are_relative_and_others_are_not():
-    """A token in front moves all others: of two equal tokens the last then sees the same."""
-    for kind, same in (("llama", True), ("gpt", False)):
-        run, params = of_parameters(**KINDS[kind], blocks=1)
-        tokens = np.full((1, 5), 4, np.int32)
-        logits = run(params, tokens)
-        assert np.allclose(logits[0, 0], logits[0, 4], atol=1e-5) == same
+def test_rotary_products_depend_on_the_distance_of_two_tokens(float64):
+    query, key = np.random.default_rng(2).normal(size=(2, 8))
+    angles = rotary_angles(20, 8, 100.0, jnp.float64)
+    turned = [rotate(jnp.tile(x, (1, 20, 1, 1)), angles)[0, :, 0] for x in (query, key)]
+    products = turned[0] @ turned[1].T
+    np.testing.assert_allclose(products[0, 0], query @ key, rtol=1e-12)
+    for distance in range(-19, 20):
+        along = np.diagonal(products, distance)
+        np.testing.assert_allclose(along, along[0], rtol=1e-10)
+        assert distance == 0 or abs(along[0] - query @ key) > 1e-3
 
 
 # --- types, recomputation, dropout ---------------------------------------------------------------
@@ -210,11 +213,14 @@ def test_bfloat16_computes_and_float32_keeps(kind):
 
     gradient = jax.jit(jax.grad(loss))(params)
     assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
-    products = [equation for equation in _equations(jax.make_jaxpr(jax.grad(loss))(params).jaxpr)
-                if equation.primitive.name == "dot_general"]
-    asked = {str(atom.aval.dtype) for equation in products for atom in equation.invars
-             if equation.params["precision"] is None}
-    assert asked == {"bfloat16"}, "a product of another type than bfloat16"
+    equations = list(_equations(jax.make_jaxpr(jax.grad(loss))(params).jaxpr))
+    # With a precision that is stated the compiler makes them bfloat16: attention's and the head's.
+    factors = {str(atom.aval.dtype) for one in equations for atom in one.invars
+               if one.primitive.name == "dot_general" and one.params["precision"] is None}
+    assert factors == {"bfloat16"}
+    sums = {str(one.outvars[0].aval.dtype) for one in equations
+            if one.primitive.name == "scatter-add" and one.outvars[0].aval.ndim == 2}
+    assert sums == {"float32"}, "a token's gradients are added up in another type"
 
 
 def _equations(jaxpr):
@@ -297,9 +303,11 @@ def test_parameters_of_gpt_2_and_of_a_llama_are_as_many_as_published():
 
 def test_parameters_have_names_by_block_and_begin_as_gpt_2s():
     options = {"width": 96, "hidden": 160, "blocks": 3, **GPT}
-    module = Transformer(VOCABULARY, jnp.bfloat16, nnx.Rngs(0), **SMALL | options)
+    module = abstract("bfloat16", **options)
+    begin = jax.jit(lambda: nnx.state(
+        Transformer(VOCABULARY, jnp.bfloat16, nnx.Rngs(0), **SMALL | options)))
     found = {"/".join(map(str, path)): np.asarray(leaf[...])
-             for path, leaf in nnx.to_flat_state(nnx.state(module))}
+             for path, leaf in nnx.to_flat_state(begin())}
     layers = ["attention/query", "attention/key", "attention/value", "attention/output",
               "feed_forward/up", "feed_forward/down", "attention_norm", "feed_forward_norm"]
     expected = {"tokens/embedding", "positions/embedding", "norm/scale", "norm/bias"} | {
@@ -316,7 +324,7 @@ def test_parameters_have_names_by_block_and_begin_as_gpt_2s():
         np.testing.assert_allclose(values.std() / deviation, 1, atol=error, err_msg=name)
     kinds = {type(part).__name__ for path, part in nnx.iter_modules(module) if "norm" in str(path)}
     assert kinds == {"LayerNorm"}
-    llama = Transformer(VOCABULARY, jnp.bfloat16, nnx.Rngs(0), **SMALL)
+    llama = abstract("bfloat16")
     names = {path[-1] for path, _ in nnx.to_flat_state(nnx.state(llama))}
     assert names == {"embedding", "kernel", "scale"}
     assert type(llama.norm).__name__ == "RMSNorm"
