@@ -30,10 +30,12 @@ test: .venv/installed .tpu/installed
 test-slow: .venv/installed
 	$(PYTEST) -m slow tests
 
-# A schedule in the loops of PyTorch, Trainer, Lightning: under 2 minutes on 2 cores, once they are
-# there (gigabytes). `make test` has Optax's. A PyTorch without CUDA is enough, where pip knows of one.
-test-adapters: .adapters/installed
+# A schedule in the loops of PyTorch, Trainer, Lightning, and this package's transformer beside those
+# of `transformers`: under 3 minutes on 2 cores, once they are there (gigabytes). `make test` has
+# Optax's loop. A PyTorch without CUDA is enough, where pip knows of one.
+test-adapters: .adapters/installed .venv/installed
 	.adapters/bin/python -m pytest --confcutdir=tests/adapters tests/adapters
+	$(BIN)/python -m pytest tests/models/test_transformer_reference.py
 
 # Kills a run at random moments, about 6 minutes on 2 cores; the short form is in the tests.
 soak: .venv/installed

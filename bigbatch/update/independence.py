@@ -151,6 +151,10 @@ def _unknown(equation: Any, operands: list[Dependence]) -> list[Dependence]:
 
 
 def _elementwise(equation: Any, operands: list[Dependence]) -> list[Dependence]:
+    operands = [
+        _stretched(operand, _shape(atom), _shape(equation.outvars[0]))
+        for operand, atom in zip(operands, equation.invars, strict=True)
+    ]
     drawn = frozenset().union(*(one.varies for one in operands if one.none and one.drawn))
     if any(bits.any() for one in operands for axis, bits in one.along.items() if axis in drawn):
         # Which number an example gets follows from its place among the others.
@@ -158,6 +162,16 @@ def _elementwise(equation: Any, operands: list[Dependence]) -> list[Dependence]:
     if equation.primitive.name in MASKING:
         operands = _masked(equation, operands)
     return _outputs(equation, _joined(operands))
+
+
+def _stretched(operand: Dependence, old: Sequence[int], new: Sequence[int]) -> Dependence:
+    """What is left along axes of one entry: nothing varies there, and a longer axis repeats it."""
+    along, everywhere = dict(operand.along), operand.everywhere
+    for axis in operand.along:
+        if old[axis] != new[axis]:
+            everywhere |= int(along.pop(axis)[0])
+    varies = frozenset(axis for axis in operand.varies if old[axis] > 1)
+    return operand._replace(everywhere=everywhere, along=along, varies=varies)
 
 
 def _masked(equation: Any, operands: list[Dependence]) -> list[Dependence]:
@@ -303,6 +317,26 @@ def _concatenate(equation: Any, operands: list[Dependence]) -> list[Dependence]:
     return [Dependence(everywhere, along, frozenset(range(len(shapes[0]))))]
 
 
+def _stack(equation: Any, operands: list[Dependence]) -> list[Dependence]:
+    """As a concatenation along the new axis, of which each operand is one entry."""
+    new = equation.params["axis"]
+    # What all of an operand's entries depend on lies along the new axis, the rest along its own.
+    whole = [
+        reduce(operator.or_, (int(np.bitwise_and.reduce(bits)) for bits in one.along.values()),
+               one.everywhere)
+        for one in operands
+    ]
+    rest = [
+        one._replace(along={axis: bits & ~np.uint8(all_) for axis, bits in one.along.items()})
+        for one, all_ in zip(operands, whole, strict=True)
+    ]
+    along = _relabelled(_joined(rest), lambda axis: axis + (axis >= new)).along
+    return [Dependence(
+        reduce(operator.and_, whole), along | {new: np.array(whole, np.uint8)},
+        frozenset(range(len(_shape(equation.outvars[0])))),
+    )]
+
+
 def _dot(equation: Any, operands: list[Dependence]) -> list[Dependence]:
     contracted, batched = equation.params["dimension_numbers"]
     everywhere, along, start = 0, {}, len(batched[0])
@@ -354,21 +388,48 @@ def _dynamic_slice(equation: Any, operands: list[Dependence]) -> list[Dependence
 
 
 def _gather(equation: Any, operands: list[Dependence]) -> list[Dependence]:
-    """Of indexing by arrays, the axes that are taken whole, and those of one index an example."""
+    """Of indexing by arrays: the axes that are taken whole, those of one index an example, and what
+    an index depends on, as the tokens that an embedding is looked up by."""
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
     old, shape = _shape(equation.invars[0]), _shape(equation.outvars[0])
     batching = list(numbers.operand_batching_dims)
     left = [axis for axis in range(len(old))
             if axis not in batching and axis not in numbers.collapsed_slice_dims]
     of_indices = [axis for axis in range(len(shape)) if axis not in numbers.offset_dims]
-    along = {}
+    along: dict[int, np.ndarray] = {}
     for axis, bits in operands[0].along.items():
         if axis in batching:
             along[of_indices[numbers.start_indices_batching_dims[batching.index(axis)]]] = bits
         elif axis in left and sizes[axis] == old[axis]:
             along[numbers.offset_dims[left.index(axis)]] = bits
+    if operands[0].varies & set(numbers.start_index_map):  # else any index finds the same
+        for axis, bits in operands[1].along.items():
+            if axis < len(of_indices):  # the last axis is the index itself
+                to = of_indices[axis]
+                along[to] = along[to] | bits if to in along else bits
     everywhere = _joined(operands).everywhere
     return [Dependence(everywhere, along, frozenset(range(len(shape))))]
+
+
+def _split(equation: Any, operands: list[Dependence]) -> list[Dependence]:
+    """Of pieces along one axis: each has its own part of it, and the other axes whole."""
+    axis, operand = equation.params["axis"], operands[0]
+    ends = np.cumsum(equation.params["sizes"])[:-1]
+    pieces = np.split(operand.along[axis], ends) if axis in operand.along else None
+    return [
+        operand._replace(along=operand.along | ({axis: pieces[at]} if pieces else {}))
+        for at in range(len(equation.outvars))
+    ]
+
+
+def _attention(equation: Any, operands: list[Dependence]) -> list[Dependence]:
+    """Of cuDNN's attention, the axis of examples, which is the first of all its arrays."""
+    operand = _joined(operands[:3])  # queries, keys, values
+    along = {0: operand.along[0]} if 0 in operand.along else {}
+    return [
+        Dependence(operand.everywhere, along, frozenset(range(len(_shape(out)))))
+        for out in equation.outvars
+    ]
 
 
 def _written(equation: Any, operands: list[Dependence]) -> list[Dependence]:
@@ -431,12 +492,12 @@ def _scan(equation: Any, operands: list[Dependence]) -> list[Dependence]:
 
 MASKING = {"mul", "and", "select_n", "min", "max"}
 ELEMENTWISE = MASKING | set(
-    "abs acos acosh add add_any asin asinh atan atan2 atanh cbrt ceil clamp convert_element_type "
-    "copy cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt integer_pow "
-    "is_finite le lgamma log log1p logistic lt ne neg nextafter not  or "
-    "population_count pow reduce_precision rem round rsqrt shift_left shift_right_arithmetic "
-    "shift_right_logical sign sin sinh sqrt square stop_gradient sub tan tanh xor "
-    "random_fold_in".split()
+    "abs acos acosh add add_any asin asinh atan atan2 atanh cbrt ceil clamp complex conj "
+    "convert_element_type copy cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge "
+    "gt imag integer_pow is_finite le lgamma log log1p logistic lt ne neg nextafter not or "
+    "population_count pow random_fold_in real reduce_precision rem round rsqrt shift_left "
+    "shift_right_arithmetic shift_right_logical sign sin sinh sqrt square stop_gradient sub tan "
+    "tanh xor".split()
 )
 RULES: dict[str, Callable[[Any, list[Dependence]], list[Dependence]]] = {
     "broadcast_in_dim": _broadcast, "transpose": _transpose, "reshape": _reshape,
@@ -444,7 +505,9 @@ RULES: dict[str, Callable[[Any, list[Dependence]], list[Dependence]]] = {
     "concatenate": _concatenate, "dot_general": _dot, "conv_general_dilated": _convolution,
     "iota": _iota, "random_seed": _unknown, "gather": _gather, "dynamic_slice": _dynamic_slice,
     **dict.fromkeys(["scatter", "scatter-add", "dynamic_update_slice"], _written),
-    "sort": _per_line("dimension"),
+    "sort": _per_line("dimension"), "split": _split, "stack": _stack,
+    "optimization_barrier": lambda equation, operands: operands,
+    "dot_product_attention_fwd_wrapper": _attention,
     **dict.fromkeys(["cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"], _per_line("axis")),
     **dict.fromkeys(["random_wrap", "random_unwrap", "random_bits", "random_split",
                      "bitcast_convert_type"], _leading),
