@@ -5,6 +5,9 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+# What a microbatch and a resident data set have beside the fields of a task.
+TAKEN = ("examples", "record", "usable", "seed")
+
 
 class Field(NamedTuple):
     """One of the arrays that an example consists of."""
