@@ -1,4 +1,4 @@
-"""Evaluates a run's last checkpoint, or an earlier one: loss and accuracy over the whole test set.
+"""Evaluates a run's last checkpoint, or an earlier one, over the whole test set.
 
     python -m bigbatch.evaluate --workdir=DIR [--at=EXAMPLES_SEEN]    (or gs://bucket/path)
 
@@ -21,6 +21,7 @@ from bigbatch.job.devices import make_mesh, pin_options
 from bigbatch.job.output import answer
 from bigbatch.mistake import Mistake
 from bigbatch.storage import checkpoint
+from bigbatch.tasks import contract
 from bigbatch.update import network
 from bigbatch.update.evaluation import make_evaluate, networks_of, whole_test_set
 
@@ -36,8 +37,9 @@ def evaluate_run(
         examples_seen: the checkpoint's position; None for the newest whole one.
 
     Returns:
-        `updates`, `examples_seen`, `epoch`, `test_loss` and `test_accuracy`; of a run that keeps an
-        average of its weights also `test_loss_average` and `test_accuracy_average`.
+        `updates`, `examples_seen`, `epoch`, `test_loss` and what else the run's task reports, such
+        as `test_accuracy`; of a run that keeps an average of its weights all of it also with
+        `_average` at the end of its name.
 
     Raises:
         Mistake: if there is no such checkpoint or it is not whole, or the data is not the run's.
@@ -49,10 +51,12 @@ def evaluate_run(
     pin_options(config.dtype)
     mesh, net = make_mesh(), network.build(config)
     seen = run["examples_seen"]
-    fed = open_feed(config, mesh, (), (), seen, [seen])
+    task = contract.task_of(config)
+    fields, data = contract.fields_of(config, task), contract.load(config, task)
+    fed = open_feed(config, fields, data, mesh, (), (), seen, [seen])
     program = make_evaluate(config, net, mesh)
     with contextlib.closing(fed):
-        result = whole_test_set(program, networks_of(state), fed)
+        result = whole_test_set(config, program, networks_of(state), fed)
     return {"updates": run["updates"], "examples_seen": seen,
             "epoch": seen / config.data.train_examples, **result}
 

@@ -109,6 +109,11 @@ def _write_safetensors(model: checkpoint.Model, request: Request) -> None:
 
 def _write_stablehlo(model: checkpoint.Model, request: Request) -> None:
     """A function of the images alone, with the parameters as its constants."""
+    if not model.takes_images:
+        raise Mistake(
+            f"--format=stablehlo writes a function of images, and the examples of "
+            f"{model.config.task} have none; take --format=npz or safetensors."
+        )
     data = model.config.data
     side = data.image_size
     batch = request.batch_size or export.symbolic_shape("batch")[0]

@@ -5,7 +5,6 @@ where the run stands) and `loop` (the updates), and reports the end.
 """
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
@@ -38,6 +37,7 @@ from bigbatch.schedule.rates import Rates
 from bigbatch.storage import bucket, checkpoint, continuing, logs, workdir
 from bigbatch.storage.continuing import Position
 from bigbatch.storage.saves import Saves
+from bigbatch.tasks import contract, measures
 from bigbatch.update import evaluation, initial_weights, network, own_optimizer, update
 from bigbatch.watching import profiling, progress
 from bigbatch.watching.clock import Clock
@@ -107,6 +107,7 @@ class Goal(NamedTuple):
     mesh: Mesh
     layouts: list[Layout]  # one for each phase
     net: network.Network
+    task: contract.Task
 
 
 class Run(NamedTuple):
@@ -118,6 +119,7 @@ class Run(NamedTuple):
     programs: Programs
     take_update: Callable  # see `dispatch.take_update`
     evaluate: Callable[[update.State], dict[str, float]]  # see `whole_test_set`
+    results: Callable[[Mapping[str, Any]], dict[str, float]]  # of the means of an update
     feed: Feed
     # phase, examples seen before and after -> the rates of that update
     rates_at: Callable[[Phase, int, int], Rates]
@@ -152,7 +154,7 @@ def set_goal(config: ConfigDict, stop_after_phase: str, profile: str) -> Goal:
     mesh, net = make_mesh(), network.build(config)
     own_optimizer.check(config, net.params)
     return Goal(config, phases, last_phase, span, mesh, make_layouts(config, phases, mesh.size),
-                net)
+                net, contract.task_of(config))
 
 
 def begin(
@@ -189,7 +191,8 @@ def begin(
     # The data and the state, on the devices.
     begin_with = {} if newest.path else initial_weights.read(config, goal.net)
     feed = open_feed(
-        config, mesh, phases, layouts, at.examples_seen, _evaluations(goal, at, phases))
+        config, contract.fields_of(config, goal.task), contract.load(config, goal.task), mesh,
+        phases, layouts, at.examples_seen, _evaluations(goal, at, phases))
     at_end.callback(feed.close)
     state = update.abstract_state(config, goal.net, mesh)
     if newest.path:
@@ -222,8 +225,9 @@ def begin(
         partial(take_update, before_pass=watch.poll, before_reduction=watch.before_reduction,
                 started=clock.update_started, landed=clock.update_landed),
         lambda state: evaluation.whole_test_set(
-            programs.evaluate(), evaluation.networks_of(state._asdict()), feed,
+            config, programs.evaluate(), evaluation.networks_of(state._asdict()), feed,
             watch.before_reduction),
+        partial(measures.results, config, goal.task, before="train_"),
         feed,
         partial(schedule.take_rates, make_recipe(config), goal.phases),
         lru_cache(maxsize=1)(partial(as_rates, mesh, dtype)),  # constant but in a warm-up
@@ -334,12 +338,12 @@ class InFlight(NamedTuple):
 
         Raises:
             NotFinite: if training diverged in this update, after noting that in timing.jsonl.
-            Mistake: if all images of the update were skipped, in every process of the job.
+            Mistake: if no example of the update counts, in any process of the job.
         """
         with run.log.clock.spent_on("update"):
             finite = bool(self.measured.finite)
         if not finite:
-            if math.isnan(self.measured.accuracy):  # of no image: no divergence
+            if not self.measured.weight:  # of no example: no divergence
                 raise run.feed.none_of_use(f"the update from example {self.start}")
             run.log.diverged(self.after.updates - 1, self.start)
             saved = ("All checkpoints are from before it." if run.saves.newest else
@@ -349,10 +353,7 @@ class InFlight(NamedTuple):
                 f"its loss ({float(self.measured.loss):g}) or a parameter after it is not finite. "
                 f"{saved} A lower recipe.learning_rate or a warm-up usually helps."
             )
-        return self.event and self.event | {
-            "train_loss": float(self.measured.loss),
-            "train_accuracy": float(self.measured.accuracy),
-        }
+        return self.event and self.event | run.results(self.measured.means)
 
 
 def loop(run: Run, at: Position, state: update.State) -> tuple[update.State, Position]:
@@ -393,7 +394,7 @@ def loop(run: Run, at: Position, state: update.State) -> tuple[update.State, Pos
                         ready.calls, state, sums, run.feed.resident,
                         run.feed.update(phase, layout, start),
                         run.as_rates(rates),
-                        running=flight and flight.measured.loss)
+                        running=flight and flight.measured.finite)
                 clock.dispatched(waited)
                 if flight:  # the update before this one
                     log.finished(flight.land(run))

@@ -60,7 +60,8 @@ class Measured:
     """What an update measured; to ask whether it is finite is to wait for it."""
 
     def __init__(self, number, case, effects):
-        self.number, self.loss, self.accuracy = number, float(number), 0.5
+        self.number, self.loss, self.weight = number, float(number), 1.0
+        self.means = {"loss": self.loss}
         self._finite, self._effects = number != case.diverges, effects
 
     @property
@@ -143,7 +144,8 @@ class World:
         fed = SimpleNamespace(resident=None, update=lambda *_: iter(()))
         return train.loop(
             train.Run(
-                phases, to_run, (None,) * len(to_run), self, self.take_update, self.evaluate, fed,
+                phases, to_run, (None,) * len(to_run), self, self.take_update, self.evaluate,
+                lambda means: {"train_loss": means["loss"]}, fed,
                 lambda phase, *_: Rates(phase.learning_rate, phase.momentum, 0, 0, 0),
                 lambda rates: rates, self.case.is_due, N, log, self, self, nothing),
             at, state)

@@ -17,7 +17,8 @@ WEIGHT_DECAY_ON = ("all", "no_norms", "no_norms_or_biases")
 CROP_STYLES = ("goyal", "inception", "none")
 RESAMPLE = ("bicubic", "bilinear")
 ON_BAD_IMAGE = ("stop", "skip")
-FREE = (["data", "options"], ["optimizer", "options"])  # the groups whose keys need not be known
+# The groups whose keys need not be known.
+FREE = (["data", "options"], ["optimizer", "options"], ["task_options"])
 MAY_BE_NONE = ("scale_up.momentum", "limits.max_batch_size", "limits.granularity", "limits.growth",
                "per_example.momentum")
 
@@ -48,6 +49,11 @@ def base_config() -> ConfigDict:
     # is evaluated beside the weights; 0: none is kept.
     config.ema = 0.0
 
+    # Dotted path of a task: what an example is, what the network sees of it, how it is judged. See
+    # bigbatch/tasks/__init__.py.
+    config.task = "bigbatch.tasks.classification"
+    config.task_options = ConfigDict()  # keys of your own, for a task of your own
+
     config.network = "bigbatch.models.wide_resnet.WideResNet"  # dotted path of a model function
     config.model = ConfigDict()  # its keyword arguments
     # Weights to begin with, in the place of those that the seed draws: a workdir, or an .npz file
@@ -63,7 +69,7 @@ def base_config() -> ConfigDict:
         "test_split": "test",
         "train_examples": 1437,  # N; checked when the data are loaded
         "test_examples": 360,
-        "num_classes": 10,
+        "num_classes": 10,  # the network's first argument: the width of its output, for any task
         "image_size": 8,  # side of the network's input images in pixels
         "mean": (0.0,),  # per channel, on the scale 0 to 255
         "std": (255.0,),
@@ -166,6 +172,7 @@ def unlock_free_groups(config: ConfigDict) -> None:
     config.model.unlock()
     config.data.options.unlock()
     config.optimizer.options.unlock()
+    config.task_options.unlock()
 
 
 def other_name(name: str) -> str:

@@ -17,6 +17,7 @@ MOVED = {
     "configs.small.half_resolution": "bigbatch.data.smaller.half_resolution",
     "configs.small.some_digits": "bigbatch.data.smaller.some_digits",
 }
+WHOLE = ("model", "options", "task_options")  # groups whose keys are the user's
 
 
 def saved_config(run: Mapping[str, Any]) -> ConfigDict:
@@ -43,9 +44,9 @@ def saved_config(run: Mapping[str, Any]) -> ConfigDict:
 
 
 def _fill(config: ConfigDict, saved: Mapping[str, Any]) -> None:
-    """Sets the values of `saved` in `config`, group by group; `model` and `options` as a whole."""
+    """Sets the values of `saved` in `config`, group by group; those of `WHOLE` at once."""
     for key, value in saved.items():
-        if isinstance(value, Mapping) and key in config and key not in ("model", "options"):
+        if isinstance(value, Mapping) and key in config and key not in WHOLE:
             _fill(config[key], value)
         else:
             config[key] = ConfigDict(value) if isinstance(value, Mapping) else value

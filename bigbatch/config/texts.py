@@ -55,7 +55,7 @@ def from_argument(
 def set_from_text(config: ConfigDict, key: str, text: str) -> None:
     """Sets the dotted `key` from the text of a command line, without changing the key's type.
 
-    A new key of `data.options` or `optimizer.options` takes its type from the text.
+    A new key of `data.options`, `optimizer.options` or `task_options` takes its type from the text.
 
     Raises:
         Mistake: if there is no such key, or the text is no value of its type.

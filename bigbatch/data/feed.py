@@ -2,8 +2,8 @@
 
 The examples of a microbatch follow from the position (examples seen), the phase and the layout. A
 resident data set is whole on every device, and a microbatch holds record numbers. If the data set
-is streamed, a microbatch holds images and labels too, and each process reads only those of its own
-devices' slots.
+is streamed, a microbatch holds the arrays of its examples too, the fields of the task, and each
+process reads only those of its own devices' slots.
 
 A streamed microbatch is on the devices, and its copy on the host is released, when it is yielded.
 So at most two microbatches are on the devices if the caller waits for pass k-1 before it asks for
@@ -12,7 +12,7 @@ the microbatch of pass k+1, which is then copied while pass k runs.
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,14 +20,15 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from bigbatch.data import sources, streaming
-from bigbatch.data.resident import ResidentImages, lay_out_images
+from bigbatch.data import streaming
+from bigbatch.data.examples import Field, InMemory, Streamed
+from bigbatch.data.resident import lay_out
 from bigbatch.job.devices import cut, place, replicated
 from bigbatch.mistake import Mistake
 from bigbatch.schedule import Phase, order
 from bigbatch.schedule.layout import Layout, examples_by_slot, lay_out_examples
 
-Arrays = dict[str, Any]  # of jax.Array; resident images are a ResidentImages
+Arrays = dict[str, Any]  # of jax.Array; the fields of a resident set are `Rows`
 EVALUATIONS = 100_000  # of a start that streams, at most: it keeps what it reads between any two
 
 
@@ -39,8 +40,8 @@ class Feed:
         config: of the run.
         mesh: the devices to feed.
         resident: arrays replicated on the devices: the run's `seed` and, unless the data set is
-            streamed, the training set's `images` and `labels`.
-        test: the test set's `images` and `labels`, replicated; empty if the data set is streamed.
+            streamed, the training set's fields as `Rows`.
+        test: the test set's fields as `Rows`, replicated; empty if the data set is streamed.
         stream: the streamed microbatches; None for a resident data set.
     """
 
@@ -59,13 +60,14 @@ class Feed:
         cannot go back: an update that was not taken to its end needs a new feed.
 
         Yields:
-            `examples` as `lay_out_examples` makes them and, if the data set is streamed, `images`
-            and `labels`, all cut over the devices. In a job of one process, `examples` stays a
-            NumPy array, which the program that is called with it transfers sooner.
+            `examples` as `lay_out_examples` makes them and, if the data set is streamed, the fields
+            and `usable` (bool; False for padding and for a skipped example), all cut over the
+            devices. In a job of one process, `examples` stays a NumPy array, which the program
+            that is called with it transfers sooner.
 
         Raises:
             Mistake: if a record cannot be read or decoded, or (in a job of one process, which sees
-                all of them) if all images of the update were skipped; the message names records.
+                all of them) if all examples of the update were skipped; the message names records.
         """
         before = self.skipped
         records_Bx3 = order.records(
@@ -75,15 +77,15 @@ class Feed:
             fed = {"examples": examples}
             if jax.process_count() > 1:
                 fed = place(fed, cut(self.mesh))
-            # No name may hold the images here, while the caller asks for the next.
+            # No name may hold the arrays here, while the caller asks for the next.
             yield fed | self._put_next_of(phase, examples_seen, before) if self.stream else fed
 
     def evaluation(self) -> Iterator[Arrays]:
         """Yields the batches of the whole test set, in order.
 
         Yields:
-            `record` (int32; -1 for padding and for a skipped image) and, if the data set is
-            streamed, `images` and `labels`, all cut over the devices.
+            `record` (int32; -1 for padding and for a skipped example) and, if the data set is
+            streamed, the fields, all cut over the devices.
 
         Raises:
             Mistake: if a record cannot be read or decoded; the message names the record.
@@ -96,24 +98,29 @@ class Feed:
 
     @property
     def skipped(self) -> int:
-        """How many images this process has skipped so far; see `streaming.Stream`."""
+        """How many examples this process has skipped so far; see `streaming.Stream`."""
         return self.stream.skipped if self.stream else 0
 
     def none_of_use(self, what: str) -> Mistake:
-        """The mistake that all images of `what` had to be skipped, with the last of them."""
-        last = "; ".join(self.stream.last_skipped) if self.stream else ""
+        """The mistake that nothing of `what` counts: all was skipped, or weighs nothing."""
+        if not self.stream:
+            return Mistake(
+                f"no example of {what} is of use: all weights in {self.config.task}'s losses are "
+                "0, so there is no mean.")
+        last = "; ".join(self.stream.last_skipped)
         return Mistake(
-            f"no image of {what} is of use: all were skipped, as config.data.on_bad_image is "
-            f"'skip'{last and f'. The last of them: {last}'}. Repair them, or take another split."
+            f"no example of {what} is of use: all were skipped, as config.data.on_bad_image is "
+            f"'skip', or weigh nothing{last and f'. The last that were skipped: {last}'}. Repair "
+            "them, or take another split."
         )
 
     def close(self) -> None:
-        """Stops the threads or processes that read images."""
+        """Stops the threads or processes that read examples."""
         if self.stream:
             self.stream.close()
 
     def _put_next_of(self, phase: Phase, examples_seen: int, skipped_before: int) -> Arrays:
-        """As `_put_next`, of an update; raises Mistake if all of its images were skipped."""
+        """As `_put_next`, of an update; raises Mistake if all of its examples were skipped."""
         arrays = self._put_next(True, examples_seen)
         if self.skipped - skipped_before == phase.batch_size:
             raise self.none_of_use(f"the update from example {examples_seen}")
@@ -131,9 +138,11 @@ class Feed:
                 f"{(train, start)}, as (train, position): updates and evaluations must be taken in "
                 "the order given to open_feed."
             )
-        own = {"images": taken.images_SxHxWxC, "labels": taken.labels_S}
-        if record_S is not None:
-            own["record"] = np.where(taken.labels_S == streaming.NO_LABEL, -1, record_S)
+        own = dict(taken.arrays_S)
+        if record_S is None:
+            own["usable"] = taken.usable_S
+        else:
+            own["record"] = np.where(taken.usable_S, record_S, -1)
         devices = [self.mesh.devices.flat[at] for at in _own_devices(self.mesh)]
 
         def one(array: np.ndarray) -> jax.Array:
@@ -145,13 +154,16 @@ class Feed:
 
 
 def open_feed(
-    config: ConfigDict, mesh: Mesh, phases: Sequence[Phase], layouts: Sequence[Layout],
-    examples_seen: int, evaluated_at: Iterable[int],
+    config: ConfigDict, fields: Mapping[str, Field], data: InMemory | Streamed, mesh: Mesh,
+    phases: Sequence[Phase], layouts: Sequence[Layout], examples_seen: int,
+    evaluated_at: Iterable[int],
 ) -> Feed:
-    """Loads the data set, or opens it for streaming from `examples_seen` on.
+    """Puts a data set on the devices, or opens it for streaming from `examples_seen` on.
 
     Args:
-        config: of the run. `data.streaming` decides between the two.
+        config: of the run.
+        fields: what an example consists of.
+        data: as the task has loaded it, in agreement with `config` and `fields`.
         mesh: the devices to feed.
         phases: the phases still to run, in order; the first may be under way.
         layouts: the layouts of these phases.
@@ -160,11 +172,11 @@ def open_feed(
             `examples_seen` if an evaluation precedes the next update. Read for streaming only.
 
     Raises:
-        Mistake: if the data does not agree with the config. A data set that is streamed is checked
-            without decoding an image. Or if it is streamed through too many evaluations.
+        Mistake: if a data set is streamed through too many evaluations, or more is on its way
+            between processes than there is room for.
     """
     seed = {"seed": np.uint32(config.seed)}
-    if config.data.streaming:
+    if isinstance(data, Streamed):
         known = list(itertools.islice(evaluated_at, EVALUATIONS + 1))
         if len(known) > EVALUATIONS:
             raise Mistake(
@@ -173,67 +185,73 @@ def open_feed(
                 f"{EVALUATIONS} evaluations, all of which a streamed run must know when it starts: "
                 "set eval_every_epochs to more, or recipe.epochs to less."
             )
-        stream = _open_stream(config, mesh, phases, layouts, examples_seen, known)
+        train, test = (streaming.Split(reader, fields, is_train, config.seed)
+                       for reader, is_train in ((data.train, True), (data.test, False)))
+        stream = _open_stream(config, train, test, mesh, phases, layouts, examples_seen, known)
         return Feed(config, mesh, place(seed, replicated(mesh)), {}, stream)
-    dataset = sources.load(config.data)
-    sources.check(dataset, config.data)
     resident, test = place(
-        (seed | {"images": lay_out_images(dataset.train_images), "labels": dataset.train_labels},
-         {"images": lay_out_images(dataset.test_images), "labels": dataset.test_labels}),
+        (seed | {name: lay_out(data.train[name]) for name in fields},
+         {name: lay_out(data.test[name]) for name in fields}),
         replicated(mesh),
     )
     return Feed(config, mesh, resident, test, None)
 
 
 def update_shapes(
-    config: ConfigDict, mesh: Mesh, slots_each: int
+    config: ConfigDict, fields: Mapping[str, Field], mesh: Mesh, slots_each: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of what `Feed.update` yields, for the compiler.
 
     Args:
         config: of the run.
+        fields: see `open_feed`.
         mesh: the devices to feed.
         slots_each: slots of a device in one pass.
     """
     rows = mesh.size * slots_each * config.ghost_size
-    return _shapes(config, mesh, rows) | {"examples": _shape((rows, 4), np.int32, mesh)}
+    usable = {"usable": _shape((rows,), np.bool_, mesh)} if config.data.streaming else {}
+    return (_shapes(config, fields, mesh, rows) | usable
+            | {"examples": _shape((rows, 4), np.int32, mesh)})
 
 
-def evaluation_shapes(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def evaluation_shapes(
+    config: ConfigDict, fields: Mapping[str, Field], mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of what `Feed.evaluation` yields, for the compiler."""
     rows = _test_records(config, mesh.size)[0].size
-    return _shapes(config, mesh, rows) | {"record": _shape((rows,), np.int32, mesh)}
+    return _shapes(config, fields, mesh, rows) | {"record": _shape((rows,), np.int32, mesh)}
 
 
 def resident_shapes(
-    config: ConfigDict, mesh: Mesh
+    config: ConfigDict, fields: Mapping[str, Field], mesh: Mesh
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """The shapes of `Feed.resident` and `Feed.test`, as far as the config alone determines them.
 
-    The config does not state the size of images before they are cropped, so the size of the crop is
-    assumed.
+    Of fields that may be larger than they say (`Field.or_larger`) these sizes are assumed.
     """
     seed = {"seed": jax.ShapeDtypeStruct((), np.uint32, sharding=replicated(mesh))}
     if config.data.streaming:
         return seed, {}
-    size, channels = config.data.image_size, len(config.data.mean)
 
     def split(examples: int) -> dict[str, Any]:
-        rows, labels = (
-            jax.ShapeDtypeStruct(shape, dtype, sharding=replicated(mesh))
-            for shape, dtype in (((examples, size * size * channels), np.uint8),
-                                 ((examples,), np.int32)))
-        return {"images": ResidentImages(rows, (size, size, channels)), "labels": labels}
+        laid_out = {
+            name: jax.eval_shape(
+                lay_out, jax.ShapeDtypeStruct((examples, *field.shape), field.dtype))
+            for name, field in fields.items()}
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
+            laid_out)
 
     return seed | split(config.data.train_examples), split(config.data.test_examples)
 
 
-def _shapes(config: ConfigDict, mesh: Mesh, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+def _shapes(
+    config: ConfigDict, fields: Mapping[str, Field], mesh: Mesh, rows: int
+) -> dict[str, jax.ShapeDtypeStruct]:
     if not config.data.streaming:
         return {}
-    size = config.data.image_size
-    return {"images": _shape((rows, size, size, 3), np.uint8, mesh),
-            "labels": _shape((rows,), np.int32, mesh)}
+    return {name: _shape((rows, *field.shape), field.dtype, mesh)
+            for name, field in fields.items()}
 
 
 def _shape(shape: tuple[int, ...], dtype: type, mesh: Mesh) -> jax.ShapeDtypeStruct:
@@ -262,13 +280,11 @@ def _test_records(config: ConfigDict, devices: int) -> np.ndarray:
 
 
 def _open_stream(
-    config: ConfigDict, mesh: Mesh, phases: Sequence[Phase], layouts: Sequence[Layout],
-    examples_seen: int, evaluated_at: Sequence[int],
+    config: ConfigDict, train: streaming.Split, test: streaming.Split, mesh: Mesh,
+    phases: Sequence[Phase], layouts: Sequence[Layout], examples_seen: int,
+    evaluated_at: Sequence[int],
 ) -> streaming.Stream:
     """Opens the stream of all that this process reads: updates, with evaluations between them."""
-    train_records, test_records = sources.open_records(config.data)
-    train = streaming.make_reader(train_records, config.data, True, config.seed)
-    test = streaming.make_reader(test_records, config.data, False, config.seed)
     own = _own_devices(mesh)
     records_MxDxS = _test_records(config, mesh.size)[:, own]
     evaluation = streaming.Stretch(

@@ -1,14 +1,14 @@
-"""Reads and decodes the images of each microbatch in the background, in the order of the run.
+"""Reads and decodes the examples of each microbatch in the background, in the order of the run.
 
 The record at a position of the run follows from the position alone (`schedule.order`). So all that
 a run reads is known in advance in closed form, across changes of the batch size and evaluations.
 Grain reads and decodes blocks of examples, in threads or in worker processes, and returns them in
 order; this module cuts them into microbatches. (The size of Grain's own batches cannot change, and
 batches made in workers would come in another order.) The size of the blocks and the number of
-workers change no image. One stream serves training and evaluation, so that workers start only once
+workers change nothing. One stream serves training and evaluation, so that workers start only once
 and the bound below also holds during an evaluation.
 
-The host holds at most two microbatches of images: the examples decoded ahead, and the microbatch
+The host holds at most two microbatches: the examples decoded ahead, and the microbatch
 that is being filled.
 """
 
@@ -29,22 +29,19 @@ import weakref
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import grain
 import numpy as np
 from absl import flags
-from ml_collections import ConfigDict
 
-from bigbatch.data import decode
+from bigbatch.data.examples import Field, Reader
 from bigbatch.mistake import Mistake
 from bigbatch.schedule import order
 
-CROPS = {"goyal": decode.random_resized_crop_box, "inception": decode.inception_crop_box}
 # Examples in a block. In a larger one they wait longer for one another; a smaller one costs more
 # time per example to transfer.
 LARGEST_BLOCK = 16
-NO_LABEL = -1  # of a padding slot and of a skipped image
 SHARED_MEMORY = Path("/dev/shm")
 
 _open_streams = weakref.WeakSet()
@@ -58,81 +55,41 @@ def _close_streams() -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reader:
-    """Reads the examples of a split: an image, cropped and resized to a square, and its label."""
+class Split:
+    """A split as a run reads it: the training set in the run's order, the test set in its own."""
 
-    records: Sequence[Mapping[str, Any]]  # `image` (encoded) and `label`, as `sources.tfds_records`
-    split: str  # for messages
-    train: bool  # False: the test set, in the order of its records
-    seed: int
-    classes: int
-    size: int
-    style: str
-    eval_share: float
-    resample: str
-    skip: bool
+    reader: Reader
+    fields: Mapping[str, Field]  # of its examples
+    train: bool  # False: the test set
+    seed: int  # of the run
 
-    def read(self, position: int) -> tuple[np.ndarray, int, str]:
+    def read(self, position: int) -> tuple[Mapping[str, np.ndarray], str]:
         """Reads the example at `position`, of the run or (for evaluation) of the test set.
 
         Returns:
-            The image, uint8 (size, size, 3), its label, and "". For an image that is to be skipped:
-            zeros, NO_LABEL, and the reason.
+            See `Reader.read`.
 
         Raises:
-            Mistake: if the record cannot be read, or if its image or label is faulty and it is not
-                to be skipped; the message names the record.
+            Mistake: what the reader raises, or if what it returns is not as `fields` say.
         """
         record, epoch, epoch_position = position, 0, position
         if self.train:
-            found = order.records(self.seed, position, 1, len(self.records))
+            found = order.records(self.seed, position, 1, len(self.reader))
             record, epoch, epoch_position = found[0].tolist()
-        try:
-            example = self.records[record]
-        except RuntimeError as error:  # from ArrayRecord, for absent or broken files
-            raise Mistake(
-                f"record {record} of split {self.split!r} cannot be read: {error}"
-            ) from error
-        encoded, label = example["image"], int(example["label"])
-        try:
-            if not 0 <= label < self.classes:
-                raise Mistake(f"the label is {label}, outside [0, {self.classes})")
-            box = self._box(*decode.dimensions(encoded), epoch, epoch_position)
-            return decode.decode(encoded, box, self.size, self.resample), label, ""
-        except Mistake as error:
-            reason = f"record {record}{_name(example)} of split {self.split!r}: {error}"
-            if self.skip:
-                return np.zeros((self.size, self.size, 3), np.uint8), NO_LABEL, reason
-            raise Mistake(
-                f"{reason}. Repair it, or set --config.data.on_bad_image=skip to go on without it."
-            ) from None
+        arrays, reason = self.reader.read(record, epoch, epoch_position)
+        for name, field in self.fields.items():
+            found = arrays.get(name)
+            if not reason and (found is None or (found.shape, found.dtype) != field[:2]):
+                is_now = "none" if found is None else f"{found.dtype} {found.shape}"
+                raise Mistake(
+                    f"record {record} has {is_now} for {name!r}, which is "
+                    f"{np.dtype(field.dtype)} {field.shape} by the fields of config.task.")
+        return arrays, reason
 
-    def _box(
-        self, width: int, height: int, epoch: int, epoch_position: int
-    ) -> tuple[int, int, int, int]:
-        if not self.train or self.style == "none":
-            return decode.eval_box(width, height, self.eval_share, self.style)
-        draws = decode.uniforms(self.seed, epoch, epoch_position)
-        return CROPS[self.style](width, height, draws)
-
-
-def make_reader(
-    records: Sequence[Mapping[str, Any]], data: ConfigDict, train: bool, seed: int
-) -> Reader:
-    """Makes the reader of one split of a data set.
-
-    Args:
-        records: of the split, from `sources.open_records`.
-        data: config.data. Its `crop_style` is "goyal", "inception" or "none"; see `decode`.
-        train: whether the split is the training set, read in the run's order with random crops;
-            otherwise it is the test set, read in the order of its records.
-        seed: of the run.
-    """
-    return Reader(
-        records=records, split=data.train_split if train else data.test_split, train=train,
-        seed=seed, classes=data.num_classes, size=data.image_size, style=data.crop_style,
-        eval_share=data.eval_share, resample=data.resample, skip=data.on_bad_image == "skip",
-    )
+    def zeros(self, examples: int) -> dict[str, np.ndarray]:
+        """Arrays of that many examples."""
+        return {name: np.zeros((examples, *field.shape), field.dtype)
+                for name, field in self.fields.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +99,7 @@ class Stretch:
     An evaluation is one such update, whose batch is the test set.
     """
 
-    reader: Reader
+    split: Split
     start: int  # position of the first update's first example
     updates: int
     batch_size: int
@@ -171,25 +128,25 @@ class Blocks:
     def __len__(self) -> int:
         return -(-int(self.ends[-1]) // self.block)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """Block `index`: images uint8 (block, size, size, 3), labels int32 (block,), reasons."""
+    def __getitem__(self, index: int) -> tuple[dict[str, np.ndarray], list[str]]:
+        """Block `index`: arrays by name, and for each example why it is to be skipped, or ""."""
         first = index * self.block
         examples = range(first, min(first + self.block, int(self.ends[-1])))
-        size = self.stretches[0].reader.size
-        images = np.empty((len(examples), size, size, 3), np.uint8)
-        labels, reasons = np.empty(len(examples), np.int32), []
+        arrays, reasons = self.stretches[0].split.zeros(len(examples)), []
         for row, example in enumerate(examples):
-            images[row], labels[row], reason = self.read(example)
+            found, reason = self.read(example)
             reasons.append(reason)
-        return images, labels, reasons
+            for name in found:
+                arrays[name][row] = found[name]
+        return arrays, reasons
 
-    def read(self, index: int) -> tuple[np.ndarray, int, str]:
+    def read(self, index: int) -> tuple[Mapping[str, np.ndarray], str]:
         """Reads example `index` of those that this process reads; see `Reader.read`."""
         at = int(np.searchsorted(self.ends, index, side="right"))
         stretch = self.stretches[at]
         before = int(self.ends[at - 1]) if at else 0
         update, slot = divmod(index - before, len(stretch.needed))
-        return stretch.reader.read(
+        return stretch.split.read(
             stretch.start + update * stretch.batch_size + int(stretch.needed[slot])
         )
 
@@ -199,8 +156,8 @@ class Microbatch(NamedTuple):
 
     train: bool
     start: int  # position of the first example of its update
-    images_SxHxWxC: np.ndarray  # uint8; zeros in a padding slot and for a skipped image
-    labels_S: np.ndarray  # int32; NO_LABEL in both cases
+    arrays_S: dict[str, np.ndarray]  # by name; zeros in a padding slot and for a skipped example
+    usable_S: np.ndarray  # bool; False in both cases
 
 
 class Stream:
@@ -209,8 +166,7 @@ class Stream:
     Release a microbatch before you ask for the next; otherwise the host holds three.
 
     Attributes:
-        skipped: the number of images skipped so far, because they could not be decoded or their
-            label is not a class.
+        skipped: the number of examples skipped so far, because their reader said so.
         last_skipped: what the last few of them are, and what is wrong with them.
     """
 
@@ -218,17 +174,17 @@ class Stream:
         """Prepares the stream; reading begins when the first microbatch is asked for.
 
         Args:
-            stretches: what to read, in order; all with the same image size.
+            stretches: what to read, in order; all with the same fields.
             workers: the number of processes that decode; with 0, threads of this process decode.
             threads: the number of threads that decode in each process.
 
         Raises:
-            Mistake: if the images on their way from the workers do not fit into shared memory.
+            Mistake: if the examples on their way from the workers do not fit into shared memory.
         """
         self.skipped = 0
         self.last_skipped: deque[str] = deque(maxlen=3)
         self._microbatches = (
-            (stretch.reader, stretch.start + update * stretch.batch_size, slots_S)
+            (stretch.split, stretch.start + update * stretch.batch_size, slots_S)
             for stretch in stretches
             for update in range(stretch.updates)
             for slots_S in stretch.slots_MxS
@@ -243,16 +199,18 @@ class Stream:
         return self
 
     def __next__(self) -> Microbatch:
-        reader, start, slots_S = next(self._microbatches)
-        images = np.zeros((len(slots_S), reader.size, reader.size, 3), np.uint8)
-        labels = np.full(len(slots_S), NO_LABEL, np.int32)
-        for slot in np.flatnonzero(slots_S >= 0):
-            images[slot], labels[slot], reason = next(self._examples)
+        split, start, slots_S = next(self._microbatches)
+        arrays, usable = split.zeros(len(slots_S)), slots_S >= 0
+        for slot in np.flatnonzero(usable):
+            found, reason = next(self._examples)
+            for name in arrays:
+                arrays[name][slot] = found[name]
             if reason:
                 logging.warning("Skipped %s.", reason)
+                usable[slot] = False
                 self.skipped += 1
                 self.last_skipped.append(reason)
-        return Microbatch(reader.train, start, images, labels)
+        return Microbatch(split.train, start, arrays, usable)
 
     def close(self) -> None:
         """Stops the threads or processes, and ends the stream."""
@@ -266,7 +224,7 @@ class Stream:
 
 def _one_by_one(
     blocks: Iterator[tuple], workers: int
-) -> Iterator[tuple[np.ndarray, int, str]]:
+) -> Iterator[tuple[Mapping[str, np.ndarray], str]]:
     """Yields the examples of the blocks; releases each block before it takes the next.
 
     Args:
@@ -285,8 +243,11 @@ def _one_by_one(
             if not workers or not killed:
                 raise
             break
-        yield from zip(*block, strict=True)
+        arrays, reasons = block
+        for row, reason in enumerate(reasons):
+            yield {name: array[row] for name, array in arrays.items()}, reason
         made += 1
+        del arrays, reasons
         del block
     del blocks  # nothing may keep Grain's objects from being freed when the stream is closed
     raise Mistake(_why_killed(signal.Signals(int(killed[1])), made % workers, workers))
@@ -307,8 +268,8 @@ def _why_killed(by: signal.Signals, worker: int, workers: int) -> str:
 
 def _background(
     stretches: tuple[Stretch, ...], workers: int, threads: int, ahead: int
-) -> tuple[Iterator[tuple[np.ndarray, np.ndarray, list[str]]], int]:
-    """Grain's iterator over the blocks, which holds at most `ahead` images, and its workers.
+) -> tuple[Iterator[tuple[dict[str, np.ndarray], list[str]]], int]:
+    """Grain's iterator over the blocks, which holds at most `ahead` examples, and its workers.
 
     Fewer workers or threads than asked for are started if all of them would hold more.
     """
@@ -336,7 +297,8 @@ def _background(
         grain.ReadOptions(num_threads=threads, prefetch_buffer_size=read_ahead)
     )
     if workers:
-        _check_shared_memory(in_flight * blocks.block * 3 * stretches[0].reader.size**2, running)
+        bytes_each = sum(array.nbytes for array in stretches[0].split.zeros(1).values())
+        _check_shared_memory(in_flight * blocks.block * bytes_each, running)
         if not flags.FLAGS.is_parsed():  # Grain reads absl flags, which only the commands parse
             flags.FLAGS.mark_as_parsed()
         dataset = dataset.mp_prefetch(
@@ -394,12 +356,3 @@ def _begin_worker(index: int, count: int) -> None:
         os._exit(1)
 
     threading.Thread(target=follow, name="follow-parent", daemon=True).start()
-
-
-def _name(example: Mapping[str, Any]) -> str:
-    """The name that the data set gives an example, in brackets; "" if it gives none."""
-    for key in ("file_name", "id", "tfds_id"):
-        if key in example:
-            name = example[key]
-            return f" ({name.decode(errors='replace') if isinstance(name, bytes) else name})"
-    return ""

@@ -18,6 +18,7 @@ from bigbatch.programs import lowering
 from bigbatch.programs.compilation import EVALUATE, Kind, Program, programs_of
 from bigbatch.schedule import Phase
 from bigbatch.schedule.layout import Layout, make_layout
+from bigbatch.tasks import contract
 from bigbatch.update import network, update
 
 
@@ -121,7 +122,8 @@ class _Compiler:
         self.folder, self.show, self.accumulates = folder, show, accumulates
         self.mesh = topology.make_mesh(found)
         self.state = update.abstract_state(config, self.net, self.mesh)
-        self.resident, self.test = feed.resident_shapes(config, self.mesh)
+        self.fields = contract.fields_of(config, contract.task_of(config))
+        self.resident, self.test = feed.resident_shapes(config, self.fields, self.mesh)
         self.known: dict[Program, Measured] = {}
 
     def measure(self, program: Program) -> Measured:
@@ -155,9 +157,9 @@ class _Compiler:
         if kind is Kind.APPLY:
             beside += _bytes(self.resident)
         if kind in (Kind.UPDATE, Kind.EVALUATE) and self.accumulates:
-            beside += _bytes(update.abstract_sums(self.state, self.mesh)) // self.mesh.size
+            beside += _bytes(update.abstract_sums(self.net, self.mesh)) // self.mesh.size
         if kind in (Kind.UPDATE, Kind.ACCUMULATE):  # the next microbatch is on the device already
-            shapes = feed.update_shapes(self.config, self.mesh, program.slots)
+            shapes = feed.update_shapes(self.config, self.fields, self.mesh, program.slots)
             beside += _bytes(shapes) // self.mesh.size
         return measured.argument_bytes + measured.extra_bytes + beside
 
@@ -177,7 +179,8 @@ class _Compiler:
 
     def describe_evaluation(self) -> dict[str, Any]:
         """`_describe` for one evaluation of the test set, and `advice` if it does not fit."""
-        rows = feed.evaluation_shapes(self.config, self.mesh)["record"].shape[0]
+        shapes = feed.evaluation_shapes(self.config, self.fields, self.mesh)
+        rows = shapes["record"].shape[0]
         batches = -(-self.config.data.test_examples // rows)
         described = self._describe([EVALUATE], [batches])
         if not described["fits"]:

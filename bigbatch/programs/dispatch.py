@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from bigbatch.job.devices import cut, place, replicated
 from bigbatch.schedule.rates import Rates
-from bigbatch.update import update
+from bigbatch.update import network, update
 
 
 def take_update(
@@ -91,9 +91,9 @@ def as_rates(mesh: Mesh, dtype: np.dtype, rates: Rates) -> Rates:
     return place(jax.tree.map(dtype.type, rates), replicated(mesh))
 
 
-def room_for_sums(state: update.State, mesh: Mesh) -> update.Sums:
+def room_for_sums(net: network.Network, mesh: Mesh) -> update.Sums:
     """Zero arrays in which the passes of an update accumulate their sums, one set a device."""
-    shapes = update.abstract_sums(state, mesh)
+    shapes = update.abstract_sums(net, mesh)
     return jax.jit(
         lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes),
         out_shardings=cut(mesh),

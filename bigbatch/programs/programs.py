@@ -77,7 +77,7 @@ class Programs:
             initial = initial_weights.put(jax.tree.map(np.asarray, initial), self._begin_with)
             state = place(initial, replicated(self._mesh))
         several = any(layout.microbatches > 1 for layout in self._layouts)
-        sums = dispatch.room_for_sums(state, self._mesh) if several else None
+        sums = dispatch.room_for_sums(self._net, self._mesh) if several else None
         watch.wait(lambda: all(self._futures[program].done() for program in first))
         for program in first:
             self._futures[program].result()

@@ -1,50 +1,40 @@
-"""The loss and accuracy of a network over the whole test set."""
+"""What a network's task measures of it over the whole test set, and what it makes of examples."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from bigbatch.data import augment
 from bigbatch.data.feed import Feed
+from bigbatch.data.resident import fields_of
 from bigbatch.job.devices import AXIS, compiler_options
+from bigbatch.tasks import contract, measures
 from bigbatch.update import network
 
 
 def make_evaluate(config: ConfigDict, net: network.Network, mesh: Mesh) -> Callable:
-    """Makes the jitted function `(params, batch_stats, test, batch) -> float[3]`.
+    """Makes the jitted function `(params, batch_stats, test, batch) -> {name: (sum, weight)}`.
 
-    The result is the sum of the cross entropy, the number of correct predictions, and the number of
-    examples, over one batch of all devices.
+    The result is what the task reports, added up over one batch of all devices.
 
-    `test` has the test set's `images` and `labels`, replicated; it is {} if the test set is
-    streamed. `batch` has `record` (int32, -1 for padding) and, if the test set is streamed,
-    `images` and `labels`.
+    `test` has the test set's fields as `Rows`, replicated; it is {} if the test set is streamed.
+    `batch` has `record` (int32, -1 for padding) and, if the test set is streamed, its fields.
     """
-    dtype = jnp.promote_types(config.dtype, jnp.float32)  # of the logits
+    task = contract.task_of(config)
 
-    def evaluate(params: Any, batch_stats: Any, test: Mapping, batch: Mapping) -> jax.Array:
+    def evaluate(params: Any, batch_stats: Any, test: Mapping, batch: Mapping) -> measures.Measured:
         record = batch["record"]
-        if "images" in batch:
-            images, labels = batch["images"], batch["labels"]
-        else:
-            rows = jnp.maximum(record, 0)
-            images, labels = test["images"].take(rows), test["labels"][rows]
-        logits = logits_of(config, net, params, batch_stats, images)
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-        real = record >= 0
-        sums = jnp.stack([
-            jnp.sum(jnp.where(real, losses, 0.0)),
-            jnp.sum(real & (jnp.argmax(logits, axis=1) == labels)).astype(dtype),
-            jnp.sum(real).astype(dtype),
-        ])
-        return jax.lax.psum(sums, AXIS)
+        fields = fields_of(test, batch, jnp.maximum(record, 0))
+        outputs, targets = outputs_of(config, task, net, params, batch_stats, fields, record)
+        own = measures.add_up(config, task, outputs, targets, record >= 0).measured
+        vector, unravel = ravel_pytree(own)
+        return unravel(jax.lax.psum(vector, AXIS))
 
     mapped = jax.shard_map(
         evaluate, mesh=mesh, in_specs=(P(), P(), P(), P(AXIS)), out_specs=P(), check_vma=False
@@ -52,27 +42,29 @@ def make_evaluate(config: ConfigDict, net: network.Network, mesh: Mesh) -> Calla
     return jax.jit(mapped, compiler_options=compiler_options(mesh))
 
 
-def logits_of(
-    config: ConfigDict, net: network.Network, params: Any, batch_stats: Any,
-    images_BxHxWxC: jax.Array,
-) -> jax.Array:
-    """The logits of images as they are in the data set, cropped and normalised for evaluation.
+def outputs_of(
+    config: ConfigDict, task: contract.Task, net: network.Network, params: Any, batch_stats: Any,
+    fields_B: Mapping[str, jax.Array], record_B: jax.Array,
+) -> tuple[Any, Any]:
+    """What the network makes of examples as they are in the data set, in evaluation.
 
     Args:
         config: of the run.
+        task: its task.
         net: its network.
         params: its parameters.
         batch_stats: its running statistics.
-        images_BxHxWxC: uint8.
+        fields_B: the arrays of the examples, by name.
+        record_B: their numbers in the test set, from which the keys that the task gets follow.
 
     Returns:
-        (B, classes) in float32, or in float64 where `config.dtype` is.
+        What the network returns, and the task's targets.
     """
-    images = augment.crop_centre(images_BxHxWxC, config.data.augment.crop)
-    images = augment.normalise(images, config.data.mean, config.data.std, jnp.dtype(config.dtype))
-    keys = jax.random.split(jax.random.key(0), images.shape[0])  # not used in evaluation
-    logits, *_ = net.apply(params, batch_stats, images, False, keys)
-    return logits.astype(jnp.promote_types(config.dtype, jnp.float32))
+    key = jax.random.key(0, impl="threefry2x32")  # the same in every evaluation
+    keys = augment.example_keys(key, jnp.zeros_like(record_B), record_B)
+    inputs, targets = contract.prepare(config, task, fields_B, keys, False)
+    outputs, _ = net.apply(params, batch_stats, inputs, False, keys)
+    return outputs, targets
 
 
 def networks_of(state: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -91,37 +83,39 @@ def networks_of(state: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
 
 
 def whole_test_set(
-    program: Callable, networks: Mapping[str, tuple[Any, Any]], fed: Feed,
+    config: ConfigDict, program: Callable, networks: Mapping[str, tuple[Any, Any]], fed: Feed,
     before_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Evaluates every test example once: `test_loss` (mean cross entropy) and `test_accuracy`.
+    """Evaluates every test example once: `test_loss`, and `test_...` of all else that is reported.
 
     Args:
+        config: of the run.
         program: the function that `make_evaluate` returns, jitted or compiled.
         networks: see `networks_of`; all of them see a batch before the next one is asked for.
         fed: the feed that yields the test set.
         before_batch: called before each batch; its exceptions are not caught.
 
     Returns:
-        Both numbers for each network, whose key their names end with.
+        The means for each network, whose key their names end with; nan for what has no weight.
 
     Raises:
-        Mistake: if a record cannot be read or decoded, or if all images were skipped.
+        Mistake: if a record cannot be read or decoded, or if no example counts for the loss.
     """
-    sums: dict[str, list[jax.Array]] = {end: [] for end in networks}
-    last: list[jax.Array] = []
+    task = contract.task_of(config)
+    parts: dict[str, list[measures.Measured]] = {end: [] for end in networks}
+    last: list[measures.Measured] = []
     for batch in fed.evaluation():
         before_batch()
         before, last = last, [program(*one, fed.test, batch) for one in networks.values()]
         for end, part in zip(networks, last, strict=True):
-            sums[end].append(part)
+            parts[end].append(part)
         # At most two batches are on the devices, so that a stop is noticed soon.
         jax.block_until_ready(before)
-    results = {}
-    for end, parts in sums.items():
-        loss, correct, examples = np.sum([np.asarray(part, np.float64) for part in parts], axis=0)
-        if not examples:  # the same in all processes
+    found: dict[str, float] = {}
+    for end, of_batches in parts.items():
+        whole = jax.tree.map(lambda *of_one: sum(map(float, of_one)), *of_batches)
+        if not whole["loss"][1]:  # the same in all processes
             raise fed.none_of_use("the test set")
-        results |= {f"test_loss{end}": float(loss / examples),
-                    f"test_accuracy{end}": float(correct / examples)}
-    return results
+        means = {name: measures.ratio(*pair) for name, pair in whole.items()}
+        found |= measures.results(config, task, means, "test_", end)
+    return found

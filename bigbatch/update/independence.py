@@ -56,15 +56,31 @@ def by_ghost(size: int) -> np.ndarray:
 
 
 def of_inputs(shape: Sequence[int]) -> Dependence:
-    """That of an array with the examples on its first axis."""
+    """That of an array with the examples on its first axis; a single number depends on none."""
+    if not shape:
+        return Dependence()
     return Dependence(0, {0: by_ghost(shape[0])}, frozenset(range(len(shape))))
 
 
 def is_apart(found: Dependence, shape: Sequence[int]) -> bool:
     """Whether no entry depends on another ghost batch than its own, by its place on axis 0."""
+    if not shape:
+        return found.none
     strange = [~by_ghost(shape[0]) & (found.everywhere | found.along.get(0, np.uint8(0)))]
     others = [found.along[axis] for axis in found.along if axis]
     return not np.any(strange) and not any(bits.any() for bits in others)
+
+
+def mixing(found: Any, shapes: Any) -> Dependence | None:
+    """The first of a tree's dependences that is not apart; None if all are.
+
+    Args:
+        found: a tree of dependences, from `trace`.
+        shapes: those of their arrays.
+    """
+    dependences = jax.tree.leaves(found, is_leaf=lambda one: isinstance(one, Dependence))
+    return next((one for one, leaf in zip(dependences, jax.tree.leaves(shapes), strict=True)
+                 if not is_apart(one, leaf.shape)), None)
 
 
 def follow(jaxpr: core.Jaxpr, inputs: Sequence[Dependence]) -> list[Dependence]:
@@ -470,6 +486,15 @@ def _call(equation: Any, operands: list[Dependence]) -> list[Dependence]:
     return follow(inner, operands)
 
 
+def _cond(equation: Any, operands: list[Dependence]) -> list[Dependence]:
+    """What the results of any branch depend on, and the choice between them."""
+    chosen, *given = operands
+    branches = [follow(getattr(branch, "jaxpr", branch), given)
+                for branch in equation.params["branches"]]
+    joined = [_joined(results) for results in zip(*branches, strict=True)]
+    return [one._replace(everywhere=one.everywhere | chosen.everywhere) for one in joined]
+
+
 def _scan(equation: Any, operands: list[Dependence]) -> list[Dependence]:
     """A few rounds of the loop's body; of arrays it runs over, the axis it runs over is dropped."""
     parameters = equation.params
@@ -517,26 +542,23 @@ RULES: dict[str, Callable[[Any, list[Dependence]], list[Dependence]]] = {
     **dict.fromkeys(
         ["jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint",
          "custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"], _call),
-    "scan": _scan,
+    "scan": _scan, "cond": _cond, "platform_index": lambda equation, _: [Dependence()],
 }
 
 
-def trace(
-    function: Callable, params: Any, batch_stats: Any, images: Any, keys: Any
-) -> tuple[Any, Any]:
-    """Traces `function(params, batch_stats, images, keys)` on `GHOSTS` ghost batches.
+def trace(function: Callable, constants: Any, *of_examples: Any) -> tuple[Any, Any]:
+    """Traces `function(constants, *of_examples)` on `GHOSTS` ghost batches.
 
     Args:
         function: returns a tree of arrays.
-        params: a tree of shapes, as `batch_stats`.
-        batch_stats: see `params`.
-        images: shapes, with the examples of all ghost batches on the first axis, as `keys`.
-        keys: see `images`.
+        constants: a tree of shapes.
+        of_examples: trees of shapes, each with the examples of all ghost batches on its first axis.
 
     Returns:
         The shapes of the results, and a tree with the `Dependence` of each.
     """
-    closed, shapes = jax.make_jaxpr(function, return_shape=True)(params, batch_stats, images, keys)
-    constants = [_constant(leaf.shape) for leaf in jax.tree.leaves((params, batch_stats))]
-    found = follow(closed.jaxpr, [*constants, of_inputs(images.shape), of_inputs(keys.shape)])
+    closed, shapes = jax.make_jaxpr(function, return_shape=True)(constants, *of_examples)
+    known = [_constant(leaf.shape) for leaf in jax.tree.leaves(constants)]
+    known += [of_inputs(leaf.shape) for leaf in jax.tree.leaves(of_examples)]
+    found = follow(closed.jaxpr, known)
     return shapes, jax.tree.unflatten(jax.tree.structure(shapes), found)

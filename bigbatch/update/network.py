@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 
 from bigbatch import dotted
 from bigbatch.mistake import Mistake
-from bigbatch.update import independence
+from bigbatch.tasks import contract
+from bigbatch.update import independence, task_checks
 from bigbatch.update.user_lines import FLAX, JAX, is_users
 
 Tree = Mapping[str, Any]
@@ -33,22 +34,24 @@ class Network(NamedTuple):
     init: Callable[[jax.Array], tuple[Tree, Tree]]  # seed, uint32 -> parameters, running statistics
     params: Tree  # shapes of the parameters
     batch_stats: Tree  # shapes of the running statistics
-    # (parameters, running statistics, images_BxHxWxC, train, keys_B) -> logits_BxK,
-    # [(weight, auxiliary logits), ...], statistics (in training with one row per ghost batch)
-    apply: Callable[..., tuple[jax.Array, list, Tree]]
+    # (parameters, running statistics, inputs_B, train, keys_B) -> what the module returns,
+    # statistics (in training with one row per ghost batch)
+    apply: Callable[..., tuple[Any, Tree]]
     decays: Tree  # like the statistics: the share of each that remains after one ghost batch
     in_norm: Tree  # like the parameters: True for the parameters of normalisation layers
+    measured: tuple[str, ...]  # what the task's losses measure of it
 
 
 def build(config: ConfigDict, may_mix: bool = False) -> Network:
     """Builds the network of `config.network` with the arguments `config.model`.
 
     `config.network` is the dotted path of a function `(num_classes, dtype, rngs, **config.model)`
-    that returns an nnx.Module. The module is called as `(images, train, keys)`, with one random key
-    per example, and returns logits or (logits, [(weight, auxiliary logits), ...]). Its parameters
-    are float32 (float64 if config.dtype is). A Linen module is wrapped in `nnx.bridge.ToNNX`. A
-    GhostBatchNorm inside it is wrapped in `nnx.bridge.ToLinen`, and the Linen module is then called
-    with mutable=["batch_stats"] in training.
+    that returns an nnx.Module. The module is called as `(inputs, train, keys)`, on what the task
+    prepares (images, for one) and with one random key per example, and returns what the task's
+    losses take (logits, for one). Its parameters are float32 (float64 if config.dtype is). A Linen
+    module is wrapped in `nnx.bridge.ToNNX`. A GhostBatchNorm inside it is wrapped in
+    `nnx.bridge.ToLinen`, and the Linen module is then called with mutable=["batch_stats"] in
+    training.
 
     Args:
         config: of the run.
@@ -59,8 +62,8 @@ def build(config: ConfigDict, may_mix: bool = False) -> Network:
         Mistake: if the path does not exist, the arguments do not fit, the module cannot be called
             as above or returns something else, or it holds a layer or variable whose result would
             depend on how a batch is cut over devices and microbatches (Flax's own BatchNorm or
-            Dropout, random streams, other variables). The message names the layer. Nothing is
-            compiled before this error.
+            Dropout, random streams, other variables). The message names the layer. Or if the task
+            does not keep to `bigbatch.tasks`. Nothing is compiled before this error.
     """
     name, num_classes, dtype = config.network, config.data.num_classes, jnp.dtype(config.dtype)
     if dtype == jnp.float64 and not jax.config.jax_enable_x64:
@@ -99,24 +102,22 @@ def build(config: ConfigDict, may_mix: bool = False) -> Network:
         _check_state(params, batch_stats, rest, config)
 
         def apply(
-            params_dict: Tree, stats_dict: Tree, images: jax.Array, train: bool, keys: jax.Array
-        ) -> tuple[jax.Array, list, Tree]:
+            params_dict: Tree, stats_dict: Tree, inputs: Any, train: bool, keys: jax.Array
+        ) -> tuple[Any, Tree]:
             module = nnx.merge(
                 graph, _fill(params, params_dict), _fill(batch_stats, stats_dict), copy=True
             )
-            logits, auxiliary = _check_outputs(
-                module(images, train, keys), (images.shape[0], num_classes), name
-            )
-            return logits, auxiliary, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
+            outputs = module(inputs, train, keys)
+            return outputs, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
 
         shapes = nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
-        size, channels = config.data.image_size, len(config.data.mean)
-        images = (f"The images are {size} x {size} with {channels} channel{'s' * (channels != 1)}, "
-                  "as config.data.image_size and the length of config.data.mean say.")
-        with _naming_the_layer(name, images):
-            found, results = _trace(apply, *shapes, config)
-            if not may_mix:
-                _check_apart(found, results, name)
+        task, examples = contract.task_of(config), config.ghost_size * independence.GHOSTS
+        inputs, targets = task_checks.prepared(config, task, examples)
+        with _naming_the_layer(name, task_checks.described(task, inputs)):
+            found, results = _trace(apply, *shapes, inputs, name)
+        measured = task_checks.measured(config, task, results[0], targets, examples, may_mix)
+        if not may_mix:
+            _check_apart(found, results, name)
 
     def init(seed: jax.Array) -> tuple[Tree, Tree]:
         _, drawn, began, _ = construct(seed)
@@ -127,7 +128,8 @@ def build(config: ConfigDict, may_mix: bool = False) -> Network:
         is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
     )
     return Network(
-        init, *shapes, apply, nnx.to_pure_dict(decays), _in_norm(abstract, params, linen_layers)
+        init, *shapes, apply, nnx.to_pure_dict(decays), _in_norm(abstract, params, linen_layers),
+        measured,
     )
 
 
@@ -361,19 +363,19 @@ def _check_state(
 
 
 @contextlib.contextmanager
-def _naming_the_layer(name: str, images: str = "") -> Iterator[None]:
+def _naming_the_layer(name: str, inputs: str = "") -> Iterator[None]:
     """Adds to a Mistake from inside a model's layer the layer and the user's line that asked.
 
     Args:
         name: of the network.
-        images: a sentence on what it is called on. With it, what one of Flax's layers refuses is a
-            Mistake too: most likely it was made for images of another size.
+        inputs: a sentence on what it is called on. With it, what one of Flax's layers refuses is a
+            Mistake too: most likely it was made for inputs of another size.
     """
     try:
         yield
     except (Mistake, TypeError, ValueError, flax.errors.FlaxError) as error:
         frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
-        if not isinstance(error, Mistake) and not (images and _by_flax(frames)):
+        if not isinstance(error, Mistake) and not (inputs and _by_flax(frames)):
             raise
         layers = [frame.f_locals["self"] for frame in frames
                   if isinstance(frame.f_locals.get("self"), nnx.Module | linen.Module)]
@@ -391,7 +393,7 @@ def _naming_the_layer(name: str, images: str = "") -> Iterator[None]:
         ]
         said = str(error)
         if not isinstance(error, Mistake):
-            said = f"{' '.join(said.partition(' (https:')[0].split()).rstrip('.')}. {images}"
+            said = f"{' '.join(said.partition(' (https:')[0].split()).rstrip('.')}. {inputs}"
         raise Mistake(
             f"{name}{' at ' + _where(path) if path else ''}: {said}"
             f"{' Called at ' + lines[-1] + '.' if lines else ''}"
@@ -405,48 +407,20 @@ def _by_flax(frames: Sequence[FrameType]) -> bool:
     return bool(own) and own[-1].startswith(FLAX)
 
 
-def _check_outputs(outputs: Any, shape: tuple[int, int], name: str) -> tuple[jax.Array, list]:
-    """The logits and the list of (weight, auxiliary logits); raises Mistake for other outputs."""
-    logits, auxiliary = outputs if _is_pair(outputs) else (outputs, [])
-    if not isinstance(auxiliary, list | tuple) or not all(map(_is_pair, auxiliary)):
-        raise Mistake(
-            f"{name} returns {type(auxiliary).__name__} beside its logits; it must be a list of "
-            "(weight, auxiliary logits) pairs."
-        )
-    for given in (logits, *(more for _, more in auxiliary)):
-        if getattr(given, "shape", None) != shape:
-            found = getattr(given, "shape", type(given).__name__)
-            raise Mistake(
-                f"{name} returns logits of shape {found} for {shape[0]} images; they must be "
-                f"{shape}: (images, config.data.num_classes)."
-            )
-    return logits, list(auxiliary)
-
-
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, tuple) and len(value) == 2
-
-
 def _trace(
-    apply: Callable, params: Tree, batch_stats: Tree, config: ConfigDict
+    apply: Callable, params: Tree, batch_stats: Tree, inputs: Any, name: str
 ) -> tuple[Tree, Tree]:
     """Checks a training call of the module by tracing it; nothing is computed.
 
     Returns:
         The dependences of the call's results, and their shapes.
     """
-    data, name, examples = config.data, config.network, config.ghost_size * independence.GHOSTS
-    images = jax.ShapeDtypeStruct(
-        (examples, data.image_size, data.image_size, len(data.mean)), jnp.dtype(config.dtype)
-    )
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), examples))
+    def call(constants: tuple[Tree, Tree], inputs: Any, keys: jax.Array) -> tuple[Any, Tree]:
+        return apply(*constants, inputs, True, keys)
 
-    def call(*arrays: Any) -> tuple[list[jax.Array], Tree]:
-        logits, auxiliary, rows = apply(*arrays[:3], True, arrays[3])
-        return [logits, *(more for _, more in auxiliary)], rows
-
+    keys = task_checks.keys(len(jax.tree.leaves(inputs)[0]))
     try:
-        shapes, found = independence.trace(call, params, batch_stats, images, keys)
+        shapes, found = independence.trace(call, (params, batch_stats), inputs, keys)
     except flax.errors.InvalidRngError as error:
         raise Mistake(
             f"{name} draws from a random stream of Linen's; draw from the keys the module is "
@@ -466,14 +440,10 @@ def _trace(
 
 def _check_apart(found: Tree, shapes: Tree, name: str) -> None:
     """Raises Mistake if a ghost batch's results were seen to depend on other examples."""
-    is_leaf = partial(lambda kind, one: isinstance(one, kind), independence.Dependence)
-    for one, shape in zip(
-        jax.tree.leaves(found, is_leaf=is_leaf), jax.tree.leaves(shapes), strict=True
-    ):
-        if not independence.is_apart(one, shape.shape):
-            raise Mistake(
-                f"{name} mixes the examples of a batch{one.origin and ' at ' + one.origin}, so its "
-                "result would depend on how a batch is cut over devices and microbatches; look at "
-                "one example at a time, as layer or group norm does, or use GhostBatchNorm; draw "
-                "random numbers from the keys the module is called with, one per example."
-            )
+    if one := independence.mixing(found, shapes):
+        raise Mistake(
+            f"{name} mixes the examples of a batch{one.origin and ' at ' + one.origin}, so its "
+            "result would depend on how a batch is cut over devices and microbatches; look at "
+            "one example at a time, as layer or group norm does, or use GhostBatchNorm; draw "
+            "random numbers from the keys the module is called with, one per example."
+        )

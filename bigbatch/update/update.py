@@ -22,9 +22,11 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from bigbatch.data import augment
+from bigbatch.data.resident import fields_of
 from bigbatch.job.devices import AXIS, compiler_options, cut, replicated
 from bigbatch.models.normalization import fold_weights
 from bigbatch.schedule.rates import Rates
+from bigbatch.tasks import contract, measures
 from bigbatch.update.network import AUGMENTATION, DROPOUT, Network
 from bigbatch.update.optimizer import init_optimizer, make_optimizer
 
@@ -45,20 +47,24 @@ class State(NamedTuple):
 class Sums(NamedTuple):
     """What a device adds up over its examples of an update."""
 
-    gradient: Tree  # of the summed loss; like the parameters
+    gradient: Tree  # of the summed objective; like the parameters
     statistics: Tree  # sum_i (1-d) d^(k-1-i) s_i over ghost batches i; like the batch statistics
-    loss: jax.Array  # cross entropy of the main logits, without smoothing or auxiliary losses
-    correct: jax.Array  # number of correct predictions
-    examples: jax.Array  # number of examples
+    measured: measures.Measured  # what the task reports, by name
+    weight: jax.Array  # of the objective
     ghosts: jax.Array  # number of ghost batches
 
 
 class Metrics(NamedTuple):
     """Measurements of one update over its whole batch, with the parameters before the update."""
 
-    loss: jax.Array
-    accuracy: jax.Array
+    means: dict[str, jax.Array]  # of what the task reports, by name; the "loss" is there
+    weight: jax.Array  # of the objective over the whole batch; 0 if no example counted
     finite: jax.Array  # False if the loss, or a parameter after the update, is not finite
+
+    @property
+    def loss(self) -> jax.Array:
+        """The mean loss."""
+        return self.means["loss"]
 
 
 class Update(NamedTuple):
@@ -118,9 +124,9 @@ def make_update(
     Their arguments are
     - `state`, replicated;
     - `resident`, replicated: the run's `seed` (an input, so that runs with other seeds share
-      programs) and, unless the data set is streamed, the training set's `images` and `labels`;
+      programs) and, unless the data set is streamed, the training set's fields as `Rows`;
     - `batch`, one microbatch, cut over the devices: `examples` (rows of `lay_out_examples`) and, if
-      the data set is streamed, `images` and `labels`;
+      the data set is streamed, its fields and `usable`;
     - `sums`, those of each device on a leading axis, cut over the devices;
     - `first`, whether this is the update's first pass;
     - `rates`, scalar arrays, replicated: see `make_optimizer`.
@@ -129,10 +135,12 @@ def make_update(
         config: of the run.
         network: the network to train.
         mesh: the devices.
-        prepare: replaces `prepare_microbatch`, if given.
+        prepare: replaces the `prepare` of the config's task, if given.
     """
     whole, parts = P(), P(AXIS)
-    microbatch_sums = partial(_microbatch_sums, config, network, prepare or prepare_microbatch)
+    task = contract.task_of(config)
+    task = task._replace(prepare=prepare or task.prepare)
+    microbatch_sums = partial(_microbatch_sums, config, network, task)
 
     def mapped(function: Callable, in_specs: tuple, out_specs: Any) -> Callable:
         # With check_vma, JAX itself would sum the gradients of replicated parameters over devices,
@@ -151,7 +159,7 @@ def make_update(
         new = microbatch_sums(state, resident, batch)
         # `first` discards the sums of the update before, finite or not: nothing has to be zeroed.
         sums = jax.tree.map(lambda old, new: jnp.where(first, 0, old) + new[None], sums, new)
-        return sums, sums.examples + 0
+        return sums, sums.ghosts + 0
 
     def apply(state: State, sums: Sums, rates: Rates) -> tuple[State, Metrics]:
         own = jax.tree.map(lambda leaf: leaf[0], sums)
@@ -174,11 +182,12 @@ def make_update(
     )
 
 
-def abstract_sums(state: State, mesh: Mesh) -> Sums:
+def abstract_sums(network: Network, mesh: Mesh) -> Sums:
     """The shapes of the sums that passes accumulate: those of each device on a leading axis."""
-    leaf = jax.tree.leaves(state.params)[0]
+    leaf = jax.tree.leaves(network.params)[0]
     scalar = jax.ShapeDtypeStruct((), leaf.dtype)
-    one = Sums(state.params, state.batch_stats, scalar, scalar, scalar, scalar)
+    measured = dict.fromkeys(network.measured, (scalar, scalar))
+    one = Sums(network.params, network.batch_stats, measured, scalar, scalar)
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((mesh.size, *leaf.shape), leaf.dtype, sharding=cut(mesh)),
         one,
@@ -186,46 +195,35 @@ def abstract_sums(state: State, mesh: Mesh) -> Sums:
 
 
 def _microbatch_sums(
-    config: ConfigDict, network: Network, prepare: Callable, state: State, resident: Mapping,
+    config: ConfigDict, network: Network, task: contract.Task, state: State, resident: Mapping,
     batch: Mapping
 ) -> Sums:
     """The sums of one device over one microbatch."""
-    images, labels, dropout_keys = prepare(config, resident, batch)
-    ghosts_after_G = batch["examples"][:: config.ghost_size, 3]
-    real = (batch["examples"][:, 3] >= 0) & (labels >= 0)
-    dtype = jnp.promote_types(config.dtype, jnp.float32)
-    targets = optax.smooth_labels(
-        jax.nn.one_hot(labels, config.data.num_classes, dtype=dtype), config.label_smoothing
-    )
-
-    def masked(logits_BxK: jax.Array) -> jax.Array:
-        # Masking the loss is not enough: if it is not finite in a padding slot, 0 times its
-        # derivative is nan.
-        return jnp.where(real[:, None], logits_BxK.astype(dtype), 0.0)
-
-    def summed(losses_B: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(real, losses_B, 0.0))
+    record, epoch, position, ghosts_after = (batch["examples"][:, column] for column in range(4))
+    ghosts_after_G = ghosts_after[:: config.ghost_size]
+    counts = ghosts_after >= 0
+    if "usable" in batch:
+        counts &= batch["usable"]
+    seed = jax.random.key(resident["seed"], impl="threefry2x32")
+    keys = partial(augment.example_keys, epoch_B=epoch, position_B=position)
+    inputs, targets = contract.prepare(
+        config, task, fields_of(resident, batch, record),
+        keys(jax.random.fold_in(seed, AUGMENTATION)), True)
+    dropout_keys = keys(jax.random.fold_in(seed, DROPOUT))
 
     def objective(params: Tree) -> tuple[jax.Array, tuple]:
-        logits, auxiliary, rows = network.apply(
-            params, state.batch_stats, images, True, dropout_keys
-        )
-        logits = masked(logits)
-        loss = summed(optax.softmax_cross_entropy(logits, targets))
-        for weight, more in auxiliary:
-            loss += weight * summed(optax.softmax_cross_entropy(masked(more), targets))
-        return loss, (logits, rows)
+        outputs, rows = network.apply(params, state.batch_stats, inputs, True, dropout_keys)
+        added = measures.add_up(config, task, outputs, targets, counts)
+        return added.objective, (added, rows)
 
-    gradient, (logits, rows) = jax.grad(objective, has_aux=True)(state.params)
-    plain = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
-
+    gradient, (added, rows) = jax.grad(objective, has_aux=True)(state.params)
     fold = partial(_fold_ghosts, ghosts_after_G)
+    dtype = jnp.promote_types(config.dtype, jnp.float32)
     return Sums(
         gradient=gradient,
         statistics=jax.tree.map(fold, rows, network.decays),
-        loss=summed(plain),
-        correct=jnp.sum(real & (jnp.argmax(logits, axis=1) == labels)).astype(dtype),
-        examples=jnp.sum(real).astype(dtype),
+        measured=added.measured,
+        weight=added.weight,
         ghosts=jnp.sum(ghosts_after_G >= 0).astype(dtype),
     )
 
@@ -236,26 +234,6 @@ def _fold_ghosts(ghosts_after_G: jax.Array, rows_GxC: jax.Array, decay: float) -
     weights_G = fold_weights(ghosts_after_G, decay, rows_GxC.dtype)
     rows_GxC = jnp.where((ghosts_after_G >= 0)[:, None], rows_GxC, 0.0)
     return jnp.tensordot(weights_G, rows_GxC, axes=1, precision="highest")
-
-
-def prepare_microbatch(
-    config: ConfigDict, resident: Mapping, batch: Mapping
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The images of a microbatch, augmented and normalised, its labels, and its dropout keys."""
-    record, epoch, position = (batch["examples"][:, column] for column in range(3))
-    seed = jax.random.key(resident["seed"], impl="threefry2x32")
-    keys = partial(augment.example_keys, epoch_B=epoch, position_B=position)
-    if "images" in batch:
-        images, labels = batch["images"], batch["labels"]
-    else:
-        images, labels = resident["images"].take(record), resident["labels"][record]
-    options = config.data.augment
-    images = augment.crop_and_flip(
-        images, keys(jax.random.fold_in(seed, AUGMENTATION)),
-        options.pad, options.crop, options.flip,
-    )
-    images = augment.normalise(images, config.data.mean, config.data.std, jnp.dtype(config.dtype))
-    return images, labels, keys(jax.random.fold_in(seed, DROPOUT))
 
 
 def _reduce(sums: Sums) -> Sums:
@@ -282,7 +260,7 @@ def _apply_sums(
 ) -> tuple[State, Metrics]:
     """Does the one all-reduce, then applies the optimizer and updates the running statistics."""
     sums = _reduce(sums)
-    gradient = jax.tree.map(lambda leaf: leaf / sums.examples, sums.gradient)
+    gradient = jax.tree.map(lambda leaf: leaf / sums.weight, sums.gradient)
     optimizer = make_optimizer(config, network.in_norm, rates)
     steps, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, steps)
@@ -294,12 +272,12 @@ def _apply_sums(
     average = jax.tree.map(
         lambda old, new: old + (1 - rates.average) * (new - old),
         state.average, _averaged(config, params, batch_stats))
-    loss = sums.loss / sums.examples
+    means = {name: value / weight for name, (value, weight) in sums.measured.items()}
     # The total is not finite if any parameter is not. Parameters of the same shape are added first,
     # since the sum of each array is a separate operation, and there would be hundreds of them.
     by_shape: dict[tuple[int, ...], jax.Array] = {}
     for leaf in jax.tree.leaves(params):
         by_shape[leaf.shape] = by_shape.get(leaf.shape, 0) + leaf
-    total = sum(map(jnp.sum, by_shape.values()), loss)
-    metrics = Metrics(loss, sums.correct / sums.examples, jnp.isfinite(total))
+    total = sum(map(jnp.sum, by_shape.values()), means["loss"])
+    metrics = Metrics(means, sums.weight, jnp.isfinite(total))
     return State(params, batch_stats, opt_state, average), metrics

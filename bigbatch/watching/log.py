@@ -29,7 +29,7 @@ class Log:
         display: shows lines and progress on the terminal.
         clock: see above.
         examples: N, the examples of an epoch.
-        skipped: returns how many images were skipped so far; None if images are not streamed.
+        skipped: returns how many examples were skipped so far; None if they are not streamed.
         """
         self.clock = clock
         self._write, self._display, self._examples = write, display, examples
@@ -58,11 +58,12 @@ class Log:
         if event is None:
             self.clock.no_line()
             return
-        if "test_accuracy" in event:
-            averaged = event.get("test_accuracy_average")
+        shown = "accuracy" if "test_accuracy" in event else "loss"
+        if f"test_{shown}" in event:
+            averaged = event.get(f"test_{shown}_average")
             self.line(
                 f"epoch {event['epoch']:.2f}, update {event['updates']}: train loss "
-                f"{event['train_loss']:.4f}, test accuracy {event['test_accuracy']:.4f}"
+                f"{event['train_loss']:.4f}, test {shown} {event[f'test_{shown}']:.4f}"
                 + (f" (of the averaged weights {averaged:.4f})" if averaged is not None else "")
             )
         self._write("metrics", event)

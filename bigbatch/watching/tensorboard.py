@@ -109,5 +109,5 @@ def write_board(board: Board, event: dict[str, Any]) -> None:
         if isinstance(value, int | float) and name != "examples_seen"
     ]
     board.write(step=event["examples_seen"], summary=Summary(value=values))
-    if "test_accuracy" in event:
+    if "test_loss" in event:
         board.flush()

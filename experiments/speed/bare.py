@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from bigbatch.config import make_recipe
 from bigbatch.data import augment, sources
-from bigbatch.data.resident import lay_out_images
+from bigbatch.data.resident import lay_out
 from bigbatch.job.devices import compiler_options, cut, make_mesh, place, replicated
 from bigbatch.programs.compilation import programs_of
 from bigbatch.programs.dispatch import as_rates, room_for_sums, take_update
@@ -56,11 +56,10 @@ def describe(config: ConfigDict) -> str:
 
 
 def given(
-    config: ConfigDict, resident: Mapping, batch: Mapping
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Images as they lie on the device; replaces `update.prepare_microbatch`."""
-    images, labels = batch["images"], batch["labels"]
-    return images, labels, jax.random.split(jax.random.key(0), len(labels))
+    config: ConfigDict, fields: Mapping, keys: jax.Array, train: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Images as they lie on the device; replaces the task's `prepare`."""
+    return fields["images"], fields["labels"]
 
 
 class BareUpdate:
@@ -96,7 +95,7 @@ class BareUpdate:
         resident: dict[str, Any] = {"seed": np.uint32(config.seed)}
         if augmented:
             resident |= {
-                "images": lay_out_images(dataset.train_images), "labels": dataset.train_labels}
+                "images": lay_out(dataset.train_images), "labels": lay_out(dataset.train_labels)}
         self.resident = place(resident, replicated(mesh))
         self.batches = []
         for examples in lay_out_examples(records_Bx3, layout, config.ghost_size):
@@ -112,11 +111,12 @@ class BareUpdate:
         recipe = make_recipe(config)
         self.rates = as_rates(
             mesh, dtype, rates_at(recipe, recipe.batch_size, 0)._replace(learning_rate=0.01))
-        self.sums = room_for_sums(self.state, mesh) if len(self.batches) > 1 else None
+        self.sums = room_for_sums(net, mesh) if len(self.batches) > 1 else None
         self.loss: float | None = None
         self.lowered = [
             lower_update(
-                self.functions, program.kind, mesh, self.state, self.resident, self.batches[0])
+                self.functions, net, program.kind, mesh, self.state, self.resident,
+                self.batches[0])
             for program in programs_of(layout)]
         self.programs = [program.compile() for program in self.lowered]
 

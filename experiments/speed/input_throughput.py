@@ -29,7 +29,8 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from bigbatch.data import decode, sources, streaming
+from bigbatch.data import decode, photographs, sources, streaming
+from bigbatch.data.examples import Field
 from experiments import provenance
 from experiments.command_line import one_line_errors
 from experiments.machine import own_cores
@@ -50,12 +51,14 @@ def read_photographs(folder: str) -> list[bytes]:
 def stream(images: list[bytes]) -> Callable[[], None]:
     """All of bigbatch's work: order, crops drawn and decoded, microbatches; in one thread."""
     records = [{"image": image, "label": 0} for image in images]
-    reader = streaming.Reader(
+    reader = photographs.Photographs(
         records=records, split="train", train=True, seed=0, classes=CLASSES, size=SIZE,
         style="goyal", eval_share=0.875, resample="bicubic", skip=False,
     )
+    fields = {"images": Field((SIZE, SIZE, 3), np.uint8), "labels": Field((), np.int32)}
+    split = streaming.Split(reader, fields, True, 0)
     slots = np.arange(len(images) // 50 * 50).reshape(-1, 50)
-    stretch = streaming.Stretch(reader, 0, 1, slots.size, slots)
+    stretch = streaming.Stretch(split, 0, 1, slots.size, slots)
 
     def run() -> None:
         for _ in streaming.Stream([stretch], workers=0, threads=1):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bigbatch.data import augment
-from bigbatch.data.resident import lay_out_images
+from bigbatch.data.resident import lay_out
 from bigbatch.schedule import order
 
 
@@ -139,7 +139,7 @@ def test_without_a_crop_images_stay_as_they_are_but_for_the_flip():
 
 def test_an_example_gets_the_same_picture_in_every_batch():
     """Batches of 1, 3 and 64, compiled or not, as records or gathered before (streaming)."""
-    images = lay_out_images(noise(50, 8, 8, 3))
+    images = lay_out(noise(50, 8, 8, 3))
     rows = order.records(4, 30, 64, 50)
     record, epoch, place = rows.T
 
@@ -160,7 +160,7 @@ def test_an_example_gets_the_same_picture_in_every_batch():
     mapped = jax.vmap(take, in_axes=(None, 0, 0, 0))
     cut = [column.reshape(4, 16) for column in (record, epoch, place)]
     np.testing.assert_array_equal(mapped(images, *cut).reshape(whole.shape), whole)
-    fed = lay_out_images(images.take(record))
+    fed = lay_out(images.take(record))
     np.testing.assert_array_equal(compiled(fed, np.arange(64), epoch, place), whole)
 
 
@@ -184,10 +184,10 @@ def test_what_a_tpu_multiplies_is_what_others_gather(shape, pad, crop):
 def test_resident_images_are_taken_whole():
     images = noise(5, 3, 4, 2)
     record = jnp.array([4, 0, 4])
-    resident = lay_out_images(images)
+    resident = lay_out(images)
     assert resident.rows_NxP.shape == (5, 24)
     np.testing.assert_array_equal(resident.take(record), images[record])
-    assert lay_out_images(np.zeros((0, 3, 4, 2), np.uint8)).rows_NxP.shape == (0, 24)
+    assert lay_out(np.zeros((0, 3, 4, 2), np.uint8)).rows_NxP.shape == (0, 24)
 
 
 def test_the_augmentation_is_the_one_of_runs_already_begun():

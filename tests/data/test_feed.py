@@ -26,6 +26,7 @@ from bigbatch.mistake import Mistake
 from bigbatch.schedule import order
 from bigbatch.schedule.layout import make_layout
 from bigbatch.schedule.rates import Rates
+from bigbatch.tasks import contract
 from bigbatch.update import evaluation, network, update
 from tests.data.test_sources import prepare
 from tests.support.sample_data import data_dir
@@ -102,8 +103,11 @@ class Run:
             make_layout(phase.batch_size, GHOST, self.mesh.size, 1024, microbatches)
             for phase in self.phases]
         self.updates = updates(self.phases, examples_seen)
+        task = contract.task_of(config)
+        self.fields = contract.fields_of(config, task)
         self.feed = feed.open_feed(
-            config, self.mesh, self.phases, self.layouts, examples_seen, evaluated_at)
+            config, self.fields, contract.load(config, task), self.mesh, self.phases, self.layouts,
+            examples_seen, evaluated_at)
 
     def layout_of(self, phase):
         return self.layouts[self.phases.index(phase)]
@@ -117,7 +121,7 @@ class Run:
             return np.asarray(batch["images"]), np.asarray(batch["labels"])
         record = np.asarray(batch["examples"][:, 0])
         resident = self.feed.resident
-        return tuple(map(np.asarray, (resident["images"].take(record), resident["labels"][record])))
+        return tuple(np.asarray(resident[name].take(record)) for name in ("images", "labels"))
 
 
 def in_dealt_order(arrays, devices: int) -> np.ndarray:
@@ -155,7 +159,8 @@ def test_every_update_holds_the_runs_next_examples_in_their_slots(
         assert len(batches) == run.layout_of(phase).microbatches
         for batch in batches:
             check_fits(
-                batch, feed.update_shapes(run.config, run.mesh, run.layout_of(phase).slots))
+                batch, feed.update_shapes(
+                    run.config, run.fields, run.mesh, run.layout_of(phase).slots))
         rows = in_dealt_order([batch["examples"] for batch in batches], devices)
         images, labels = zip(*map(run.source, batches), strict=True)
         images, labels = in_dealt_order(images, devices), in_dealt_order(labels, devices)
@@ -168,7 +173,9 @@ def test_every_update_holds_the_runs_next_examples_in_their_slots(
         np.testing.assert_array_equal(labels[filled], expected[:, 0] % 10)
         idle += np.sum(~filled)
         if streaming:
-            assert not images[~filled].any() and (labels[~filled] == -1).all()
+            assert not images[~filled].any() and not labels[~filled].any()
+            usable = in_dealt_order([batch["usable"] for batch in batches], devices)
+            np.testing.assert_array_equal(usable, filled)
     assert idle or devices < 8, "no slot is left over"
     run.feed.close()
 
@@ -210,9 +217,10 @@ def test_an_update_of_streamed_pictures_is_that_of_resident_ones(folder):
         program = evaluation.make_evaluate(config, net, run.mesh)
         sums = [program(state.params, state.batch_stats, run.feed.test, batch)
                 for batch in run.feed.evaluation()]
-        results[streaming] = state.params, measured, np.sum(sums, axis=0)
+        sums = jax.tree.map(lambda *of_one: np.sum(of_one), *sums)
+        results[streaming] = state.params, measured, sums
         run.feed.close()
-    assert results[True][2][2] == TEST_EXAMPLES
+    assert results[True][2]["loss"][1] == TEST_EXAMPLES
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
         results[False], results[True])
@@ -228,7 +236,7 @@ def test_an_evaluation_holds_the_whole_test_set_in_order(folder, devices, batche
     taken = list(run.feed.evaluation())
     assert len(taken) == batches
     for batch in taken:
-        check_fits(batch, feed.evaluation_shapes(run.config, run.mesh))
+        check_fits(batch, feed.evaluation_shapes(run.config, run.fields, run.mesh))
     record = np.concatenate([batch["record"] for batch in taken])
     np.testing.assert_array_equal(record[:TEST_EXAMPLES], np.arange(TEST_EXAMPLES))
     assert (record[TEST_EXAMPLES:] == -1).all()
@@ -237,7 +245,7 @@ def test_an_evaluation_holds_the_whole_test_set_in_order(folder, devices, batche
         labels = np.concatenate([batch["labels"] for batch in taken])[:TEST_EXAMPLES]
     else:
         images = run.feed.test["images"].take(np.arange(TEST_EXAMPLES))
-        labels = run.feed.test["labels"]
+        labels = run.feed.test["labels"].take(np.arange(TEST_EXAMPLES))
     np.testing.assert_array_equal(images, pictures()[:TEST_EXAMPLES])
     np.testing.assert_array_equal(labels, np.arange(TEST_EXAMPLES) % 10)
     run.feed.close()
@@ -268,11 +276,11 @@ def test_a_skipped_picture_is_an_empty_slot_and_counted(tmp_path):
     assert record[:TEST_EXAMPLES].tolist() == [
         record if record != 7 else -1 for record in range(TEST_EXAMPLES)]
     assert run.feed.skipped == 1
-    labels = np.concatenate([
-        np.asarray(batch["labels"]) for phase, start in run.updates
+    usable = np.concatenate([
+        np.asarray(batch["usable"]) for phase, start in run.updates
         for batch in run.microbatches(phase, start)])
     seen = order.records(5, 0, 132, EXAMPLES)[:, 0]
-    assert np.sum(labels >= 0) == 132 - np.sum(seen == 7)
+    assert np.sum(usable) == 132 - np.sum(seen == 7)
     assert run.feed.skipped == 1 + np.sum(seen == 7)
     run.feed.close()
     run = Run(make_config(str(tmp_path), True))
@@ -290,15 +298,15 @@ def test_where_no_image_is_of_use_the_last_of_them_are_named(tmp_path, microbatc
     run = Run(config, 1, microbatches, evaluated_at=(0,))
     net = network.build(config)
     state = update.init_state(config, net)
-    with pytest.raises(Mistake, match="no image of the test set is of use: all were skipped.*"
+    with pytest.raises(Mistake, match="no example of the test set is of use: all were skipped.*"
                                       "record 20 of split 'test.*truncated"):
         evaluation.whole_test_set(
-            evaluation.make_evaluate(config, net, run.mesh),
+            config, evaluation.make_evaluate(config, net, run.mesh),
             evaluation.networks_of(state._asdict()), run.feed)
     taken = iter(run.microbatches(*run.updates[0]))
     for _ in range(microbatches - 1):
         next(taken)
-    with pytest.raises(Mistake, match="no image of the update from example 0 is of use.*record"):
+    with pytest.raises(Mistake, match="no example of the update from example 0 is of use.*record"):
         next(taken)
     run.feed.close()
 

@@ -26,10 +26,10 @@ if __name__ == "__main__":
     jax.devices()
     data = make_data(workers=2, image_size=100, eval_share=1.0, num_classes=2**22)
     stream = open_stream(Telling(), data, dealt(0, 10**6, 40))
-    workers = {int(pid) for _ in range(3) for pid in next(stream).labels_S}
+    workers = {int(pid) for _ in range(3) for pid in next(stream).arrays_S["labels"]}
     print("workers", *workers, flush=True)
     if sys.argv[1] == "leave":
-        raise SystemExit(f"{next(stream).labels_S.shape}")
+        raise SystemExit(f"{next(stream).usable_S.shape}")
     if sys.argv[1] == "close":
         stream.close()
         os._exit(1)

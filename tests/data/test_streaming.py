@@ -12,7 +12,8 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from bigbatch.data import decode, sources, streaming
+from bigbatch.data import decode, photographs, sources, streaming
+from bigbatch.data.examples import Field
 from bigbatch.schedule import order
 from tests.support.sample_data import data_dir
 
@@ -33,10 +34,23 @@ def dealt(start: int, updates: int, batch: int, microbatches: int = 1) -> tuple:
     return start, updates, batch, np.arange(batch).reshape(microbatches, -1)
 
 
+def make_split(records, data: ConfigDict, train: bool = True) -> streaming.Split:
+    """A split as classification has it streamed."""
+    side = data.image_size
+    fields = {"images": Field((side, side, 3), np.uint8), "labels": Field((), np.int32)}
+    return streaming.Split(
+        photographs.make_reader(records, data, train, SEED), fields, train, SEED)
+
+
+def labels_of(microbatch) -> np.ndarray:
+    """The labels, -1 in padding and for a skipped image."""
+    return np.where(microbatch.usable_S, microbatch.arrays_S["labels"], -1)
+
+
 def open_stream(records, data: ConfigDict, *stretches: tuple, train: bool = True):
-    reader = streaming.make_reader(records, data, train, SEED)
+    split = make_split(records, data, train)
     return streaming.Stream(
-        [streaming.Stretch(reader, *stretch) for stretch in stretches], data.workers,
+        [streaming.Stretch(split, *stretch) for stretch in stretches], data.workers,
         data.read_threads)
 
 
@@ -69,8 +83,8 @@ def collect(stream) -> tuple[np.ndarray, np.ndarray]:
     """All images and all labels."""
     taken = list(stream)
     stream.close()
-    return (np.concatenate([microbatch.images_SxHxWxC for microbatch in taken]),
-            np.concatenate([microbatch.labels_S for microbatch in taken]))
+    return (np.concatenate([microbatch.arrays_S["images"] for microbatch in taken]),
+            np.concatenate(list(map(labels_of, taken))))
 
 
 def expected_labels(start: int, count: int) -> list[int]:
@@ -78,7 +92,7 @@ def expected_labels(start: int, count: int) -> list[int]:
 
 
 @cache
-def photographs():
+def photographs_of_sample():
     """The first of the sample's training photographs, as TFDS reads them."""
     data = make_data(dir=data_dir("imagenet2012"))
     return sources.tfds_records(sources.open_tfds(data), data.name, f"train[:{EXAMPLES}]")
@@ -92,8 +106,9 @@ def test_a_batch_size_change_in_mid_epoch_loses_and_repeats_nothing():
     stretches = [dealt(0, 3, 7), dealt(21, 2, 20, 4), dealt(61, 1, 39, 3)]
     stream = open_stream(Records(), make_data(), *stretches)
     sizes, starts, labels = [], [], []
-    for train, start, images, some in stream:
-        assert train
+    for train, start, arrays, usable in stream:
+        assert train and usable.all()
+        images, some = arrays["images"], arrays["labels"]
         sizes.append(len(some))
         starts.append(start)
         labels += some.tolist()
@@ -122,7 +137,7 @@ def test_each_process_reads_the_slots_of_its_own_devices_and_no_others(tmp_path)
         [at[10 * update + slot] if slot >= 0 else -1 for slot in slots_S]
         for update in range(2) for slots_S in slots_MxS
     ]
-    assert [microbatch.labels_S.tolist() for microbatch in microbatches] == expected
+    assert [labels_of(microbatch).tolist() for microbatch in microbatches] == expected
     for *_, images, labels in microbatches:
         assert not images[labels < 0].any() and images[labels >= 0].any(axis=(1, 2, 3)).all()
     assert note.stat().st_size == 2 * 6
@@ -141,7 +156,7 @@ def test_evaluation_goes_through_the_records_in_order_with_the_centre_crop():
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluations_come_between_updates_and_change_no_update(workers):
     data = make_data(workers=workers)
-    train, test = (streaming.make_reader(photographs(), data, kind, SEED) for kind in (True, False))
+    train, test = (make_split(photographs_of_sample(), data, kind) for kind in (True, False))
     evaluation = streaming.Stretch(test, *dealt(0, 1, EXAMPLES, 2))
     stream = streaming.Stream(
         [evaluation, streaming.Stretch(train, *dealt(0, 2, 20)), evaluation,
@@ -151,9 +166,10 @@ def test_evaluations_come_between_updates_and_change_no_update(workers):
     assert [microbatch[:2] for microbatch in taken] == [
         (False, 0), (False, 0), (True, 0), (True, 20), (False, 0), (False, 0), (True, 40),
         (True, 60), (True, 80), (False, 0), (False, 0)]
-    images = np.concatenate([microbatch.images_SxHxWxC for microbatch in taken if microbatch.train])
+    images = np.concatenate(
+        [microbatch.arrays_S["images"] for microbatch in taken if microbatch.train])
     np.testing.assert_array_equal(images, reference()[0])
-    tests = [microbatch.images_SxHxWxC for microbatch in taken if not microbatch.train]
+    tests = [microbatch.arrays_S["images"] for microbatch in taken if not microbatch.train]
     np.testing.assert_array_equal(tests[0], tests[2])
     np.testing.assert_array_equal(tests[1], tests[5])
 
@@ -170,7 +186,7 @@ def reference() -> tuple[np.ndarray, np.ndarray]:
     """Two epochs of 50 photographs, read one after the other without a stream."""
     images, labels = [], []
     for record, epoch, place in order.records(SEED, 0, 100, EXAMPLES).tolist():
-        example = photographs()[record]
+        example = photographs_of_sample()[record]
         size = decode.dimensions(example["image"])
         box = decode.random_resized_crop_box(*size, decode.uniforms(SEED, epoch, place))
         images.append(decode.decode(example["image"], box, 24, "bicubic"))
@@ -188,14 +204,14 @@ def test_a_record_gets_the_same_crop_however_the_run_is_cut_and_whoever_reads(
     workers, threads, stretches
 ):
     data = make_data(workers=workers, read_threads=threads)
-    images, labels = collect(open_stream(photographs(), data, *stretches))
+    images, labels = collect(open_stream(photographs_of_sample(), data, *stretches))
     np.testing.assert_array_equal(labels, reference()[1])
     np.testing.assert_array_equal(images, reference()[0])
 
 
 def test_one_of_two_hosts_gets_the_same_crops():
     slots_MxS = np.arange(20).reshape(2, 2, 5)[:, 1]  # the second half of each microbatch
-    images, _ = collect(open_stream(photographs(), make_data(), (0, 5, 20, slots_MxS)))
+    images, _ = collect(open_stream(photographs_of_sample(), make_data(), (0, 5, 20, slots_MxS)))
     np.testing.assert_array_equal(images, reference()[0].reshape(10, 2, 5, 24, 24, 3)[:, 1]
                                   .reshape(images.shape))
 
@@ -203,7 +219,7 @@ def test_one_of_two_hosts_gets_the_same_crops():
 def test_crop_style_and_epoch_change_the_crop():
     def first_two_epochs(style):
         data = make_data(crop_style=style)
-        images, _ = collect(open_stream(photographs(), data, dealt(0, 1, 100)))
+        images, _ = collect(open_stream(photographs_of_sample(), data, dealt(0, 1, 100)))
         records = order.records(SEED, 0, 100, EXAMPLES)[:, 0]
         return images[:50][np.argsort(records[:50])], images[50:][np.argsort(records[50:])]
 
@@ -277,7 +293,7 @@ def test_images_are_given_up_when_they_are_handed_on():
     """The peak of NumPy's allocations: one microbatch filled, up to one read ahead, no third."""
     data = make_data(image_size=200, eval_share=1.0, read_threads=2)
     stream = open_stream(Records(), data, dealt(0, 10, 40))
-    size = next(stream).images_SxHxWxC.nbytes
+    size = next(stream).arrays_S["images"].nbytes
     tracemalloc.start()
     for taken in stream:
         time.sleep(0.05)

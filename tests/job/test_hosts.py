@@ -40,13 +40,13 @@ from tests.support.small_config import get_config
 folder, data, cache, *place = sys.argv[1:]
 processes.join(*(place[0], int(place[1]), int(place[2])) if place else ("", 0, -1), 60)
 program_cache.keep(cache)
-read, reads = streaming.Reader.read, {"train": [], "test": []}
+read, reads = streaming.Split.read, {"train": [], "test": []}
 
-def noting(reader, position):
-    reads["train" if reader.train else "test"].append(position)
-    return read(reader, position)
+def noting(split, position):
+    reads["train" if split.train else "test"].append(position)
+    return read(split, position)
 
-streaming.Reader.read = noting
+streaming.Split.read = noting
 for name in ("resident", f"streaming,data.dir={data}"):
     config = get_config(f"{name},dtype=float64,checkpoint_every_epochs=9")
     train.train_and_evaluate(config, f"{folder}/{name.partition(',')[0]}", show=False)
@@ -141,7 +141,7 @@ def test_an_update_without_an_image_of_use_is_no_divergence_in_any_process(tmp_p
         file="tests/support/small_config.py", config=("streaming",))
     for process in job:
         output = started.end(process, status=2)
-        assert "bigbatch: no image of the update from example 0 is of use: all were skip" in output
+        assert "bigbatch: no example of the update from example 0 is of use: all were" in output
         assert "diverged" not in output
     events = read_events(tmp_path / "run/timing.jsonl")
     assert events and not [event for event in events if event["event"] == "diverged"]

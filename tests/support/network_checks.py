@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from bigbatch.config import base_config
-from bigbatch.data.resident import lay_out_images
+from bigbatch.data.resident import lay_out
 from bigbatch.job.devices import place, replicated
 from bigbatch.schedule import order
 from bigbatch.schedule.layout import make_layout
@@ -127,9 +127,8 @@ def gradient_of_one_update(updater):
     size, classes = config.data.image_size, config.data.num_classes
     random = np.random.default_rng(2)
     resident = place({
-        "images": lay_out_images(
-            random.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)),
-        "labels": random.integers(0, classes, batch, dtype=np.int32),
+        "images": lay_out(random.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)),
+        "labels": lay_out(random.integers(0, classes, batch, dtype=np.int32)),
         "seed": np.uint32(config.seed),
     }, replicated(updater.mesh))
     batches = updater.batches(order.records(0, 0, batch, batch),

@@ -10,12 +10,13 @@ from ml_collections import ConfigDict
 from bigbatch import schedule
 from bigbatch.config import make_layouts, make_phases, make_recipe
 from bigbatch.data import sources
-from bigbatch.data.resident import lay_out_images
+from bigbatch.data.resident import lay_out
 from bigbatch.job.devices import cut, make_mesh, place, replicated
 from bigbatch.programs.dispatch import take_update
 from bigbatch.schedule import order
 from bigbatch.schedule.layout import Layout, lay_out_examples, make_layout
 from bigbatch.schedule.rates import Rates
+from bigbatch.tasks import contract
 from bigbatch.update import network, update
 from tests.support.configs import tiny
 
@@ -79,7 +80,7 @@ class Updater(NamedTuple):
             # Left over from another update, so of no meaning.
             sums = jax.tree.map(
                 lambda leaf: place(np.full(leaf.shape, np.nan, leaf.dtype), cut(self.mesh)),
-                update.abstract_sums(state, self.mesh))
+                update.abstract_sums(self.net, self.mesh))
         state, _, measured, _ = take_update(calls, state, sums, resident, iter(batches), rates)
         return state, measured
 
@@ -95,13 +96,10 @@ def prepare(config: ConfigDict, devices: int = 1) -> Updater:
 
 
 def training_set(updater: Updater) -> dict[str, Any]:
-    """The config's training images and labels and its seed, on the updater's devices."""
-    dataset = sources.load(updater.config.data)
-    return place(
-        {"images": lay_out_images(dataset.train_images), "labels": dataset.train_labels,
-         "seed": np.uint32(updater.config.seed)},
-        replicated(updater.mesh),
-    )
+    """The fields of the config's training set and its seed, on the updater's devices."""
+    data = contract.load(updater.config, contract.task_of(updater.config))
+    fields = {name: lay_out(arrays) for name, arrays in data.train.items()}
+    return place({**fields, "seed": np.uint32(updater.config.seed)}, replicated(updater.mesh))
 
 
 def train(

@@ -32,7 +32,7 @@ def lowered(updater, slots=1):
     resident = training_set(updater)
     return {
         kind.value: lower_update(
-            updater.functions, kind, updater.mesh, updater.state, resident, batch)
+            updater.functions, updater.net, kind, updater.mesh, updater.state, resident, batch)
         for kind in (Kind.UPDATE, Kind.ACCUMULATE, Kind.APPLY)
     }
 
@@ -56,7 +56,7 @@ def test_buffers_are_donated():
     _, batches = inputs(updater, 96)
     sums = jax.tree.map(
         lambda leaf: place(np.zeros(leaf.shape, leaf.dtype), cut(updater.mesh)),
-        abstract_sums(state, updater.mesh),
+        abstract_sums(updater.net, updater.mesh),
     )
     programs = {name: program.compile() for name, program in lowered(updater, 2).items()}
     arrays = {"update": state, "accumulate": sums, "apply": state}
@@ -112,7 +112,7 @@ def test_types_of_what_is_kept_and_of_what_is_computed(dtype):
         for leaf in jax.tree.leaves(programs[name].out_info):
             assert leaf.dtype in (wide, np.int32, np.bool_), name
     state = updater.state
-    logits, _, rows = jax.eval_shape(
+    logits, rows = jax.eval_shape(
         lambda *arrays: updater.net.apply(*arrays, True, None), state.params, state.batch_stats,
         jax.ShapeDtypeStruct((16, 8, 8, 1), dtype),
     )

@@ -51,10 +51,10 @@ def test_smoothing_and_auxiliary_losses_enter_the_gradient_as_stated():
         if name == "head":
             assert measured.loss == pytest.approx(-np.log(given[targets > 0]).mean(), rel=1e-12)
             right = (given.argmax(axis=1) == targets.argmax(axis=1)).mean()
-            assert measured.accuracy == pytest.approx(right, abs=1e-12)
+            assert measured.means["accuracy"] == pytest.approx(right, abs=1e-12)
 
 
-def test_an_example_without_a_label_counts_for_nothing():
+def test_an_example_that_is_of_no_use_counts_for_nothing():
     """As an image that could not be read is fed: the mean is over the others."""
     updater = prepare(with_model(
         "support.foreign_models.Regression", {}, "dtype=float64", "ghost_size=2",
@@ -63,7 +63,8 @@ def test_an_example_without_a_label_counts_for_nothing():
     data, layer = updater.config.data, jax.device_get(updater.state.params)["head"]
     images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 1), np.uint8)
     examples = np.array([[0, 0, at, after] for at, after in enumerate((1, 1, 0, 0))], np.int32)
-    fed = {"examples": examples, "images": images, "labels": np.array([3, -1, 5, 7], np.int32)}
+    fed = {"examples": examples, "images": images, "labels": np.array([3, 9, 5, 7], np.int32),
+           "usable": np.array([True, False, True, True])}
     state, measured = updater.take(
         updater.state, {"seed": np.uint32(0)}, [place(fed, cut(updater.mesh))], 1.0, 0.0)
 
@@ -75,7 +76,7 @@ def test_an_example_without_a_label_counts_for_nothing():
     expected = {"kernel": -pixels.T @ slope, "bias": -slope.sum(axis=0)}
     assert distance(moved, expected) < 1e-12
     assert measured.loss == pytest.approx(-np.log(given[targets > 0]).mean(), rel=1e-12)
-    assert measured.accuracy == pytest.approx(
+    assert measured.means["accuracy"] == pytest.approx(
         (given.argmax(axis=1) == targets.argmax(axis=1)).mean())
 
 

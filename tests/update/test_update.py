@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from bigbatch.data.resident import lay_out_images
+from bigbatch.data.resident import lay_out
 from bigbatch.job.devices import cut, place, replicated
 from bigbatch.schedule.layout import make_layout
 from tests.support import foreign_models, plain_wide_resnet
@@ -48,7 +48,7 @@ def test_devices_and_passes_change_nothing(devices, passes):
         assert distance(tree, other) <= 1e-10, name
     for name in ("loss", "accuracy"):
         np.testing.assert_allclose(
-            *([getattr(one, name) for one in each] for each in (measured, expected)),
+            *([one.means[name] for one in each] for each in (measured, expected)),
             rtol=1e-10, err_msg=name,
         )
     assert measured[-1].loss < measured[0].loss
@@ -110,9 +110,9 @@ def test_draws_follow_the_epoch_and_the_place_in_it(model):
     updater = prepare(config)
     # Record 1 is record 0's double, so that only the draws can tell them apart.
     resident = place({
-        "images": lay_out_images(
+        "images": lay_out(
             np.random.default_rng(0).integers(0, 255, (1, 8, 8, 1), np.uint8).repeat(2, 0)),
-        "labels": np.full(2, 3, np.int32), "seed": np.uint32(config.seed),
+        "labels": lay_out(np.full(2, 3, np.int32)), "seed": np.uint32(config.seed),
     }, replicated(updater.mesh))
     state = updater.state
 
@@ -288,7 +288,7 @@ def test_an_empty_slot_adds_nothing_whatever_comes_out_of_it():
         left.append(jax.device_get(updater.take(state, {"seed": np.uint32(0)}, [fed], 0.5, 0.0)))
     jax.tree.map(np.testing.assert_array_equal, *left)
     state, measured = left[1]
-    assert measured.finite and measured.accuracy in (0.0, 0.5, 1.0)
+    assert measured.finite and measured.means["accuracy"] in (0.0, 0.5, 1.0)
     assert distance(state.params, jax.device_get(updater.state.params)) > 1e-3
 
 
