@@ -14,6 +14,7 @@ ORDER = [
     {"checkpoint", "command_line", "planning"},
     {"programs"},
     {"update"},
+    {"tasks"},
     {"data"},
     {"watching"},
     {"storage"},
