@@ -12,6 +12,7 @@ from bigbatch.config.keys import (
     BY_OPTIMIZER,
     CROP_STYLES,
     DTYPES,
+    LENGTHS,
     ON_BAD_IMAGE,
     OPTIMIZERS,
     RESAMPLE,
@@ -19,7 +20,7 @@ from bigbatch.config.keys import (
     items,
     other_name,
 )
-from bigbatch.config.meaning import make_recipe
+from bigbatch.config.meaning import epochs_of, make_recipe
 from bigbatch.mistake import Mistake
 
 TINY = math.ulp(0.0)  # the smallest number over 0
@@ -77,9 +78,9 @@ def check(config: ConfigDict) -> None:
         if not all(_is_number(number) and least <= number <= most for number in numbers):
             raise Mistake(f"config.{key} is {tuple(numbers)}; its values must {allowed}.")
     for key, (allowed, least, below) in RANGES.items():
-        value = _value(config, key)
+        value = epochs_of(config, key) if key in LENGTHS else _value(config, key)
         if not least <= value < below:
-            raise Mistake(f"config.{key} is {value}; it must {allowed}.")
+            raise Mistake(f"config.{key} is {_value(config, key)}; it must {allowed}.")
     if config.optimizer.name == "adam" and config.scale_up.momentum is not None:
         raise Mistake(
             f"config.scale_up.momentum is {config.scale_up.momentum:g}, but Adam averages the "
