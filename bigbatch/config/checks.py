@@ -29,12 +29,14 @@ RANGES = {
     **{key: (f"be {least} or more", least, math.inf) for key, least in (
         ("ghost_size", 1), ("max_per_device_batch", 1), ("microbatches", 0),
         ("eval_batch_size", 1), ("keep_checkpoints", 1), ("data.num_classes", 2),
-        ("data.train_examples", 1), ("data.test_examples", 1), ("data.image_size", 1),
+        ("data.image_size", 1),
         ("data.augment.pad", 0), ("data.augment.crop", 0), ("data.workers", 0),
         ("data.read_threads", 1))},
     **{key: ("be a finite number over 0", TINY, math.inf) for key in (
         "log_every_epochs", "eval_every_epochs", "checkpoint_every_epochs", "optimizer.epsilon")},
     "seed": ("be 0 or more and below 2**32", 0, 2**32),
+    **{key: ("be 1 or more and below 2**31", 1, 2**31) for key in (
+        "data.train_examples", "data.test_examples")},
     "data.eval_share": ("lie in (0, 1]", TINY, math.nextafter(1.0, 2.0)),
     **{key: ("be a finite number, 0 or more", 0, math.inf) for key in (
         "optimizer.weight_decay", "optimizer.clip_norm")},
