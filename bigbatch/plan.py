@@ -39,6 +39,7 @@ from bigbatch.config import (
     make_phases,
     make_recipe,
     make_strategy,
+    tokens_per_example,
 )
 from bigbatch.job import chips, processes, statuses
 from bigbatch.job.output import answer, say
@@ -74,7 +75,8 @@ def plan(config: ConfigDict, devices: int | Sequence[int]) -> dict[str, Any]:
 
     Returns:
         `strategy`, `train_examples` and `ghost_size` of the config; `total_updates`,
-        `total_examples`, `total_epochs`; `parameters`, the number of trainable ones; `notes`;
+        `total_examples`, `total_epochs`, `tokens_per_example` (None if the task has no tokens);
+        `parameters`, the number of trainable ones; `notes`;
         `picture`, of rate, batch and noise as text;
         `constant_batch`, with the `batch_size` before any scale-up and the `updates` that a run
         takes if this size never changes, as with the strategy "decay"; `saved`, with the share of
@@ -119,6 +121,7 @@ def plan(config: ConfigDict, devices: int | Sequence[int]) -> dict[str, Any]:
         "total_updates": updates,
         "total_examples": last.end_example,
         "total_epochs": last.end_example / n,
+        "tokens_per_example": tokens_per_example(config),
         "parameters": count_parameters(config),
         # With one batch size every phase ends on a multiple of it, so falls change no count.
         "constant_batch": {"batch_size": batch, "updates": -(-last.nominal_end_example // batch)},
@@ -188,11 +191,12 @@ def count_parameters(config: ConfigDict) -> int:
 def as_text(planned: Mapping[str, Any]) -> str:
     """The result of `plan` or `plan_for_slices` as text and tables."""
     phases, constant = planned["phases"], planned["constant_batch"]
-    updates = planned["total_updates"]
+    updates, tokens = planned["total_updates"], planned["tokens_per_example"]
     schedule_rows = [
         [
             phase["index"], phase["name"],
             f"{phase['start_epoch']:.2f} to {phase['end_epoch']:.2f}",
+            *([_short(phase["end_example"] * tokens)] if tokens else []),
             _grouped(phase["batch_size"]), _grouped(phase["updates"]), _rate(phase),
             f"{phase['momentum']:g}", f"{phase['noise_scale']:.4g}",
             f"{phase['noise_scale_approximate']:.4g}", f"{phase['lost_epochs']:.3g}",
@@ -210,8 +214,8 @@ def as_text(planned: Mapping[str, Any]) -> str:
     ]
     paragraphs = [
         _table(
-            ["", "phase", "epochs", "batch", "updates", "learning rate", "momentum", "noise scale",
-             "approx.", "epochs lost"],
+            ["", "phase", "epochs", *(["to token"] if tokens else []), "batch", "updates",
+             "learning rate", "momentum", "noise scale", "approx.", "epochs lost"],
             schedule_rows,
         ),
         planned["picture"],
@@ -225,7 +229,9 @@ def as_text(planned: Mapping[str, Any]) -> str:
         *_idle_paragraph(phases),
         f"{_grouped(updates)} updates, {_grouped(planned['total_examples'])} examples, "
         f"{planned['total_epochs']:.2f} epochs of {_grouped(planned['train_examples'])}; "
-        f"{_grouped(planned['parameters'])} parameters.",
+        f"{_grouped(planned['parameters'])} parameters."
+        + (f"\n{_short(planned['total_examples'] * tokens)} tokens, {_grouped(tokens)} an example."
+           if tokens else ""),
     ]
     if updates < constant["updates"]:
         paragraphs.append(
@@ -324,6 +330,11 @@ def compared_as_text(rows: Sequence[Mapping[str, Any]]) -> str:
 def _rate(phase: Mapping[str, Any]) -> str:
     start, end = phase["learning_rate"], phase["learning_rate_end"]
     return f"{start:.4g}" if start == end else f"{start:.4g} to {end:.4g}"
+
+
+def _short(tokens: int) -> str:
+    """A number of tokens in four digits: 512, 2.5e9."""
+    return f"{tokens:.4g}".replace("e+0", "e").replace("e+", "e")
 
 
 def _grouped(number: int) -> str:

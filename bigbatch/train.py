@@ -24,6 +24,7 @@ from bigbatch.config import (
     make_layouts,
     make_phases,
     make_recipe,
+    tokens_per_example,
 )
 from bigbatch.data.feed import Feed, open_feed
 from bigbatch.job import chips, preemption, processes
@@ -126,6 +127,7 @@ class Run(NamedTuple):
     as_rates: Callable[[Rates], Rates]  # as arrays on the devices
     is_due: Callable[[str, int, int], bool]  # see `schedule.due.make_due`
     examples: int  # N, the examples of an epoch
+    tokens: int | None  # of an example, if the task has tokens
     log: Log
     saves: Saves
     watch: preemption.Watch
@@ -231,7 +233,7 @@ def begin(
         feed,
         partial(schedule.take_rates, make_recipe(config), goal.phases),
         lru_cache(maxsize=1)(partial(as_rates, mesh, dtype)),  # constant but in a warm-up
-        is_due, config.data.train_examples, log, saves, watch, tracer,
+        is_due, config.data.train_examples, tokens_per_example(config), log, saves, watch, tracer,
     )
     return run, at, state
 
@@ -451,8 +453,9 @@ def _due(run: Run, phase: Phase, start: int, end: int) -> _Due:
 
 def _event(run: Run, phase: Phase, rates: Rates, after: Position) -> dict[str, Any]:
     """The line of metrics.jsonl for an update, without the metrics that the update returns."""
+    tokens = {"tokens_seen": after.examples_seen * run.tokens} if run.tokens else {}
     return {
-        "updates": after.updates, "examples_seen": after.examples_seen,
+        "updates": after.updates, "examples_seen": after.examples_seen, **tokens,
         "epoch": after.examples_seen / run.examples, "phase": phase.name,
         "batch_size": phase.batch_size,
         "learning_rate": rates.learning_rate, "momentum": phase.momentum,

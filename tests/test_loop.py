@@ -20,6 +20,7 @@ from bigbatch.watching.clock import Clock
 from bigbatch.watching.log import Log
 
 N = 40  # examples of an epoch
+TOKENS = 3  # of an example
 CASES = 1500
 
 
@@ -147,7 +148,7 @@ class World:
                 phases, to_run, (None,) * len(to_run), self, self.take_update, self.evaluate,
                 lambda means: {"train_loss": means["loss"]}, fed,
                 lambda phase, *_: Rates(phase.learning_rate, phase.momentum, 0, 0, 0),
-                lambda rates: rates, self.case.is_due, N, log, self, self, nothing),
+                lambda rates: rates, self.case.is_due, N, TOKENS, log, self, self, nothing),
             at, state)
 
 
@@ -227,6 +228,8 @@ def test_every_schedule_leaves_what_its_definition_says(part):
         if case.diverges:
             lines = [line for line in lines if line[0] < case.diverges]
         alone, broke = run_to_the_end(case, [])
+        assert all(event["tokens_seen"] == TOKENS * event["examples_seen"]
+                   for event in alone["metrics"])
         found = [(event["updates"], event["examples_seen"], "test_accuracy" in event)
                  for event in alone["metrics"]]
         assert found == lines, f"seed {seed}"

@@ -155,7 +155,7 @@ def test_the_package_asks_for_what_it_imports_and_no_more():
     libraries = imported - sys.stdlib_module_names - {"bigbatch"}
     distributions = importlib.metadata.packages_distributions()
     # The extra gcs is gcsfs, which brings aiohttp; matplotlib is of the extra plots.
-    in_extras = {"gcsfs", "aiohttp", "matplotlib", *map(name_of, EXTRAS["adapters"])}
+    in_extras = {"gcsfs", "aiohttp", "matplotlib", "tokenizers", *map(name_of, EXTRAS["adapters"])}
     asked = {name_of(line) for line in PROJECT["dependencies"]}
     for library in libraries - in_extras:
         assert asked & {normal(name) for name in distributions[library]}, library

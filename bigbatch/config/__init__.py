@@ -3,6 +3,7 @@
 from bigbatch.config.checks import check
 from bigbatch.config.keys import base_config
 from bigbatch.config.meaning import (
+    epochs_of,
     evaluations,
     exchange,
     make_due,
@@ -12,11 +13,12 @@ from bigbatch.config.meaning import (
     make_recipe,
     make_strategy,
     saved_config,
+    tokens_per_example,
 )
 from bigbatch.config.texts import from_argument, refusal, set_from_text
 
 __all__ = [
-    "base_config", "check", "evaluations", "exchange", "from_argument", "make_due", "make_layouts",
-    "make_limits", "make_phases", "make_recipe", "make_strategy", "refusal", "saved_config",
-    "set_from_text",
+    "base_config", "check", "epochs_of", "evaluations", "exchange", "from_argument", "make_due",
+    "make_layouts", "make_limits", "make_phases", "make_recipe", "make_strategy", "refusal",
+    "saved_config", "set_from_text", "tokens_per_example",
 ]

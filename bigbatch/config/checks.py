@@ -12,6 +12,7 @@ from bigbatch.config.keys import (
     BY_OPTIMIZER,
     CROP_STYLES,
     DTYPES,
+    LENGTHS,
     ON_BAD_IMAGE,
     OPTIMIZERS,
     RESAMPLE,
@@ -19,7 +20,7 @@ from bigbatch.config.keys import (
     items,
     other_name,
 )
-from bigbatch.config.meaning import make_recipe
+from bigbatch.config.meaning import epochs_of, make_recipe
 from bigbatch.mistake import Mistake
 
 TINY = math.ulp(0.0)  # the smallest number over 0
@@ -28,12 +29,14 @@ RANGES = {
     **{key: (f"be {least} or more", least, math.inf) for key, least in (
         ("ghost_size", 1), ("max_per_device_batch", 1), ("microbatches", 0),
         ("eval_batch_size", 1), ("keep_checkpoints", 1), ("data.num_classes", 2),
-        ("data.train_examples", 1), ("data.test_examples", 1), ("data.image_size", 1),
+        ("data.image_size", 1),
         ("data.augment.pad", 0), ("data.augment.crop", 0), ("data.workers", 0),
         ("data.read_threads", 1))},
     **{key: ("be a finite number over 0", TINY, math.inf) for key in (
         "log_every_epochs", "eval_every_epochs", "checkpoint_every_epochs", "optimizer.epsilon")},
     "seed": ("be 0 or more and below 2**32", 0, 2**32),
+    **{key: ("be 1 or more and below 2**31", 1, 2**31) for key in (
+        "data.train_examples", "data.test_examples")},
     "data.eval_share": ("lie in (0, 1]", TINY, math.nextafter(1.0, 2.0)),
     **{key: ("be a finite number, 0 or more", 0, math.inf) for key in (
         "optimizer.weight_decay", "optimizer.clip_norm")},
@@ -77,9 +80,9 @@ def check(config: ConfigDict) -> None:
         if not all(_is_number(number) and least <= number <= most for number in numbers):
             raise Mistake(f"config.{key} is {tuple(numbers)}; its values must {allowed}.")
     for key, (allowed, least, below) in RANGES.items():
-        value = _value(config, key)
+        value = epochs_of(config, key) if key in LENGTHS else _value(config, key)
         if not least <= value < below:
-            raise Mistake(f"config.{key} is {value}; it must {allowed}.")
+            raise Mistake(f"config.{key} is {_value(config, key)}; it must {allowed}.")
     if config.optimizer.name == "adam" and config.scale_up.momentum is not None:
         raise Mistake(
             f"config.scale_up.momentum is {config.scale_up.momentum:g}, but Adam averages the "

@@ -9,6 +9,8 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
+from bigbatch.config.lengths import Length
+
 DTYPES = ("float32", "bfloat16", "float64")
 # The exchange of each optimizer, where config.exchange does not say: see schedule.rates.
 OPTIMIZERS = {"momentum": "linear", "nesterov": "linear", "sgd": "linear", "adam": "sqrt"}
@@ -21,6 +23,10 @@ ON_BAD_IMAGE = ("stop", "skip")
 FREE = (["data", "options"], ["optimizer", "options"], ["task_options"])
 MAY_BE_NONE = ("scale_up.momentum", "limits.max_batch_size", "limits.granularity", "limits.growth",
                "per_example.momentum")
+# These take a number of epochs, or a text with a unit: see `lengths`. So do the epochs in the pairs
+# of recipe.falls, by_hand and ramp.
+LENGTHS = ("recipe.epochs", "recipe.warmup_epochs", "log_every_epochs", "eval_every_epochs",
+           "checkpoint_every_epochs")
 
 
 def base_config() -> ConfigDict:
@@ -92,9 +98,9 @@ def base_config() -> ConfigDict:
     config.max_per_device_batch = 1024  # examples a device takes in one pass at most
     config.microbatches = 0  # passes of an update; 0: those that take least time
     config.eval_batch_size = 500  # examples on each device
-    config.log_every_epochs = 0.1
-    config.eval_every_epochs = 1.0
-    config.checkpoint_every_epochs = 10.0
+    config.log_every_epochs = Length(0.1)
+    config.eval_every_epochs = Length(1.0)
+    config.checkpoint_every_epochs = Length(10.0)
     config.keep_checkpoints = 2  # the newest ones; those at phase boundaries are kept too
     config.tensorboard = True
     config.lock()  # so that a misspelt key in a config file is an error and not a new key
@@ -122,7 +128,7 @@ def _add_schedule(config: ConfigDict) -> None:
         "learning_rate": 0.1,  # the peak
         "batch_size": 128,
         "momentum": 0.9,  # for adam its first beta
-        "epochs": 1.0,
+        "epochs": Length(1.0),
         # How the rate falls from its peak: steps, cosine, linear, polynomial, exponential,
         # inverse_sqrt, wsd, or the dotted path of a function from progress after the warm-up (0 to
         # 1) to the share of the peak.
@@ -132,7 +138,7 @@ def _add_schedule(config: ConfigDict) -> None:
         "power": 1.0,  # of polynomial
         "tail_share": 0.2,  # of wsd: how much of what follows the warm-up is the tail
         "tail_shape": "linear",  # of wsd: linear, 1-sqrt, cosine
-        "warmup_epochs": 0.0,
+        "warmup_epochs": Length(0.0),
         "warmup_learning_rate": 0.0,
     })
     config.scale_up = ConfigDict({

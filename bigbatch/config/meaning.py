@@ -7,6 +7,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from bigbatch import dotted, schedule
+from bigbatch.config import lengths
 from bigbatch.config.keys import BY_OPTIMIZER, OPTIMIZERS, base_config
 from bigbatch.mistake import Mistake
 from bigbatch.schedule import due
@@ -65,7 +66,9 @@ def make_recipe(config: ConfigDict) -> schedule.Recipe:
     recipe = schedule.Recipe(
         **{
             **config.recipe.to_dict(),
-            "falls": schedule.pairs("recipe.falls", config.recipe.falls),
+            "epochs": epochs_of(config, "recipe.epochs"),
+            "warmup_epochs": epochs_of(config, "recipe.warmup_epochs"),
+            "falls": _pairs(config, "recipe.falls", config.recipe.falls),
             "curve": _curve(config.recipe.curve),
         },
         examples=config.data.train_examples, exchange=exchange(config), beta2=options.beta2,
@@ -82,6 +85,44 @@ def make_recipe(config: ConfigDict) -> schedule.Recipe:
         recipe = schedule.scale_up(
             recipe, config.scale_up.learning_rate, config.scale_up.momentum, granularity)
     return schedule.stated(recipe, config.strategy)
+
+
+def epochs_of(config: ConfigDict, key: str) -> float:
+    """The length that a key of `keys.LENGTHS` has, in epochs.
+
+    Raises:
+        Mistake: if it is a text that is no length.
+    """
+    value = functools.reduce(ConfigDict.__getitem__, key.split("."), config)
+    return _in_epochs(config, value, f"config.{key}")
+
+
+def tokens_per_example(config: ConfigDict) -> int | None:
+    """The tokens of an example, by the function `tokens` of the config's task; None without one.
+
+    Raises:
+        Mistake: if there is no such task.
+    """
+    task = config.get("task")
+    count = getattr(dotted.resolve_task(task, "config.task"), "tokens", None) if task else None
+    return None if count is None else count(config)
+
+
+def _in_epochs(config: ConfigDict, value: float | str, where: str) -> float:
+    if not isinstance(value, str):
+        return value  # as most are, and no task is asked
+    return lengths.in_epochs(value, config.data.train_examples, tokens_per_example(config),
+                             config.recipe.batch_size, where)
+
+
+def _pairs(config: ConfigDict, name: str, given: Any) -> tuple[tuple[float, float], ...]:
+    """`given` as pairs of (epoch, number), where an epoch may be a text with a unit."""
+    if isinstance(given, tuple | list):
+        given = tuple(
+            (_in_epochs(config, pair[0], f"an epoch of {name}"), *pair[1:])
+            if isinstance(pair, tuple | list) and pair and lengths.is_one(pair[0]) else pair
+            for pair in given)
+    return schedule.pairs(name, given)
 
 
 def exchange(config: ConfigDict) -> str:
@@ -138,7 +179,7 @@ def make_strategy(config: ConfigDict) -> schedule.Strategy:
     """
     return schedule.Strategy(
         config.strategy, config.hybrid_falls,
-        schedule.pairs("by_hand", config.by_hand), schedule.pairs("ramp", config.ramp))
+        _pairs(config, "by_hand", config.by_hand), _pairs(config, "ramp", config.ramp))
 
 
 def make_limits(config: ConfigDict) -> schedule.Limits:
@@ -177,7 +218,8 @@ def make_due(config: ConfigDict, total: int) -> Callable[[str, int, int], bool]:
         config: of the run.
         total: the examples of the whole run.
     """
-    every = {what: config[f"{what}_every_epochs"] for what in ("log", "eval", "checkpoint")}
+    every = {what: epochs_of(config, f"{what}_every_epochs")
+             for what in ("log", "eval", "checkpoint")}
     return due.make_due(every, config.data.train_examples, total)
 
 
@@ -192,7 +234,7 @@ def evaluations(
         examples_seen: the position of the run.
         total: the examples of the whole run.
     """
-    every = due.interval(config.eval_every_epochs, config.data.train_examples)
+    every = due.interval(epochs_of(config, "eval_every_epochs"), config.data.train_examples)
     for phase in phases:
         start = max(phase.start_example, examples_seen)
         yield from due.ends_due(every, start, phase.end_example, phase.batch_size, total)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from bigbatch.config import lengths
 from bigbatch.config.keys import FREE, MAY_BE_NONE, items, other_name, unlock_free_groups
 from bigbatch.mistake import Mistake
 
@@ -171,10 +172,14 @@ def _parse_free(text: str) -> Any:
         return text
 
 
-def _parse(text: str, kind: type) -> Any:
+def _parse(text: str, kind: type | tuple[type, ...]) -> Any:
     """`text` as a value of type `kind`; a ValueError, SyntaxError or TypeError if it is none."""
     if kind is str:
         return text
+    if kind == lengths.KINDS:
+        if lengths.is_one(text):
+            return text.strip()
+        kind = float
     if kind is bool:
         return ("false", "true").index(text.lower()) == 1
     value = ast.literal_eval(text)
@@ -187,9 +192,10 @@ def _parse(text: str, kind: type) -> Any:
     return value
 
 
-def _describe(kind: type) -> str:
+def _describe(kind: type | tuple[type, ...]) -> str:
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a text",
-            tuple: "a tuple in brackets", list: "a list in square brackets",
+            lengths.KINDS: lengths.ALLOWED, tuple: "a tuple in brackets",
+            list: "a list in square brackets",
             type(None): "nothing until its config file gives it a type (config_dict.placeholder)",
             }[kind]
 

@@ -180,7 +180,7 @@ def open_feed(
         known = list(itertools.islice(evaluated_at, EVALUATIONS + 1))
         if len(known) > EVALUATIONS:
             raise Mistake(
-                f"config.eval_every_epochs is {config.eval_every_epochs:g}, and until epoch "
+                f"config.eval_every_epochs is {config.eval_every_epochs}, and until epoch "
                 f"{phases[-1].end_example / config.data.train_examples:g} that is more than "
                 f"{EVALUATIONS} evaluations, all of which a streamed run must know when it starts: "
                 "set eval_every_epochs to more, or recipe.epochs to less."

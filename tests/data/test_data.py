@@ -59,6 +59,50 @@ def test_every_example_of_an_epoch_is_seen_once_whatever_the_batches(examples):
         np.testing.assert_array_equal(seen, np.arange(examples), err_msg=f"epoch {epoch}")
 
 
+@pytest.mark.parametrize("examples", [1, 2, 3, 5, 8, 97, 4097, 100_003])
+def test_an_order_that_no_array_holds_has_every_record_once(examples):
+    positions = np.arange(examples)
+    found = order.scattered(5, 0, examples, positions)
+    np.testing.assert_array_equal(np.sort(found), positions)
+    # A position's record does not depend on what else is asked for.
+    some = np.random.default_rng(0).integers(0, examples, 50)
+    np.testing.assert_array_equal(order.scattered(5, 0, examples, some), found[some])
+    if examples > 90:
+        for seed, epoch in ((5, 1), (6, 0)):
+            assert np.mean(order.scattered(seed, epoch, examples, positions) == found) < 0.1
+        assert abs(np.corrcoef(positions, found)[0, 1]) < 4 / examples**0.5
+
+
+def test_an_order_that_no_array_holds_spreads_every_part_over_all():
+    """Of 300 orders of 1000: how many of each tenth of the positions come from which tenth."""
+    table, positions = np.zeros((10, 10)), np.arange(1000)
+    for seed in range(300):
+        found = order.scattered(seed, 0, 1000, positions)
+        np.add.at(table, (positions // 100, found // 100), 1)
+    # chi squared with 81 degrees of freedom, from below its 0.01 to its 0.99 quantile.
+    assert 53 < ((table - 3000) ** 2 / 3000).sum() < 114
+
+
+def test_an_order_that_no_array_holds_is_the_one_of_runs_already_begun():
+    """See above: with another order, runs of more than 1e8 examples could not be continued."""
+    assert order.scattered(3, 1, 10, np.arange(10)).tolist() == [4, 7, 6, 8, 0, 2, 1, 9, 5, 3]
+    found = order.scattered(0, 0, 2**31 - 1, np.arange(10**5, 2 * 10**5))
+    assert zlib.crc32(found.astype("<i8").tobytes()) == 1795247821
+
+
+def test_beyond_a_hundred_million_examples_nothing_of_their_number_is_in_memory(monkeypatch):
+    monkeypatch.delattr(order, "permutation")
+    examples = 2 * 10**9
+    walk = order.records(7, examples - 5000, 10_000, examples)
+    assert (walk[:, 1] == np.repeat([0, 1], 5000)).all()
+    for epoch, first in ((0, examples - 5000), (1, 0)):
+        own = walk[walk[:, 1] == epoch]
+        assert len(np.unique(own[:, 0])) == 5000 and own[:, 0].min() >= 0
+        assert own[:, 2].tolist() == list(range(first, first + 5000))
+        np.testing.assert_array_equal(
+            own[:, 0], order.scattered(7, epoch, examples, own[:, 2]))
+
+
 def test_no_records_are_an_empty_array():
     assert order.records(0, 5, 0, 10).shape == (0, 3)
 
@@ -68,6 +112,7 @@ def test_no_records_are_an_empty_array():
     (lambda: order.permutation(2**32, 0, 10), "seed is 4294967296"),
     (lambda: order.permutation(0, -1, 10), "epoch is -1"),
     (lambda: order.permutation(0, 0, 0), "there are 0 examples"),
+    (lambda: order.records(0, 0, 1, 2**31), "2147483648 examples; there must be from 1 to 2..31"),
     (lambda: order.records(0, -1, 5, 10), "start is -1"),
     (lambda: order.records(0, 0, 5, 0), "there are 0 examples"),
 ])

@@ -184,6 +184,19 @@ def test_a_plan_fits_json_and_says_what_a_constant_batch_would_take():
     assert planned["total_epochs"] == planned["total_examples"] / 50_000
 
 
+def test_of_a_task_with_tokens_the_table_shows_both_units():
+    config = configs.load("cifar10", "figure5_increased_lr")
+    planned = plan(config, 8)
+    assert planned["tokens_per_example"] is None and "token" not in as_text(planned)
+    text = as_text(planned | {"tokens_per_example": 1024})
+    assert max(map(len, text.splitlines())) <= 100
+    assert "parameters.\n1.049e10 tokens, 1 024 an example." in text
+    rows = [re.split(" {2,}", line) for line in text.splitlines() if re.match(r"\d  ", line)]
+    ends = [float(row[3]) for row in rows[: len(planned["phases"])]]
+    assert ends == pytest.approx(
+        [1024 * phase["end_example"] for phase in planned["phases"]], rel=1e-3)
+
+
 def test_the_table_shows_every_phase_and_fits_a_terminal():
     config = configs.load(
         "cifar10", "figure5_increased_lr,recipe.warmup_epochs=5,recipe.warmup_learning_rate=0.1")
