@@ -404,25 +404,24 @@ def _dynamic_slice(equation: Any, operands: list[Dependence]) -> list[Dependence
 
 
 def _gather(equation: Any, operands: list[Dependence]) -> list[Dependence]:
-    """Of indexing by arrays: the axes that are taken whole, those of one index an example, and what
-    an index depends on, as the tokens that an embedding is looked up by."""
+    """Of indexing by arrays, the axes that are taken whole, and those of one index an example."""
     numbers, sizes = equation.params["dimension_numbers"], equation.params["slice_sizes"]
     old, shape = _shape(equation.invars[0]), _shape(equation.outvars[0])
     batching = list(numbers.operand_batching_dims)
     left = [axis for axis in range(len(old))
             if axis not in batching and axis not in numbers.collapsed_slice_dims]
     of_indices = [axis for axis in range(len(shape)) if axis not in numbers.offset_dims]
-    along: dict[int, np.ndarray] = {}
+    # What was looked up, such as the embedding of a token, depends on what the index does.
+    along = {of_indices[axis]: bits for axis, bits in operands[1].along.items()
+             if axis < len(of_indices)}
     for axis, bits in operands[0].along.items():
         if axis in batching:
-            along[of_indices[numbers.start_indices_batching_dims[batching.index(axis)]]] = bits
+            to = of_indices[numbers.start_indices_batching_dims[batching.index(axis)]]
         elif axis in left and sizes[axis] == old[axis]:
-            along[numbers.offset_dims[left.index(axis)]] = bits
-    if operands[0].varies & set(numbers.start_index_map):  # else any index finds the same
-        for axis, bits in operands[1].along.items():
-            if axis < len(of_indices):  # the last axis is the index itself
-                to = of_indices[axis]
-                along[to] = along[to] | bits if to in along else bits
+            to = numbers.offset_dims[left.index(axis)]
+        else:
+            continue
+        along[to] = along[to] | bits if to in along else bits
     everywhere = _joined(operands).everywhere
     return [Dependence(everywhere, along, frozenset(range(len(shape))))]
 

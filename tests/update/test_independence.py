@@ -117,13 +117,6 @@ def test_what_mixes_the_tokens_of_examples_is_seen(name):
     assert not keeps_apart(MIXING[name])
 
 
-def test_of_a_table_of_one_value_no_index_matters():
-    def function(params, tokens):
-        return jnp.zeros((VOCABULARY, 3))[tokens[::-1]] + tokens[:, :, None]
-
-    assert keeps_apart(function)
-
-
 @pytest.mark.parametrize("mixes", [False, True])
 def test_cudnn_attention_is_known(mixes, unknown, monkeypatch):
     """Traced as on a machine with such a GPU; nothing is lowered."""
