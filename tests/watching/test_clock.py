@@ -9,6 +9,7 @@ import pytest
 from bigbatch import schedule, train
 from bigbatch.programs import dispatch
 from bigbatch.programs.programs import Ready
+from bigbatch.schedule import Rates
 from bigbatch.schedule.due import make_due
 from bigbatch.storage.continuing import Position
 from bigbatch.watching.clock import Clock
@@ -85,8 +86,9 @@ def run(monkeypatch, passes, input_seconds=0.0, every=None):
             phases, phases, (None,) * len(phases), nothing,
             partial(dispatch.take_update, started=clock.update_started,
                     landed=clock.update_landed),
-            evaluate, SimpleNamespace(resident=None, update=batches), lambda *rates: rates,
-            make_due(every, N, phases[-1].end_example), N,
+            evaluate, SimpleNamespace(resident=None, update=batches),
+            lambda phase, *_: Rates(phase.learning_rate, phase.momentum, 0, 0, 0),
+            lambda rates: rates, make_due(every, N, phases[-1].end_example), N,
             Log(lambda _, event: events.append(event), display, clock, N), nothing, nothing,
             nothing),
         Position(), None)
