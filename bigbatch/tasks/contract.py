@@ -92,8 +92,9 @@ def load(config: ConfigDict, task: Task) -> InMemory | Streamed:
         stated = options[f"{key}_examples"]
         if len(split) != stated:
             raise Mistake(
-                f"config.data.{key}_examples is {stated}, but {task.name}.load has {len(split)} "
-                f"examples to {key} on: set --config.data.{key}_examples={len(split)}."
+                f"{task.name}.load has {len(split)} examples for {key}, but "
+                f"config.data.{key}_examples is {stated}: set --config.data.{key}_examples="
+                f"{len(split)}."
             )
     return data
 
