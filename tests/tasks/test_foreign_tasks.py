@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -183,6 +184,17 @@ def test_a_model_of_another_task_is_called_with_its_fields(tmp_path):
     train.train_and_evaluate(task_config("Regression", *short), tmp_path / "number", show=False)
     images = np.zeros((3, 8, 8, 1), np.uint8)
     assert checkpoint.load_model(tmp_path / "number")(images).shape == (3, 1)
+
+
+def test_the_example_of_the_page_learns(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[2] / "docs/tasks.md").read_text(encoding="utf-8")
+    (tmp_path / "task_of_the_page.py").write_text(text.split("```python\n")[1].split("```")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    config = task_config("Mixup", "task=task_of_the_page", "data.num_classes=5")
+    train.train_and_evaluate(config, tmp_path / "run", show=False)
+    losses = [event["test_loss"] for event in read_events(tmp_path / "run/metrics.jsonl")
+              if "test_loss" in event]
+    assert losses[-1] < losses[0] < np.log(2)
 
 
 def test_a_run_from_before_there_were_tasks_has_the_default(tmp_path):
