@@ -66,6 +66,11 @@ def fields_of(config: ConfigDict, task: Task) -> dict[str, Field]:
                 f"{task.name}.fields has {field!r} for {name!r}; it must be a "
                 "bigbatch.tasks.Field(shape, dtype), where shape is a tuple."
             )
+        if jax.dtypes.canonicalize_dtype(field.dtype) != field.dtype:
+            raise Mistake(
+                f"{task.name}.fields has {np.dtype(field.dtype)} for {name!r}, and JAX's 64-bit "
+                "mode is off: take a type of 32 bits or less."
+            )
         if name in TAKEN:
             raise Mistake(
                 f"{task.name}.fields has the name {name!r}; {', '.join(TAKEN)} are taken.")

@@ -55,6 +55,9 @@ REFUSED = {
         r"has \(8, 8\) for 'images'; it must be a bigbatch.tasks.Field\(shape, dtype\)"),
     "taken_name": (
         task(fields=lambda config: {"record": Field((), np.int32)}), "has the name 'record'; exam"),
+    "wide_field": (
+        task(fields=lambda config: {"tokens": Field((8,), np.int64)}),
+        "has int64 for 'tokens', and JAX's 64-bit mode is off: take a type of 32 bits or less"),
     "prepared_alone": (
         preparing(lambda images, labels: images), r"prepare returned a .*; it must return a pair"),
     "no_inputs": (preparing(lambda images, labels: ((), labels)), "returned no inputs for the net"),
