@@ -18,13 +18,13 @@ def resolve_task(dotted: str, what: str) -> Any:
     """The module that `dotted` names, or an object in a module.
 
     Args:
-        dotted: 'package.module' or 'package.module.name'.
+        dotted: 'module', 'package.module' or 'package.module.name'.
         what: see `resolve`.
 
     Raises:
         Mistake: see `resolve`; what it names may be of any kind.
     """
-    if is_dotted(dotted):
+    if all(part.isidentifier() for part in dotted.split(".")):
         try:
             return importlib.import_module(dotted)
         except ModuleNotFoundError as error:

@@ -2,8 +2,9 @@
 
     python -m experiments.curves --output=FOLDER decay=DIR,DIR increase=DIR,DIR
 
-Writes curves.png (training loss and test accuracy, against epochs and against updates, as in the
-paper's Figures 2 and 3) and table.md, and prints the table. `drawing` says what the lines mean.
+Writes curves.png (training loss, and test accuracy or else test loss, against epochs and against
+updates, as in the paper's Figures 2 and 3) and table.md, and prints the table. `drawing` says what
+the lines mean.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from pathlib import Path
 from bigbatch.mistake import Mistake
 from experiments import drawing, figures, tables
 from experiments.command_line import one_line_errors
-from experiments.logs import check_seeds, read_run
+from experiments.logs import check_seeds, judged_by, read_run
 from experiments.markdown_table import markdown_table
 
 
@@ -27,17 +28,19 @@ def draw(figure: figures.Figure, results: tables.Results, output: Path) -> str:
 
 
 def table(results: tables.Results) -> str:
-    """A Markdown table with each schedule's final accuracy, updates and seconds."""
+    """A Markdown table with each schedule's final accuracy (or loss), updates and seconds."""
+    quantity = judged_by(run for runs in results.values() for run in runs)
     rows = []
     for name, runs in results.items():
         seconds = [run.seconds for run in runs if run.seconds]
         rows.append([
-            name, str(len(runs)), tables.final_text(runs, "test_accuracy"),
+            name, str(len(runs)), tables.final_text(runs, quantity),
             f"{runs[0].updates:,}",
             f"{statistics.mean(seconds):.1f}" if seconds else "not recorded",
         ])
     return markdown_table(
-        ["schedule", "seeds", "final test accuracy", "updates", "seconds a run"], rows)
+        ["schedule", "seeds", f"final {tables.label_of(quantity)}", "updates", "seconds a run"],
+        rows)
 
 
 def main() -> None:
@@ -55,7 +58,9 @@ def main() -> None:
                 raise Mistake(f"{text!r} is no NAME=DIR,DIR.")
             results[name] = [read_run(folder) for folder in folders.split(",")]
             check_seeds(name, results[name])
-        print(draw(figures.of_schedules(list(results), options.title), results, options.output))
+        quantity = judged_by(run for runs in results.values() for run in runs)
+        figure = figures.of_schedules(list(results), options.title, quantity)
+        print(draw(figure, results, options.output))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from bigbatch.dotted import resolve
 from experiments.figures import SCALES, Figure, Panel, config_text, planned, read_digitised
 from experiments.logs import Logs, divergences, finished
-from experiments.tables import LABELS, Results, lost_epochs_of, recipe_updates
+from experiments.tables import Results, label_of, lost_epochs_of, recipe_updates
 
 COLOURS = ("#3b6fb6", "#d9822b", "#3a9a5b", "#8a4fa3", "#b6403b", "#6b6b6b", "#c2a415")
 AXES = {"epoch": "epochs", "update": "parameter updates"}
@@ -36,12 +36,12 @@ LOSS_POINTS = 40  # over a run; a single batch's loss is noisy
 def points(run: Logs, quantity: str, axis: str = "epoch") -> tuple[np.ndarray, np.ndarray]:
     """Positions on an axis (epoch or update) and values of a quantity there.
 
-    The test accuracy is that of each evaluation; the training loss is averaged over stretches.
+    What is tested is of each evaluation; what is measured in training is averaged over stretches.
     """
     events = [event for event in run.events if quantity in event]
     epoch, across, value = (np.array([event[name] for event in events], float)
                             for name in ("epoch", CLOCKS[axis], quantity))
-    if quantity != "train_loss":
+    if not quantity.startswith("train_"):
         return across, value
     stretch = np.ceil(epoch / epoch.max(initial=0.0) * LOSS_POINTS).astype(int)
     inside = [stretch == number for number in np.unique(stretch)]
@@ -230,7 +230,7 @@ def _axes(rows: int, columns: int) -> tuple[Picture, np.ndarray]:
 
 
 def _finish(axis: Axes, panel: Panel) -> None:
-    axis.set(xlabel=AXES[panel.axis], ylabel=LABELS[panel.quantity], xlim=(0, None))
+    axis.set(xlabel=AXES[panel.axis], ylabel=label_of(panel.quantity), xlim=(0, None))
     axis.set_title(panel.title, fontsize=10)
     if axis.get_legend_handles_labels()[0]:
         axis.legend(frameon=False, fontsize=8)

@@ -268,12 +268,15 @@ FIGURES = {figure.name: figure for figure in (
 )}
 
 
-def of_schedules(names: Sequence[str], title: str) -> Figure:
-    """A figure of a user's runs: loss and accuracy, against epochs and against updates."""
+def of_schedules(
+    names: Sequence[str], title: str, judged_by: str = "test_accuracy"
+) -> Figure:
+    """A figure of a user's runs: training loss and a quantity of the test set (see
+    `logs.judged_by`), against epochs and against updates."""
     lines = tuple(Curve(name, name) for name in names)
     return Figure("", title, "", tuple(
         Panel("", "", quantity, axis, "", lines, scale=scale)
-        for quantity, scale in (("train_loss", "log"), ("test_accuracy", "linear"))
+        for quantity, scale in (("train_loss", "log"), (judged_by, "linear"))
         for axis in ("epoch", "update")
     ))
 

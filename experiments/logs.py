@@ -125,6 +125,12 @@ def check_seeds(name: str, runs: Sequence[Logs]) -> None:
                     f"{values[0]!r} in one and {values[1]!r} in another. Give each its own NAME.")
 
 
+def judged_by(runs: Iterable[Logs]) -> str:
+    """The quantity by which runs are shown to have ended: their test accuracy, or else loss."""
+    known = {name for run in runs for event in run.events for name in event}
+    return "test_loss" if "test_loss" in known and "test_accuracy" not in known else "test_accuracy"
+
+
 def finished(runs: Sequence[Logs]) -> list[Logs]:
     """The runs that did not diverge."""
     return [run for run in runs if not run.diverged]

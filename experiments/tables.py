@@ -21,7 +21,7 @@ from experiments.lost_epochs import equivalent_epochs, progress
 from experiments.markdown_table import markdown_table
 from experiments.verdicts import Comparison, compare, inside
 
-LABELS = {"train_loss": "training cross entropy", "test_accuracy": "test accuracy"}
+LABELS = {"train_loss": "training cross entropy"}  # of others their names are
 LOST_AT, LOST_WINDOW = (0.25, 0.5), 0.05  # shares of a run where lost epochs are tabulated
 TIMED = ("30min",)  # panels of which the paper compares the wall-clock times
 LAST_SHARE = 0.1  # of a run, over which its final training loss is averaged
@@ -67,9 +67,19 @@ class LostEpochs(NamedTuple):
     diverged: str  # see `logs.divergences`
 
 
+def label_of(quantity: str) -> str:
+    """What axes and headers call a quantity of metrics.jsonl."""
+    return LABELS.get(quantity, quantity.replace("_", " "))
+
+
+def is_share(quantity: str) -> bool:
+    """Whether a quantity is a share of the examples, and told in per cent."""
+    return quantity.endswith("_accuracy")
+
+
 def final_value(run: Logs, quantity: str) -> float:
-    """A finished run's last evaluation, or its training loss averaged over its last tenth."""
-    if quantity != "train_loss":
+    """A finished run's last evaluation, or a training quantity averaged over its last tenth."""
+    if not quantity.startswith("train_"):
         return run.events[-1][quantity]
     end = run.events[-1]["examples_seen"]
     return statistics.mean(
@@ -173,7 +183,7 @@ def _panel_table(panel: Panel, scale: str, results: Results) -> Table:
         "updates": lambda row: fewer(row.updates, first.updates),
         "of the paper's recipe": lambda row: fewer(row.recipe_updates, first.recipe_updates),
         "the paper says": lambda row: row.curve.updates,
-        f"final {LABELS[quantity]}": lambda row: final_text(row.runs, quantity),
+        f"final {label_of(quantity)}": lambda row: final_text(row.runs, quantity),
         "the paper's" if comparable else "the paper's (of its task)": lambda row: row.paper,
         "less the first curve's (90 % interval)": lambda row: (
             _difference(quantity, *row.comparison[:3]) if row.comparison else ""),
@@ -245,12 +255,12 @@ def recipe_updates(panel: Panel, curve: Curve) -> int:
 
 
 def _number(value: float, quantity: str) -> str:
-    return f"{value:.3f}" if quantity == "train_loss" else f"{100 * value:.1f} %"
+    return f"{100 * value:.1f} %" if is_share(quantity) else f"{value:.3f}"
 
 
 def _difference(quantity: str, value: float, *interval: float) -> str:
     """A difference with its sign and unit, and with its confidence interval where that is given."""
-    scale, digits, unit = (1, 3, "") if quantity == "train_loss" else (100, 2, " points")
+    scale, digits, unit = (100, 2, " points") if is_share(quantity) else (1, 3, "")
     value, *ends = (f"{scale * number:+.{digits}f}" for number in (value, *interval))
     return value + f" ({' to '.join(ends)})" * bool(ends) + unit
 
@@ -285,6 +295,6 @@ def _time(seconds: float | None) -> str:
 
 def _mean(values: Sequence[float], quantity: str) -> str:
     """The mean with the standard deviation, in the quantity's unit."""
-    scale, digits, unit = (1, 3, "") if quantity == "train_loss" else (100, 2, " %")
+    scale, digits, unit = (100, 2, " %") if is_share(quantity) else (1, 3, "")
     deviation = f" ± {scale * statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{scale * statistics.mean(values):.{digits}f}{deviation}{unit}"

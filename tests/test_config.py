@@ -243,7 +243,7 @@ def test_falls_that_are_no_pairs_are_refused(falls):
     ("max_per_device_batch=0", ("config.max_per_device_batch is 0",)),
     ("eval_batch_size=0", ("config.eval_batch_size is 0",)),
     ("keep_checkpoints=0", ("config.keep_checkpoints is 0",)),
-    ("data.num_classes=1", ("config.data.num_classes is 1", "2 or more")),
+    ("data.num_classes=0", ("config.data.num_classes is 0", "1 or more")),
     ("data.train_examples=0", ("config.data.train_examples is 0",)),
     ("data.train_examples=2147483648", ("train_examples is 2147483648", "below 2**31")),
     ("optimizer.weight_decay=-1", ("config.optimizer.weight_decay is -1.0", "0 or more")),

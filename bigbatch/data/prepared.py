@@ -239,8 +239,8 @@ def _check_features(builder: Any, data: ConfigDict) -> None:
         has = re.sub(r"\s+", " ", repr(features))
         raise Mistake(
             f"{data.name} is no data set of labelled images: it must have the features 'image' (an "
-            f"Image of type uint8) and 'label' (one whole number: neither regression nor "
-            f"several labels an image are supported), but it has {has}."
+            f"Image of type uint8) and 'label' (one whole number; other "
+            f"labels are for a task of your own, docs/tasks.md), but it has {has}."
         )
     if isinstance(label, tfds.features.ClassLabel) and label.num_classes != data.num_classes:
         raise Mistake(

@@ -327,8 +327,8 @@ def _checked(dataset: Dataset, who: str, classes: int) -> Dataset:
         if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]:
             raise Mistake(
                 f"{who}: {split}_labels are {labels.dtype} of shape {labels.shape}; they must be "
-                f"whole numbers, one an image: {images.shape[:1]}. What is trained is one class an "
-                "image; neither regression nor several labels an image are supported."
+                f"whole numbers, one an image: {images.shape[:1]}. Regression and several labels "
+                "an image are tasks of your own: config.task (docs/tasks.md)."
             )
         if labels.min() < 0 or labels.max() >= classes:
             raise Mistake(

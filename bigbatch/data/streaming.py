@@ -205,6 +205,7 @@ class Stream:
             found, reason = next(self._examples)
             for name in arrays:
                 arrays[name][slot] = found[name]
+            del found  # a part of a block, which is released before the next is taken
             if reason:
                 logging.warning("Skipped %s.", reason)
                 usable[slot] = False

@@ -16,13 +16,14 @@ examples of one ghost batch with those of another.
         of the examples. `train` is a Python bool: False for evaluation.
 
     losses(config, outputs_B, targets_B) -> {name: (values_B, weights_B)}
-        For each quantity the sum over each example and its weight, float arrays (B,): a mean over
-        tokens sums over an example's tokens, and its weight is how many of them count. What is
-        reported is sum of values / sum of weights, over the whole batch or the whole test set.
-        "loss" must be there. "objective", if it is there, is differentiated in its place, and is
-        not reported (label smoothing, auxiliary losses): the gradient is that of the sum of its
-        values / sum of its weights. `outputs_B` is whatever the network returns. Padding and
-        skipped examples need no care: the update gives them no value and no weight.
+        For each quantity the sum over each example and its weight, both (B,) in float32 (float64
+        where `config.dtype` is): a mean over tokens sums over an example's tokens, and its weight
+        is how many of them count. What is reported is sum of values / sum of weights, over the
+        whole batch or the whole test set. "loss" must be there. "objective", if it is there, is
+        differentiated in its place, and is not reported (label smoothing, auxiliary losses): the
+        gradient is that of the sum of its values / sum of its weights. `outputs_B` is whatever the
+        network returns. Padding and skipped examples need no care: the update gives them no value
+        and no weight.
 
     load(config) -> InMemory(train, test) or Streamed(train, test)
         The data. In memory are NumPy arrays by name, examples on the first axis. Streamed are

@@ -19,8 +19,14 @@ from bigbatch.tasks import Field, InMemory, Streamed
 
 
 def fields(config: ConfigDict) -> dict[str, Field]:
-    """`images`, uint8 (height, width, channels), and `labels`, int32 ()."""
+    """`images`, uint8 (height, width, channels), and `labels`, int32 ().
+
+    Raises:
+        Mistake: if there is only one class.
+    """
     data, options = config.data, config.data.augment
+    if data.num_classes < 2:
+        raise Mistake(f"config.data.num_classes is {data.num_classes}; it must be 2 or more.")
     # Resident images are cropped by `prepare`, and streamed ones when they are read.
     side = data.image_size if data.streaming else max(
         options.crop or data.image_size, options.pad + 1 if options.pad > 0 else 1)

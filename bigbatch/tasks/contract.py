@@ -66,6 +66,11 @@ def fields_of(config: ConfigDict, task: Task) -> dict[str, Field]:
                 f"{task.name}.fields has {field!r} for {name!r}; it must be a "
                 "bigbatch.tasks.Field(shape, dtype), where shape is a tuple."
             )
+        if jax.dtypes.canonicalize_dtype(field.dtype) != field.dtype:
+            raise Mistake(
+                f"{task.name}.fields has {np.dtype(field.dtype)} for {name!r}, and JAX's 64-bit "
+                "mode is off: take a type of 32 bits or less."
+            )
         if name in TAKEN:
             raise Mistake(
                 f"{task.name}.fields has the name {name!r}; {', '.join(TAKEN)} are taken.")
@@ -92,8 +97,9 @@ def load(config: ConfigDict, task: Task) -> InMemory | Streamed:
         stated = options[f"{key}_examples"]
         if len(split) != stated:
             raise Mistake(
-                f"config.data.{key}_examples is {stated}, but {task.name}.load has {len(split)} "
-                f"examples to {key} on: set --config.data.{key}_examples={len(split)}."
+                f"{task.name}.load has {len(split)} examples for {key}, but "
+                f"config.data.{key}_examples is {stated}: set --config.data.{key}_examples="
+                f"{len(split)}."
             )
     return data
 

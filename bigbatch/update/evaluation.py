@@ -113,7 +113,8 @@ def whole_test_set(
         jax.block_until_ready(before)
     found: dict[str, float] = {}
     for end, of_batches in parts.items():
-        whole = jax.tree.map(lambda *of_one: sum(map(float, of_one)), *of_batches)
+        whole = jax.tree.map(
+            lambda *of_one: sum(map(float, of_one)), *jax.device_get(of_batches))
         if not whole["loss"][1]:  # the same in all processes
             raise fed.none_of_use("the test set")
         means = {name: measures.ratio(*pair) for name, pair in whole.items()}

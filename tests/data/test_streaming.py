@@ -138,7 +138,8 @@ def test_each_process_reads_the_slots_of_its_own_devices_and_no_others(tmp_path)
         for update in range(2) for slots_S in slots_MxS
     ]
     assert [labels_of(microbatch).tolist() for microbatch in microbatches] == expected
-    for *_, images, labels in microbatches:
+    for microbatch in microbatches:
+        images, labels = microbatch.arrays_S["images"], labels_of(microbatch)
         assert not images[labels < 0].any() and images[labels >= 0].any(axis=(1, 2, 3)).all()
     assert note.stat().st_size == 2 * 6
 

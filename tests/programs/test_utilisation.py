@@ -15,6 +15,7 @@ from bigbatch.job.devices import make_mesh
 from bigbatch.programs import compilation, lowering
 from bigbatch.schedule.layout import make_layout
 from bigbatch.storage.logs import read_events
+from bigbatch.tasks import contract
 from bigbatch.update import network
 from bigbatch.update import update as updating
 from tests.support import configs
@@ -69,7 +70,8 @@ def resnet_50():
 def lowered(config, layout, mesh):
     net = network.build(config)
     state = updating.abstract_state(config, net, mesh)
-    lower = lowering.lowering(config, net, mesh, state, *feed.resident_shapes(config, mesh))
+    fields = contract.fields_of(config, contract.task_of(config))
+    lower = lowering.lowering(config, net, mesh, state, *feed.resident_shapes(config, fields, mesh))
     return [compilation.Compiled(None, 0.0, compilation.count_flops(lower(key)))
             for key in compilation.programs_of(layout)]
 
