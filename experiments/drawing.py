@@ -22,8 +22,9 @@ from experiments.logs import Logs, divergences, finished
 from experiments.tables import Results, label_of, lost_epochs_of, recipe_updates
 
 COLOURS = ("#3b6fb6", "#d9822b", "#3a9a5b", "#8a4fa3", "#b6403b", "#6b6b6b", "#c2a415")
-AXES = {"epoch": "epochs", "update": "parameter updates"}
-CLOCKS = {"epoch": "epoch", "update": "updates"}  # as events name them
+AXES = {"epoch": "epochs", "token": "tokens", "update": "parameter updates"}
+# As events name them.
+CLOCKS = {"epoch": "epoch", "token": "tokens_seen", "update": "updates"}
 # The paper's axes where its plots give them, and wide enough for its points elsewhere.
 PAPER_LIMITS = {
     "cifar10": {"train_loss": (0.0, 0.8), "test_accuracy": (0.80, 0.96)},
@@ -88,6 +89,10 @@ def curves(figure: Figure, scale: str | None, results: Results) -> Picture:
         if overlaid:
             _draw_paper(axis, panel, 2.6, 0.55)
             axis.set_ylim(PAPER_LIMITS[panel.family][panel.quantity])
+        elif panel.quantity == "test_loss" and highs:  # the second half, where curves part
+            ends = [float(np.quantile(line.get_ydata(), share)) for line in axis.lines
+                    for share in (0.0, 0.5)]
+            axis.set_ylim(min(ends) - 0.02, max(ends))
         elif panel.quantity == "test_accuracy" and highs:
             room = 0.06 * (max(highs) - min(lows))
             axis.set_ylim(min(lows) - room, max(highs) + 3 * room)

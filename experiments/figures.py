@@ -43,8 +43,8 @@ class Panel(NamedTuple):
 
     name: str  # "3b"; "5" where the figure has one only
     title: str
-    quantity: str  # train_loss or test_accuracy
-    axis: str  # epoch or update
+    quantity: str  # train_loss, test_accuracy or test_loss
+    axis: str  # epoch, token or update
     family: str  # the config file at the paper's scale
     curves: tuple[Curve, ...]
     # Where all the paper's curves end, read off its plot: shown for curves whose ends are hidden
@@ -82,8 +82,9 @@ class Scale(NamedTuple):
     panels: tuple[str, ...] = ()  # the names of the panels that it has; () for all
 
 
-FAMILIES = ("cifar10", "imagenet_inception_resnet_v2", "imagenet_resnet50")
+FAMILIES = ("cifar10", "imagenet_inception_resnet_v2", "imagenet_resnet50")  # the paper's
 CIFAR10, INCEPTION, RESNET_50 = FAMILIES
+LANGUAGE = "language"
 SMALL_MARGINS = {"test_accuracy": 0.015, "train_loss": 0.05}
 SCALES = {
     "paper": Scale(
@@ -106,6 +107,12 @@ SCALES = {
         "of the paper's epochs (a fifth for Figures 6, 7 and the 30 minutes), with the noise "
         "falling at the same fractions of training. Accuracies are not the paper's and far below "
         "them; batches, updates and noise scales stand in its ratios.",
+    ),
+    "bytes": Scale(
+        {LANGUAGE: "configs/language.py"}, "", {"test_loss": 0.01}, False,
+        "A transformer of 133 440 parameters on the bytes of Python's standard library: 32 768 "
+        "sequences of 64 bytes, AdamW with decoupled weight decay, and a cosine after a warm-up. "
+        "Batches grow from 8 to 128 sequences.",
     ),
     "digits": Scale(
         dict.fromkeys(FAMILIES, "configs/small.py"), "data=digits", SMALL_MARGINS, False,
@@ -183,6 +190,16 @@ EXCHANGES = (
     *(Curve(f"Adam, increasing batch size, {exchange}",
             f"increase,optimizer=adam_by_sqrt,exchange={exchange}")
       for exchange in ("sqrt", "linear", "none")),
+)
+GROWING = "bytes,strategy=increase"
+LANGUAGE_CURVES = (
+    Curve("decaying learning rate", "bytes,strategy=decay"),
+    Curve("growing batch, sqrt, betas and decay as they are",
+          f"{GROWING},per_example.momentum=false,per_example.beta2=false,"
+          "per_example.weight_decay=false"),
+    Curve("growing batch, sqrt, betas and decay per example", GROWING),
+    Curve("growing batch, linear", f"{GROWING},exchange=linear"),
+    Curve("growing batch, none", f"{GROWING},exchange=none"),
 )
 
 
@@ -265,6 +282,14 @@ FIGURES = {figure.name: figure for figure in (
         "all.",
         (Panel("exchange", "", "test_accuracy", "epoch", CIFAR10, EXCHANGES, ""),), papers=False,
     ),
+    Figure(
+        "language", "A language model: AdamW under a cosine",
+        "Batches grow alike; the rate goes with them by one rule or another, and betas and decay "
+        "are kept per example or are left as they are.",
+        (Panel("language a", "(a)", "test_loss", "token", LANGUAGE, LANGUAGE_CURVES, ""),
+         Panel("language b", "(b)", "test_loss", "update", LANGUAGE, LANGUAGE_CURVES, "")),
+        papers=False,
+    ),
 )}
 
 
@@ -297,7 +322,8 @@ def select(names: str, scale: str) -> list[Figure]:
     papers = []  # those of these names that are the paper's
     for figure in FIGURES.values():
         for panel in figure.panels:
-            if panel.name in (SCALES[scale].panels or [panel.name]):
+            has = panel.family in SCALES[scale].files
+            if has and panel.name in (SCALES[scale].panels or [panel.name]):
                 for name in (figure.name, panel.name):
                     there.setdefault(name, set()).add(panel.name)
                     papers += [name] * figure.papers

@@ -249,8 +249,9 @@ def of_lost_epochs(figure: Figure, scale: str, results: Results) -> list[Table]:
 
 
 def recipe_updates(panel: Panel, curve: Curve) -> int:
-    """A curve's updates at the paper's scale, as the planner counts them."""
-    _, phases = planned(config_text("paper", panel, curve, 0))
+    """A curve's updates at the paper's scale, or at its own, as the planner counts them."""
+    scale = next(name for name, scale in SCALES.items() if panel.family in scale.files)
+    _, phases = planned(config_text(scale, panel, curve, 0))
     return sum(phase.updates for phase in phases)
 
 
