@@ -21,7 +21,7 @@ import dataclasses
 import json
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +80,11 @@ def plan(config: ConfigDict, devices: int | Sequence[int]) -> dict[str, Any]:
         `picture`, of rate, batch and noise as text;
         `constant_batch`, with the `batch_size` before any scale-up and the `updates` that a run
         takes if this size never changes, as with the strategy "decay"; `saved`, with the share of
-        the updates (`of` this many, at the recipe's batch) that the batches save and the share that
-        batches without limits and rounding save `at_most`; and `phases`, each with the fields of
-        `schedule.Phase`, its `noise` relative to the recipe's at its peak (None with the exchange
-        "none"), its `shift` (examples), `start_epoch`, `end_epoch`, and the
+        the updates (`of` this many, at the `batch_size` after any scale-up) that the batches save
+        and the share that an increase without limits, rounding and ramp saves `at_most`;
+        `exchange`; and `phases`, each with the fields of `schedule.Phase` (its noise scale is that
+        of SGD), its `noise` relative to the recipe's at its peak (None with the exchange "none"),
+        its `shift` (examples), `start_epoch`, `end_epoch`, and the
         layout of its updates: `devices`, `ghost_batches`, `microbatches`, `slots` (of a device in
         one pass), `idle_share` (of padding slots), and `fills_devices`, the largest power of 2 of
         devices without padding slots.
@@ -115,6 +116,7 @@ def plan(config: ConfigDict, devices: int | Sequence[int]) -> dict[str, Any]:
     batch, updates = config.recipe.batch_size, sum(phase.updates for phase in phases)
     return {
         "strategy": config.strategy,
+        "exchange": recipe.exchange,
         "train_examples": n,
         "ghost_size": config.ghost_size,
         "phases": rows,
@@ -127,7 +129,8 @@ def plan(config: ConfigDict, devices: int | Sequence[int]) -> dict[str, Any]:
         "constant_batch": {"batch_size": batch, "updates": -(-last.nominal_end_example // batch)},
         "saved": {
             "at_most": schedule.ceiling(recipe),
-            "of": last.nominal_end_example / recipe.batch_size,
+            "of": -(-last.nominal_end_example // recipe.batch_size),
+            "batch_size": recipe.batch_size,
             "share": 1 - updates * recipe.batch_size / last.nominal_end_example,
         },
         "notes": schedule.notes(recipe, phases, make_strategy(config), limits=make_limits(config)),
@@ -192,14 +195,14 @@ def as_text(planned: Mapping[str, Any]) -> str:
     """The result of `plan` or `plan_for_slices` as text and tables."""
     phases, constant = planned["phases"], planned["constant_batch"]
     updates, tokens = planned["total_updates"], planned["tokens_per_example"]
+    noise_titles, noise_of = _noise_columns(planned["exchange"])
     schedule_rows = [
         [
             phase["index"], phase["name"],
             f"{phase['start_epoch']:.2f} to {phase['end_epoch']:.2f}",
             *([_short(phase["end_example"] * tokens)] if tokens else []),
             _grouped(phase["batch_size"]), _grouped(phase["updates"]), _rate(phase),
-            f"{phase['momentum']:g}", f"{phase['noise_scale']:.4g}",
-            f"{phase['noise_scale_approximate']:.4g}", f"{phase['lost_epochs']:.3g}",
+            f"{phase['momentum']:g}", *noise_of(phase), f"{phase['lost_epochs']:.3g}",
         ]
         for phase in phases
     ]
@@ -215,7 +218,7 @@ def as_text(planned: Mapping[str, Any]) -> str:
     paragraphs = [
         _table(
             ["", "phase", "epochs", *(["to token"] if tokens else []), "batch", "updates",
-             "learning rate", "momentum", "noise scale", "approx.", "epochs lost"],
+             "learning rate", "momentum", *noise_titles, "epochs lost"],
             schedule_rows,
         ),
         planned["picture"],
@@ -240,11 +243,11 @@ def as_text(planned: Mapping[str, Any]) -> str:
             "as many."
         )
     saved = planned["saved"]
-    if saved["at_most"] > 0 and planned["strategy"] in ("hybrid", "increase"):
+    if saved["at_most"] > 0 and planned["strategy"] == "increase" and saved["share"] > 0:
         paragraphs.append(textwrap.fill(
-            f"Of {_grouped(round(saved['of']))} updates at the recipe's batch, batches that "
-            f"followed the rate without limits and rounding would save {saved['at_most']:.1%}; "
-            f"these save {saved['share']:.1%}.", 100))
+            f"Of {_grouped(saved['of'])} updates at a batch of {_grouped(saved['batch_size'])}, "
+            "batches that followed the rate without limits and rounding would save "
+            f"{saved['at_most']:.1%}; these save {saved['share']:.1%}.", 100))
     paragraphs += [_note(text) for text in planned["notes"]]
     if "compiled" in planned:
         paragraphs += _compiled_paragraphs(planned["compiled"])
@@ -327,6 +330,16 @@ def compared_as_text(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join([*paragraphs, *compare.where_fewer_updates_are_no_gain(rows)])
 
 
+def _noise_columns(exchange: str) -> tuple[list[str], Callable[[Mapping[str, Any]], list[str]]]:
+    """The titles and the entries of the columns of a phase's noise, as its exchange has it."""
+    if exchange == "linear":
+        return ["noise scale", "approx."], lambda phase: [
+            f"{phase[key]:.4g}" for key in ("noise_scale", "noise_scale_approximate")]
+    if exchange == "none":
+        return [], lambda phase: []
+    return ["noise, of peak's"], lambda phase: [f"{phase['noise']:.4g}"]
+
+
 def _rate(phase: Mapping[str, Any]) -> str:
     start, end = phase["learning_rate"], phase["learning_rate_end"]
     return f"{start:.4g}" if start == end else f"{start:.4g} to {end:.4g}"
@@ -367,6 +380,10 @@ def main(arguments: Sequence[str]) -> None:
             f"--topology={TOPOLOGY.value} and --devices={DEVICES.value}: a slice has its own "
             "number of devices; give only one of the two."
         )
+    for flag, given in (("picture", PICTURE.value), ("devices", DEVICES.value)):
+        if COMPARE.value and given:
+            raise Mistake(f"--compare and --{flag}={given}: --{flag} is of one strategy, whose "
+                          "plan is shown without --compare.")
     if COMPARE.value:
         found = sorted(map(topology.parse, filter(None, TOPOLOGY.value.split(","))),
                        key=lambda one: one.devices)

@@ -1,6 +1,7 @@
 """What is made of a config: its recipe, phases and layouts, and when something is due."""
 
 import functools
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -75,7 +76,7 @@ def make_recipe(config: ConfigDict) -> schedule.Recipe:
         weight_decay=options.weight_decay, average=config.ema,
         accumulates=options.name in ("momentum", "nesterov"),
         per_example=schedule.PerExample(
-            momentum=adam if keep.momentum is None else keep.momentum,
+            momentum=adam if keep.momentum is None else keep.momentum,  # not for own optimizers
             beta2=keep.beta2 and reads_beta2, weight_decay=keep.weight_decay, average=keep.ema,
             momentum_floor=keep.momentum_floor, beta2_floor=keep.beta2_floor),
     )
@@ -156,7 +157,7 @@ def _called_on_host(function: Callable) -> Callable[[float], float]:
     It is computed on the CPU, because a result from an accelerator would have to wait there behind
     the updates under way.
     """
-    @functools.wraps(function)
+    @functools.wraps(function, updated=())
     def share(progress: float) -> float:
         import jax  # only a config with such a curve needs it
 
@@ -164,9 +165,17 @@ def _called_on_host(function: Callable) -> Callable[[float], float]:
             on_host = jax.local_devices(backend="cpu")[0]
         except RuntimeError:  # JAX_PLATFORMS leaves the CPU out
             on_host = None
-        with jax.default_device(on_host):
-            found = function(progress)
-        return float(found) if hasattr(found, "__float__") else found
+        # In 32 bits whatever the environment says: the curve is part of the run.
+        with jax.enable_x64(False), jax.default_device(on_host):
+            try:
+                return function(progress)
+            except Exception as error:
+                frame = traceback.extract_tb(error.__traceback__)[-1]
+                raise Mistake(
+                    f"config.recipe.curve: {schedule.name_of(function)}({progress:g}) fails: "
+                    f"{type(error).__name__}: {error} ({frame.filename}, line {frame.lineno}). A "
+                    "curve is called with the progress alone, a number from 0 to 1."
+                ) from error
 
     return share
 

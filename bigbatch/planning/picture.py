@@ -43,7 +43,10 @@ def points(recipe: Recipe, phases: Sequence[Phase], count: int) -> list[Point]:
 
 
 def in_terminal(recipe: Recipe, phases: Sequence[Phase]) -> str:
-    """Three rows of bars on logarithmic scales, each with its least and its largest value."""
+    """Three rows of bars on logarithmic scales, with the least and the largest of what they show.
+
+    They show one update in each column, so what lies between is not in them.
+    """
     shown = points(recipe, phases, WIDTH)
     rows = [("rate", [point.learning_rate for point in shown]),
             ("batch", [point.batch_size for point in shown])]

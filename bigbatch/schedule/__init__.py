@@ -5,7 +5,7 @@ package but `mistake`.
 """
 
 from bigbatch.schedule.batches import Strategy
-from bigbatch.schedule.curves import CURVES, TAILS
+from bigbatch.schedule.curves import CURVES, TAILS, name_of
 from bigbatch.schedule.phases import (
     Phase,
     find_phase,
@@ -41,7 +41,7 @@ from bigbatch.schedule.worth import ceiling, exact_updates, notes
 __all__ = [
     "CURVES", "EXCHANGES", "STRATEGIES", "TAILS", "Limits", "NoiseDiffers", "PerExample",
     "Phase", "Rates", "Recipe", "Row", "Strategy", "Table", "ceiling", "check_noise",
-    "exact_updates", "find_phase", "make_table", "noise", "noise_scale",
+    "exact_updates", "find_phase", "make_table", "name_of", "noise", "noise_scale",
     "noise_scale_approximate", "notes", "pairs", "phase_at", "plan_phases", "rates_at",
     "reference_rate", "row", "rows", "scale_up", "spans", "stated", "stated_noise",
     "take_rates", "update_at",

@@ -102,7 +102,7 @@ def growths(stated: Recipe, limits: Limits, granularity: int) -> Iterator[int]:
         least = batch * growth / JUST_OVER_1
         whole = -int(-least // first) * first
         batch = whole if whole < least * growth else -int(-least // granularity) * granularity
-        if limits.max_batch_size is not None and batch > limits.max_batch_size:
+        if batch > (limits.max_batch_size or recipe.MOST_EXAMPLES):
             return
         yield batch
 
@@ -121,9 +121,7 @@ def _at_growths(
     if strategy.name not in ("hybrid", "increase"):
         return marks
     _check_falling(stated)
-    shape_peak = max(range(curves.SAMPLES + 1), key=lambda index: rates.share(
-        stated, peak + (last - peak) * index // curves.SAMPLES))
-    peak += (last - peak) * shape_peak // curves.SAMPLES
+    peak = rates.peak_example(stated)
     most = strategy.hybrid_falls if strategy.name == "hybrid" else None
     if most is not None and most < 0:
         raise Mistake(f"hybrid_falls is {most}; it must be 0 or more growths of the batch.")
@@ -249,11 +247,9 @@ def _check_growth(
 
 def _check_falling(stated: Recipe) -> None:
     """Raises Mistake for a curve that a growing batch cannot follow."""
-    shape = curves.make_shape(stated.curve, stated.final_share, stated.power, stated.tail_share,
-                              stated.tail_shape)
-    if rise := curves.rise_after_peak(shape):
+    if rise := curves.rise_after_peak(rates.shape_of(stated)):
         raise Mistake(
-            f"the curve {recipe.curve_name(stated)!r} rises again by {rise[1]:.3g} of its peak "
+            f"the curve {curves.name_of(stated.curve)!r} rises again by {rise[1]:.3g} of its peak "
             f"after {rise[0]:.3g} of its progress; a batch that grows while the rate falls cannot "
             "follow it. Take the strategy decay or by_hand, or a curve that only falls after its "
             "peak."

@@ -19,6 +19,7 @@ TAILS: Mapping[str, Shape] = {
 }
 NEED_FINAL_SHARE = ("exponential", "inverse_sqrt")
 CURVES = ("steps", "cosine", "linear", "polynomial", "exponential", "inverse_sqrt", "wsd")
+SMALLEST_SHARE = 1e-9  # of NEED_FINAL_SHARE
 SAMPLES = 4096  # at which a function of the user's is tried
 ROUNDING = 1e-6  # of a function that computes in float32
 
@@ -45,8 +46,9 @@ def make_shape(
         Mistake: if a value is out of its range, or the user's function is no curve.
     """
     if callable(curve):
-        _check_function(curve)
-        return curve
+        shape = functools.partial(_share, curve)
+        _check_function(shape, name_of(curve))
+        return shape
     if curve not in CURVES:
         raise Mistake(
             f"recipe.curve is {curve!r}; allowed are {', '.join(CURVES)}, or the dotted path of a "
@@ -72,8 +74,9 @@ def _check_shape(
     curve: str, final_share: Any, power: Any, tail_share: Any, tail_shape: str
 ) -> None:
     """Raises Mistake for a value that the curve cannot have."""
-    lowest = "over 0 and below 1" if curve in NEED_FINAL_SHARE else "0 or more and below 1"
-    if not 0 <= final_share < 1 or (final_share == 0 and curve in NEED_FINAL_SHARE):
+    needs = curve in NEED_FINAL_SHARE
+    lowest = f"{SMALLEST_SHARE:g} or more and below 1" if needs else "0 or more and below 1"
+    if not (SMALLEST_SHARE if needs else 0) <= final_share < 1:
         raise Mistake(
             f"recipe.final_share is {final_share:g}; with the curve {curve!r} the share of the peak"
             f" that is left at the end must be {lowest}, for example 0.01."
@@ -90,18 +93,34 @@ def _check_shape(
             f"recipe.tail_shape is {tail_shape!r}; allowed are {', '.join(TAILS)}.")
 
 
-def _check_function(function: Shape) -> None:
+def name_of(curve: str | Shape) -> str:
+    """The name of a curve; of a function of the user's, its own."""
+    return curve if isinstance(curve, str) else getattr(curve, "__name__", repr(curve))
+
+
+def _share(function: Shape, progress: float) -> float:
+    """What a function of the user's returns, as a number of Python."""
+    share = function(progress)
+    if isinstance(share, str | bytes) or not hasattr(share, "__float__"):
+        raise Mistake(_no_share(function, progress, share))
+    try:
+        return float(share)
+    except (TypeError, ValueError):  # an array of several numbers
+        raise Mistake(_no_share(function, progress, share)) from None
+
+
+def _no_share(function: str | Shape, progress: float, share: Any) -> str:
+    return (f"recipe.curve: {name_of(function)}({progress:g}) is {share!r}; a curve returns "
+            "numbers from 0 to 1, the share of recipe.learning_rate that is left.")
+
+
+def _check_function(shape: Shape, name: str) -> None:
     """Raises Mistake for a function that does not return shares of a peak."""
-    name = getattr(function, "__name__", repr(function))
     highest = 0.0
     for index in range(SAMPLES + 1):
-        progress = index / SAMPLES
-        share = function(progress)
-        if not (isinstance(share, int | float) and -ROUNDING <= share <= 1 + ROUNDING):
-            raise Mistake(
-                f"recipe.curve: {name}({progress:g}) is {share!r}; a curve returns numbers from 0 "
-                "to 1, the share of recipe.learning_rate that is left."
-            )
+        share = shape(index / SAMPLES)
+        if not -ROUNDING <= share <= 1 + ROUNDING:
+            raise Mistake(_no_share(name, index / SAMPLES, share))
         highest = max(highest, share)
     if highest < 1 - ROUNDING * SAMPLES:  # between the samples it may be higher
         raise Mistake(
@@ -112,16 +131,22 @@ def _check_function(function: Shape) -> None:
 
 @functools.lru_cache(maxsize=64)
 def rise_after_peak(shape: Shape) -> tuple[float, float] | None:
-    """The progress where a shape is lowest before it rises again after its peak, and that rise.
+    """The progress from which a shape rises most after its peak, and by how much.
 
     None if it never rises after its peak; a rise within the rounding of float32 is none.
     """
     shares = [shape(index / SAMPLES) for index in range(SAMPLES + 1)]
-    peak = max(range(SAMPLES + 1), key=shares.__getitem__)
-    lowest, at = shares[peak], peak
-    for index in range(peak, SAMPLES + 1):
-        if shares[index] < lowest:
-            lowest, at = shares[index], index
-        elif shares[index] > lowest + ROUNDING:
-            return at / SAMPLES, shares[index] - lowest
-    return None
+    first = max(range(SAMPLES + 1), key=shares.__getitem__)
+    lowest, most, start = first, ROUNDING, None
+    for index in range(first, SAMPLES + 1):
+        if shares[index] < shares[lowest]:
+            lowest = index
+        elif shares[index] - shares[lowest] > most:
+            most, start = shares[index] - shares[lowest], lowest
+    return None if start is None else (start / SAMPLES, most)
+
+
+@functools.lru_cache(maxsize=64)
+def peak(shape: Shape) -> float:
+    """The progress of a shape's peak; a function of the user's may rise to it."""
+    return max(range(SAMPLES + 1), key=lambda index: shape(index / SAMPLES)) / SAMPLES

@@ -124,20 +124,12 @@ def _phase(
 
 def _check_floors(stated: Recipe, phases: Sequence[Phase]) -> None:
     """Raises Mistake if a coefficient that is kept per example falls below its floor."""
-    keep = stated.per_example
     for phase in phases:
-        found = rates.rates_at(stated, phase.batch_size, phase.start_example)
-        for key, remains, floor, on in (
-            ("momentum", found.momentum, keep.momentum_floor, keep.momentum),
-            ("beta2", found.beta2, keep.beta2_floor, keep.beta2),
-        ):
-            if on and remains < floor and phase.batch_size > stated.batch_size:
-                raise Mistake(
-                    f"kept per example, {key} falls to {remains:.3g} in phase {phase.name!r} with "
-                    f"its batch of {phase.batch_size}, below per_example.{key}_floor of {floor:g}; "
-                    "lower limits.max_batch_size or the floor, or set "
-                    f"per_example.{key}=False, which leaves it as it is."
-                )
+        if phase.batch_size > stated.batch_size:
+            found = rates.rates_at(stated, phase.batch_size, phase.start_example)
+            recipe.check_floors(
+                stated, found.momentum, found.beta2,
+                f"in phase {phase.name!r} with its batch of {phase.batch_size}")
 
 
 def phase_at(phases: Sequence[Phase], examples_seen: int) -> Phase | None:

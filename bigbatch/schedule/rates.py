@@ -15,7 +15,7 @@ import math
 from typing import NamedTuple
 
 from bigbatch.schedule import curves
-from bigbatch.schedule.recipe import Recipe, exchange_power
+from bigbatch.schedule.recipe import Recipe, exchange_power, keeps_momentum
 
 TOLERANCE = 1e-9  # of the noise of an update
 
@@ -43,9 +43,22 @@ def share(recipe: Recipe, example: int) -> float:
         return 1.0 / _divided(recipe, example)
     first, last = warmup_end(recipe), round(recipe.epochs * recipe.examples)
     progress = min(max((example - first) / (last - first), 0.0), 1.0)
-    shape = curves.make_shape(recipe.curve, recipe.final_share, recipe.power, recipe.tail_share,
-                              recipe.tail_shape)
-    return min(max(shape(progress), 0.0), 1.0)
+    return min(max(shape_of(recipe)(progress), 0.0), 1.0)
+
+
+def shape_of(recipe: Recipe) -> curves.Shape:
+    """The function of a smooth curve; see `curves.make_shape`."""
+    return curves.make_shape(recipe.curve, recipe.final_share, recipe.power, recipe.tail_share,
+                             recipe.tail_shape)
+
+
+def peak_example(recipe: Recipe) -> int:
+    """The example from which a batch may grow: the end of the warm-up, or the curve's own peak."""
+    first = warmup_end(recipe)
+    if recipe.curve == "steps":
+        return first
+    last = round(recipe.epochs * recipe.examples)
+    return first + round((last - first) * curves.peak(shape_of(recipe)))
 
 
 def warmup_end(recipe: Recipe) -> int:
@@ -66,7 +79,7 @@ def reference_rate(recipe: Recipe, example: int) -> float:
 
 def momentum_of(recipe: Recipe, batch_size: int) -> float:
     """m, or Adam's first beta, of updates of `batch_size` examples."""
-    return _kept(recipe.momentum, recipe.per_example.momentum, recipe, batch_size)
+    return _kept(recipe.momentum, keeps_momentum(recipe), recipe, batch_size)
 
 
 def learning_rate_of(recipe: Recipe, reference: float, batch_size: int) -> float:

@@ -16,6 +16,8 @@ from bigbatch.schedule import curves
 STRATEGIES = ("constant", "decay", "hybrid", "increase", "by_hand")
 # The power p of the batch by which the rate is multiplied; see `rates`.
 EXCHANGES: Mapping[str, float] = {"linear": 1.0, "sqrt": 0.5, "none": 0.0}
+MOST_EXAMPLES = 2**53  # whole numbers that a float holds
+LARGEST_GROWTH = 1e6
 GROWTH = 2.0  # between two batches of a smooth curve, where limits.growth does not say
 
 
@@ -27,12 +29,13 @@ class PerExample:
     b^(B/B_ref) in an update of B, so that as much remains after the same examples.
     """
 
-    momentum: bool = False  # m; for Adam its first beta
-    beta2: bool = True
+    # m, or Adam's first beta. None: where the optimizer averages gradients, as Adam does.
+    momentum: bool | None = None
+    beta2: bool = True  # where the optimizer averages gradients
     weight_decay: bool = True  # where it is decoupled
     average: bool = True  # of the weights
     momentum_floor: float = 0.0  # a schedule that takes the momentum below this is refused
-    beta2_floor: float = 0.0
+    beta2_floor: float = 0.9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,9 +126,9 @@ def scale_up(recipe: Recipe, learning_rate_factor: float = 1.0, momentum: float 
             f"{recipe.examples} examples of the training set; scale up by less."
         )
     kappa, keep = whole / recipe.batch_size, recipe.per_example
-    if keep.momentum and momentum is None and not recipe.accumulates:
+    if keeps_momentum(recipe) and momentum is None and not recipe.accumulates:
         new_momentum **= kappa
-    return dataclasses.replace(
+    scaled = dataclasses.replace(
         recipe,
         learning_rate=recipe.learning_rate * learning_rate_factor,
         batch_size=whole,
@@ -134,6 +137,40 @@ def scale_up(recipe: Recipe, learning_rate_factor: float = 1.0, momentum: float 
         average=recipe.average ** (kappa if keep.average else 1.0),
         weight_decay=recipe.weight_decay * (kappa ** (1.0 - power) if keep.weight_decay else 1.0),
     )
+    if kappa > 1:
+        check_floors(scaled, scaled.momentum, scaled.beta2, f"scaled up to a batch of {whole}")
+    return scaled
+
+
+def keeps_momentum(recipe: Recipe) -> bool:
+    """Whether the momentum is kept per example."""
+    keep = recipe.per_example.momentum
+    return not recipe.accumulates if keep is None else keep
+
+
+def check_floors(recipe: Recipe, momentum: float, beta2: float, where: str) -> None:
+    """Checks what a larger batch leaves of coefficients that are kept per example.
+
+    Args:
+        recipe: of the run.
+        momentum: of the batch.
+        beta2: of the batch.
+        where: which batch it is, for the message.
+
+    Raises:
+        Mistake: if one is below its floor.
+    """
+    keep = recipe.per_example
+    for key, remains, floor, on in (
+        ("momentum", momentum, keep.momentum_floor, keeps_momentum(recipe)),
+        ("beta2", beta2, keep.beta2_floor, keep.beta2 and not recipe.accumulates),
+    ):
+        if on and remains < floor:
+            raise Mistake(
+                f"kept per example, {key} falls to {remains:.3g} {where}, below "
+                f"per_example.{key}_floor of {floor:g}; lower limits.max_batch_size or the floor, "
+                f"or set per_example.{key}=False, which leaves it as it is."
+            )
 
 
 def stated(recipe: Recipe, strategy: str) -> Recipe:
@@ -175,24 +212,24 @@ def check(recipe: Recipe, strategy: str, limits: Limits) -> int:
         value = getattr(recipe, name)
         if not (math.isfinite(value) and value > 0):
             raise Mistake(f"recipe.{name} is {value}; it must be a finite number over 0.")
+    if recipe.epochs * recipe.examples > MOST_EXAMPLES:
+        raise Mistake(
+            f"recipe.epochs is {recipe.epochs:g}, which are over {MOST_EXAMPLES:g} examples, the "
+            "most that a run can count."
+        )
     _check_batches(recipe, limits)
     if recipe.curve == "steps":
         check_marks("recipe.falls", recipe.falls, recipe.epochs)
     _check_warmup(recipe)
     growth = limits.growth
     lowest = 1 if recipe.curve == "steps" else 1.01
-    if growth is not None and not (math.isfinite(growth) and growth >= lowest):
+    if growth is not None and not lowest <= growth <= LARGEST_GROWTH:
         raise Mistake(
             f"limits.growth is {growth:g}, the smallest factor by which a batch grows at once; "
-            f"under the curve {curve_name(recipe)!r} it must be {lowest} or more."
+            f"under the curve {curves.name_of(recipe.curve)!r} it must be {lowest} or more, and "
+            f"{LARGEST_GROWTH:g} at most."
         )
     return limits.ghost_size if limits.granularity is None else limits.granularity
-
-
-def curve_name(recipe: Recipe) -> str:
-    """The name of a recipe's curve; of a function of the user's, its own."""
-    curve = recipe.curve
-    return curve if isinstance(curve, str) else getattr(curve, "__name__", repr(curve))
 
 
 def pairs(name: str, given: Any) -> tuple[tuple[float, float], ...]:
@@ -245,7 +282,9 @@ def check_marks(name: str, marks: Any, epochs: float) -> None:
 def _check_warmup(recipe: Recipe) -> None:
     falls = recipe.falls if recipe.curve == "steps" else ()
     end = falls[0][0] if falls else recipe.epochs
-    if not 0 <= recipe.warmup_epochs < end:
+    warm, last = (round(epoch * recipe.examples) if math.isfinite(epoch) else epoch
+                  for epoch in (recipe.warmup_epochs, end))
+    if not (0 <= recipe.warmup_epochs and warm < last):
         raise Mistake(
             f"recipe.warmup_epochs is {recipe.warmup_epochs:g}; a warm-up must end before the "
             f"first fall or the end of the run, which is at epoch {end:g}."

@@ -69,11 +69,12 @@ def _exact(stated: Recipe, strategy: Strategy, most: float) -> float:
     else:
         first = rates.warmup_end(stated)
         cuts = [first + (last - first) * index / POINTS for index in range(POINTS)]
+    peak = rates.peak_example(stated)
     cuts = sorted({0.0, *cuts, *(epoch * n for epoch, _ in strategy.ramp), last})
     updates = 0.0
     for start, end in itertools.pairwise(cuts):
         middle = (start + end) / 2
-        share = rates.share(stated, round(middle)) if end - start >= 1 else 1.0
+        share = rates.share(stated, round(middle)) if middle > peak else 1.0
         ramp = math.prod(factor for epoch, factor in strategy.ramp if epoch * n > middle)
         updates += (end - start) / stated.batch_size * max(share, 1 / most) * ramp
     return updates
@@ -110,17 +111,17 @@ def notes(
     last = phases[-1]
     name = strategy if isinstance(strategy, str) else strategy.name
     if stated.curve != "steps" and name in ("increase", "hybrid") and last.updates:
-        left = rates.share(stated, last.end_example - last.batch_size)
-        taken = last.batch_size / stated.batch_size * left
-        if taken < 0.5:
+        first, end = (rates.reference_rate(stated, example) for example in (
+            last.start_example, last.end_example - last.batch_size))
+        if end < 0.5 * first:
             found.append(
                 f"from epoch {last.start_example / stated.examples:.2f} on, where the batch is at "
-                f"its largest, the rate alone falls: to {taken:.2g} of what it is there."
+                f"its largest, the rate alone falls: to {end / first:.2g} of what it is there."
             )
     return found + [
         f"{phase.name}: batch {phase.batch_size} is over a tenth of the {stated.examples} training "
         f"examples; the exact noise scale is {phase.batch_size / stated.examples:.1%} below the "
         "approximate one that the schedules share."
         for phase in phases
-        if phase.batch_size > stated.examples / 10
+        if stated.exchange == "linear" and phase.batch_size > stated.examples / 10
     ]

@@ -6,6 +6,7 @@ microbatches) and changes that affect only examples not yet seen (more epochs, a
 """
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from ml_collections import ConfigDict
 
 from bigbatch import __version__
 from bigbatch.config import make_recipe, saved_config
-from bigbatch.schedule import Phase, Rates, rates_at
+from bigbatch.schedule import Phase, Rates, Recipe, rates_at, reference_rate
 
 # These keys do not change what is learned.
 FREE = (
@@ -30,6 +31,7 @@ THROUGH_PHASES = (
     "limits",
 )
 SAME = 1e-12  # relative difference of rates up to which they are called the same
+CURVE_POINTS = 512  # of a user's curve that are saved
 LOOKED_AT = 64  # updates of each phase whose rates are compared
 
 
@@ -54,13 +56,27 @@ def position_of(run: Mapping[str, Any]) -> Position:
 
 
 def describe_run(config: ConfigDict, phases: Sequence[Phase], at: Position) -> dict[str, Any]:
-    """The content of a checkpoint's run.json: position, version, config and phases."""
+    """The content of a checkpoint's run.json: position, version, config and phases.
+
+    Of a curve that is a function of the user's also some of its rates, since the config only names
+    it.
+    """
+    recipe = make_recipe(config)
     return {
         **at._asdict(),
         "version": __version__,
         "config": json.loads(config.to_json()),
         "phases": [dataclasses.asdict(phase) for phase in phases],
+        **({"curve": list(_looked_up(recipe))} if callable(recipe.curve) else {}),
     }
+
+
+@functools.lru_cache(maxsize=4)  # each checkpoint has it
+def _looked_up(recipe: Recipe) -> tuple[float, ...]:
+    """The rates of the reference along a run, to tell whether a user's function has changed."""
+    last = round(recipe.epochs * recipe.examples)
+    return tuple(reference_rate(recipe, last * index // CURVE_POINTS)
+                 for index in range(CURVE_POINTS))
 
 
 def changes(
@@ -89,13 +105,17 @@ def changes(
     differing = _phase_changes(saved["phases"], phases, saved["examples_seen"])
     if not differing:
         differing = _rate_changes(filled, config, phases, saved["examples_seen"])
+    if not differing:
+        differing = _curve_changes(saved, config)
     if differing:
         # The keys that are the cause say more than the phases that follow from them.
         causes = [text for text in allowed if text.startswith(THROUGH_PHASES)]
-        refused += causes or [
-            "the same recipe has other phases in this version of bigbatch (a grown batch follows "
-            "the whole noise so far since 0.2), so only the version that began the run can end it"]
-        refused += differing
+        if not (causes or refused):
+            causes = _curve_changes(saved, config) or [
+                "the same recipe has other phases in this version of bigbatch (a grown batch "
+                "follows the whole noise so far since 0.2), so only the version that began the run "
+                "can end it"]
+        refused += causes + differing
     return refused, allowed
 
 
@@ -160,6 +180,20 @@ def _rate_changes(
             if not all(math.isclose(one, other, rel_tol=SAME)
                        for one, other in zip(was, is_now, strict=True)):
                 return [f"the update at example {start}: {_told(was)} saved, {_told(is_now)} now"]
+    return []
+
+
+def _curve_changes(saved: Mapping[str, Any], config: ConfigDict) -> list[str]:
+    """The first place before the position where a user's curve was another, as a list of a text."""
+    recipe = make_recipe(config)
+    if "curve" not in saved or not callable(recipe.curve):
+        return []
+    last = round(recipe.epochs * recipe.examples)
+    for index, (was, is_now) in enumerate(zip(saved["curve"], _looked_up(recipe), strict=True)):
+        example = last * index // CURVE_POINTS
+        if example < saved["examples_seen"] and not math.isclose(was, is_now, rel_tol=SAME):
+            return [f"the function {config.recipe.curve} was another: at example {example} the "
+                    f"rate of the reference was {was:.9g}, and now is {is_now:.9g}"]
     return []
 
 

@@ -286,7 +286,7 @@ def test_the_picture_shows_rate_batch_and_noise(tmp_path):
 def test_the_plan_says_what_batches_save_at_most_and_what_they_save():
     planned = plan(configs.load("cifar10", "increase,curve=cosine"), 1)
     assert planned["saved"] == {
-        "at_most": pytest.approx(0.5), "of": 80_000,
+        "at_most": pytest.approx(0.5), "of": 80_000, "batch_size": 128,
         "share": pytest.approx(1 - planned["total_updates"] / 80_000)}
     assert "without limits and rounding would save 50.0%; these save 37.6%." in " ".join(
         as_text(planned).split())

@@ -7,6 +7,8 @@ import dataclasses
 import itertools
 import math
 
+import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from hypothesis import assume, given, settings
@@ -371,7 +373,8 @@ REFUSED = {
     "a tail over the run": ({"curve": "wsd", "tail_share": 1.5}, "decay", {}, ("1.5", "at most 1")),
     "a tail of no shape": (
         {"curve": "wsd", "tail_shape": "sqrt"}, "decay", {}, ("'sqrt'", "1-sqrt")),
-    "an exponential to zero": ({"curve": "exponential"}, "decay", {}, ("final_share is 0", "over")),
+    "an exponential to zero": (
+        {"curve": "exponential"}, "decay", {}, ("final_share is 0", "1e-09 or more")),
     "a final share of 1": (
         {"curve": "cosine", "final_share": 1.0}, "decay", {}, ("final_share is 1", "below 1")),
     "a power of 0": ({"curve": "polynomial", "power": 0.0}, "decay", {}, ("recipe.power is 0",)),
@@ -416,3 +419,52 @@ def test_what_has_no_schedule_is_refused_with_value_and_remedy(name):
     for part in parts:
         assert part in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("settings", (
+    {"curve": "cosine", "warmup_epochs": 204.799999}, {"epochs": 1e300, "falls": ()},
+    {"curve": "inverse_sqrt", "final_share": 1e-200},
+))
+def test_numbers_without_a_schedule_are_told_too(settings):
+    with pytest.raises(Mistake):
+        schedule.plan_phases(dataclasses.replace(CIFAR, **settings), "increase", TO_5120)
+
+
+def test_what_a_function_returns_may_be_any_number():
+    for kind in (np.float32, np.float64, jnp.float32, float):
+        recipe = dataclasses.replace(CIFAR, curve=lambda x, kind=kind: kind(1 - x))
+        assert [phase.batch_size for phase in schedule.plan_phases(
+            recipe, "increase", TO_5120)] == [128, 256, 512, 1024, 2048, 4096]
+
+
+def test_a_rise_to_the_peak_is_not_saved_on():
+    """A curve with a warm-up of its own, and one that only rises."""
+    recipe = dataclasses.replace(CIFAR, curve=lambda x: min(10 * x, (1 - x) / 0.9))
+    assert schedule.ceiling(recipe) == pytest.approx(0.45, abs=1e-3)
+    first, second, *_ = schedule.plan_phases(recipe, "increase", TO_5120)
+    assert second.start_example / 10_240_000 == pytest.approx(0.55, abs=1e-3)
+    assert schedule.ceiling(dataclasses.replace(CIFAR, curve=lambda x: x)) < 1e-3
+
+
+def test_a_short_run_has_the_ceiling_of_a_long_one():
+    for examples, epochs in ((1437, 1), (100, 3)):
+        recipe = dataclasses.replace(COSINE, examples=examples, epochs=epochs, batch_size=1)
+        assert schedule.ceiling(recipe) == pytest.approx(0.5, abs=0.01)
+
+
+def test_a_library_s_adam_is_the_programs():
+    """By default its betas are kept per example, down to a floor, also when it is scaled up."""
+    adam = dataclasses.replace(ADAM, per_example=PerExample(), beta2=0.99)
+    rates = schedule.rates_at(adam, 512, 0)
+    assert (rates.momentum, rates.beta2) == (0.9**4, 0.99**4)
+    assert schedule.rates_at(COSINE, 512, 0).momentum == 0.9
+    with pytest.raises(Mistake, match="beta2 falls to 0.815 in phase"):
+        schedule.plan_phases(dataclasses.replace(adam, beta2=0.95), "increase", Limits(1024, 128))
+    with pytest.raises(Mistake, match="beta2 falls to 0.815 scaled up to a batch of 512"):
+        schedule.scale_up(dataclasses.replace(adam, beta2=0.95), 2.0)
+
+
+def test_a_rise_is_told_as_large_as_it_is():
+    recipe = dataclasses.replace(CIFAR, curve=lambda x: 0.5 + 0.5 * math.cos(6 * math.pi * x))
+    with pytest.raises(Mistake, match="rises again by 1 of its peak after"):
+        schedule.plan_phases(recipe, "increase", TO_5120)

@@ -1,9 +1,11 @@
 """A run that was stopped and continued leaves the bits of one that was not."""
 
+import importlib
 import json
 import math
 import os
 import signal
+import sys
 
 import jax
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from bigbatch import evaluate, schedule, train
 from bigbatch.config import make_phases
 from bigbatch.job import preemption
+from bigbatch.mistake import Mistake
 from bigbatch.storage import checkpoint
 from bigbatch.storage.logs import read_events
 from tests.support import started
@@ -271,6 +274,28 @@ def test_a_curve_that_would_have_been_another_is_refused(smooth, changed, said):
     with pytest.raises(ValueError, match="another config") as caught:
         run(small(*SMOOTH, changed), smooth)
     assert said in str(caught.value)
+
+
+def test_a_function_of_the_users_that_has_changed_is_refused(tmp_path, monkeypatch):
+    """It is only named in the config; and a rate that falls is one phase, whatever the function."""
+    module = tmp_path / "a_curve_of_mine.py"
+    module.write_text("def fall(x):\n    return 1 - x\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = ("strategy=decay", "recipe.curve=a_curve_of_mine.fall")
+    with monkeypatch.context() as patch:
+        terminate_at(patch, 10)
+        with pytest.raises(train.Preempted):
+            run(small(*settings), tmp_path / "run")
+    module.write_text("def fall(x):\n    return 1 - x**4\n", encoding="utf-8")
+    sys.modules.pop("a_curve_of_mine")
+    importlib.invalidate_caches()
+    with pytest.raises(ValueError, match="a_curve_of_mine.fall was another: at example"):
+        run(small(*settings), tmp_path / "run")
+    module.write_text("def fall(x):\n    raise KeyError('none')\n", encoding="utf-8")
+    sys.modules.pop("a_curve_of_mine")
+    with pytest.raises(Mistake, match=r"fall\(0\) fails: KeyError: 'none' \(.*mine.py, line 2\)"):
+        run(small(*settings), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_what_cannot_alter_the_trajectory_may_change(whole, tmp_path):
