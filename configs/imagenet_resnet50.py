@@ -78,7 +78,7 @@ def get_config(argument: str = "") -> ConfigDict:
     config.network = "bigbatch.models.resnet.ResNet"
     config.model = ConfigDict({
         "ghost_size": config.get_ref("ghost_size"), "depth": 50, "width": 64, "bn_decay": 0.9,
-        "space_to_depth": True,
+        "space_to_depth": False,
     })
     config.max_per_device_batch = 128
     config.data.update({

@@ -97,7 +97,8 @@ def draw(
     if any(figure.trained for figure in chosen):
         with records.opened(source) as folder:
             results = read(chosen, scale, seeds, folder, source)
-    text = [f"# The paper's figures at the scale {scale}\n",
+    whose = "The paper's figures" if all(figure.papers for figure in chosen) else "Figures"
+    text = [f"# {whose} at the scale {scale}\n",
             f"{figures.SCALES[scale].says} Seeds a curve: {seeds}.\n"]
     overview = tables.summary(chosen, scale, results)
     if overview.cells:

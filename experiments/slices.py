@@ -3,7 +3,9 @@
     make slices
 
 Plans each preset for each slice (`bigbatch.plan`), writes the plans into --output, and prints the
-table of launch/README.md. Programs that were compiled before are not compiled again.
+table of launch/README.md. Where an update has become slower than --output says by more than 3 %, it
+says so, ends with status 1 and leaves the file as it was. Programs that were compiled before are
+not compiled again.
 """
 
 import argparse
@@ -20,6 +22,7 @@ from bigbatch.planning import topology
 from configs import imagenet_inception_resnet_v2, imagenet_resnet50
 from experiments.command_line import one_line_errors
 from experiments.figures import load_config
+from experiments.growth import grown
 from experiments.markdown_table import markdown_table
 
 PRESETS = [
@@ -59,13 +62,25 @@ def table(plans: Sequence[dict[str, Any]]) -> str:
          "run, hours", "chip-hours"], lines)
 
 
+def seconds(plans: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """The estimates of all updates, by names; the compiler is one of them."""
+    return {
+        f"{planned['config']} on {planned['topology']}, phase {index}, seconds "
+        f"({planned['compiled']['compiler']})": row["seconds"] if row["fits"] else None
+        for planned in plans for index, row in enumerate(planned["compiled"]["phases"])
+    }
+
+
 def main() -> None:
     """Plans everything and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", required=True, help="file for the record, JSON")
-    output = parser.parse_args().output
+    parser.add_argument("--accept", action="store_true", help="write the record whatever has grown")
+    options = parser.parse_args()
+    output = options.output
     with one_line_errors("experiments.slices"):
         Path(output).open("a").close()  # else a file that cannot be written is an error hours later
+        before = json.loads(Path(output).read_text() or '{"plans": []}')["plans"]
         topology.compile_elsewhere()
         plans = []
         for preset in PRESETS:
@@ -74,6 +89,8 @@ def main() -> None:
                 config = load_config(f"configs/{family}.py:{argument}")
                 plans.append({"config": preset, "topology": name,
                               **plan_for_slices(config, name)})
+        if (lines := grown(seconds(before), seconds(plans))) and not options.accept:
+            raise RuntimeError(f"{'; '.join(lines)} ({output} stays; --accept renews it)")
         command = f"python -m experiments.slices --output={output}"
         record = {"command": command, "jax": jax.__version__, "plans": plans}
         Path(output).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -89,9 +89,9 @@ class ResNet(nnx.Module):
             each group.
         channels: of the images.
         bn_decay: the share of a running statistic that remains after one ghost batch.
-        space_to_depth: whether to compute the first convolution over 2x2 patches of 12 channels,
-            since 3 channels leave a TPU's matrix units mostly idle. Parameters and results are
-            the same.
+        space_to_depth: whether to compute the first convolution over 2x2 patches of 12 channels.
+            Parameters and results are the same. Today's compiler for TPUs gains nothing by it: see
+            docs/speed.md.
 
         Raises:
             Mistake: if there is no network of this depth or width.

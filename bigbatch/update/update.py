@@ -239,10 +239,10 @@ def _fold_ghosts(ghosts_after_G: jax.Array, rows_GxC: jax.Array, decay: float) -
 def _reduce(sums: Sums) -> Sums:
     """The devices' sums added up, in the form that the platform's compiler makes most of.
 
-    A TPU's merges the reductions of hundreds of arrays and copies nothing. A CPU's does not, and a
-    GPU's then cuts the result into arrays by a kernel each, so both reduce one vector. Of that a
-    GPU's compiler also makes fewer kernels where nothing is reduced: 262 in place of 309 for an
-    update of a Wide ResNet 16-4.
+    A TPU's merges the reductions of hundreds of arrays into one. A CPU's does not, and a GPU's then
+    cuts the result into arrays by a kernel each, so both reduce one vector. Of that a GPU's
+    compiler also makes fewer kernels where nothing is reduced: 262 in place of 309 for an update of
+    a Wide ResNet 16-4.
     """
     def as_vector(sums: Sums) -> Sums:
         vector, unravel = ravel_pytree(sums)

@@ -12,6 +12,7 @@ from tests.support.tables import rows_of
 
 RECORDS = REPOSITORY / "experiments" / "records"
 SMALL, DEMO = RECORDS / "2026-11-26_small", RECORDS / "2026-11-26_demo"
+COSINE = RECORDS / "2026-11-26_cosine"
 SPEED = RECORDS / "2026-11-26_speed.json"
 
 
@@ -33,6 +34,20 @@ def test_the_small_scales_tables_are_drawn_again_from_its_logs(tmp_path):
     assert drawn.count("not given") == len(figures.RATES)
 
 
+def test_the_tables_beyond_the_paper_are_drawn_again_and_are_those_of_the_page(tmp_path):
+    reproduce.draw(figures.select("cosine,exchange", "small"), "small", 3, COSINE, tmp_path)
+    drawn = (tmp_path / "tables.md").read_text(encoding="utf-8")
+    assert drawn == (COSINE / "tables.md").read_text(encoding="utf-8")
+    found = {row[0]: row for row in rows_of(drawn) if len(row) > 8}
+    page = (REPOSITORY / "docs" / "reproduce.md").read_text(encoding="utf-8")
+    shown = [row for row in rows_of(page) if row[0] in ("cosine", "exchange")]
+    assert len(shown) == 7
+    for _, schedule, updates, accuracy, n, difference, verdict in shown:
+        row = found[schedule]
+        assert row[2].startswith(updates) and (row[1], row[5], row[7]) == (n, accuracy, difference)
+        assert row[8] == (verdict or "the reference")
+
+
 def test_the_demonstrations_table_is_drawn_again_from_its_logs(tmp_path):
     curves.draw(figures.DEMO, demo.read(DEMO), tmp_path)
     kept, drawn = ((folder / "table.md").read_text(encoding="utf-8")
@@ -51,7 +66,7 @@ def test_the_page_on_speed_has_the_table_of_its_record():
     assert len(made) > 20 and [row for row in made if row not in page] == []
 
 
-@pytest.mark.parametrize("record", [SMALL, DEMO], ids=lambda path: path.name)
+@pytest.mark.parametrize("record", [SMALL, COSINE, DEMO], ids=lambda path: path.name)
 def test_a_record_says_how_it_was_made(record):
     trainings = provenance.read(record)
     assert trainings

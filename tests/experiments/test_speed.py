@@ -58,7 +58,7 @@ def test_the_pytorch_network_is_the_same_function():
     jax.config.update("jax_enable_x64", True)
     config = load("cifar10", "increase,dtype=float64,ghost_size=4,model.width=1")
     net = network.build(config)
-    params, batch_stats, _ = init_state(config, net)
+    params, batch_stats, *_ = init_state(config, net)
     theirs = torch_wide_resnet.WideResNet(16, 1, 10).double()
 
     def copy(layer, values):

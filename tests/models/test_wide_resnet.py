@@ -90,7 +90,7 @@ def test_it_is_the_network_written_out(settings, before):
     jax.config.update("jax_enable_x64", True)
     config = tiny("dtype=float64", *settings)
     net = network.build(config)
-    params, batch_stats, _ = init_state(config, net)
+    params, batch_stats, *_ = init_state(config, net)
     assert ("project" in params["blocks"][0]) == ("model.width=2" in settings)
     draws = np.random.default_rng(0)
 
@@ -127,7 +127,7 @@ def test_initialisation_is_he_normal_and_follows_the_seed():
         config.seed = seed
         return init_state(config, net)
 
-    params, batch_stats, _ = state = drawn(0)
+    params, batch_stats, *_ = state = drawn(0)
     for name in ("conv1", "conv2"):
         kernel = np.asarray(params["blocks"][2][name]["kernel"])
         fan_in = math.prod(kernel.shape[:3])

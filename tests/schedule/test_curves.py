@@ -131,7 +131,7 @@ def reference(recipe, strategy, example):
     }[recipe.curve]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(plans())
 def test_every_update_has_the_references_noise(plan):
     recipe, strategy, limits = plan
@@ -164,7 +164,7 @@ def test_every_update_has_the_references_noise(plan):
     assert 0 <= example - round(recipe.epochs * recipe.examples) < phases[-1].batch_size
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(plans())
 def test_a_batch_never_grows_past_what_the_reference_has_fallen(plan):
     recipe, strategy, limits = plan

@@ -9,6 +9,7 @@ import pytest
 from bigbatch import schedule, train
 from bigbatch.programs import dispatch
 from bigbatch.programs.programs import Ready
+from bigbatch.schedule import Rates
 from bigbatch.schedule.due import make_due
 from bigbatch.storage.continuing import Position
 from bigbatch.watching.clock import Clock
@@ -57,7 +58,7 @@ def run(monkeypatch, passes, input_seconds=0.0, every=None):
 
     def measured():
         output = device.dispatch(LAST if passes > 1 else PASS)
-        return SimpleNamespace(finite=output, loss=output, accuracy=0.5)
+        return SimpleNamespace(finite=output, loss=output, means={"loss": output})
 
     def accumulate(state, sums, *_):
         return sums, device.dispatch(PASS)
@@ -85,8 +86,10 @@ def run(monkeypatch, passes, input_seconds=0.0, every=None):
             phases, phases, (None,) * len(phases), nothing,
             partial(dispatch.take_update, started=clock.update_started,
                     landed=clock.update_landed),
-            evaluate, SimpleNamespace(resident=None, update=batches), lambda *rates: rates,
-            make_due(every, N, phases[-1].end_example), N,
+            evaluate, lambda means: {"train_loss": float(means["loss"])},
+            SimpleNamespace(resident=None, update=batches),
+            lambda phase, *_: Rates(phase.learning_rate, phase.momentum, 0, 0, 0),
+            lambda rates: rates, make_due(every, N, phases[-1].end_example), N,
             Log(lambda _, event: events.append(event), display, clock, N), nothing, nothing,
             nothing),
         Position(), None)

@@ -1,0 +1,52 @@
+"""The table of updates by the compilers of absent accelerators: its record, and what has grown."""
+
+import json
+
+import pytest
+
+from experiments import slices
+from experiments.growth import grown
+from experiments.speed import by_compiler
+from tests.conftest import REPOSITORY
+from tests.support.tables import rows_of
+
+
+def row(seconds=1.0, memory=100, work=by_compiler.WHOLE, compiler="one", fits=True, images=32):
+    return {"network": "ResNet-50", "slice": "v2-8", "images": images, "work": work,
+            "compiler": compiler, "fits": fits, "seconds": seconds, "temporary_bytes": memory}
+
+
+@pytest.mark.parametrize(("after", "said"), [
+    (row(1.03, 103), []),
+    (row(1.04), ["ResNet-50 v2-8 32 whole, seconds (one) was 1 and is 1.04"]),
+    (row(0.5, 104), ["ResNet-50 v2-8 32 whole, temporary_bytes (one) was 100 and is 104"]),
+    (row(9.0, compiler="another"), []),
+    (row(9.0, work=by_compiler.FED), []),
+    (row(9.0, images=128), []),
+])
+def test_what_has_grown_by_more_than_3_percent_is_named(after, said):
+    before = by_compiler.numbers([row(), row(work=by_compiler.FED)])
+    assert grown(before, by_compiler.numbers([after])) == said
+
+
+def test_what_does_not_fit_any_more_has_grown_and_what_never_fitted_has_not():
+    fits, not_any_more = ([row(fits=fits)] for fits in (True, False))
+    told = grown(*map(by_compiler.numbers, (fits, not_any_more)))
+    assert len(told) == 2 and all(line.endswith("cannot be had any more") for line in told)
+    assert grown(*map(by_compiler.numbers, (not_any_more, fits))) == []
+
+
+def test_the_record_of_slices_is_compared_with_itself():
+    plans = json.loads((REPOSITORY / "experiments/records/slices.json").read_text())["plans"]
+    before = slices.seconds(plans)
+    assert len(before) > 50 and grown(before, before) == []
+    slower = {name: 1.04 * number for name, number in before.items()}
+    assert len(grown(before, slower)) == len(before)
+
+
+def test_the_record_is_what_the_docs_say():
+    """And in it no update of ResNet-50 takes more time or memory than Flax's example."""
+    record = json.loads(by_compiler.RECORD.read_text())
+    shown = rows_of((REPOSITORY / "docs/speed.md").read_text())
+    table = rows_of(by_compiler.table(record["rows"]))
+    assert len(table) > 1 and [cells for cells in table if cells not in shown] == []
