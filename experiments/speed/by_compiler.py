@@ -35,6 +35,7 @@ from bigbatch.planning import compiled, topology
 from bigbatch.programs.compilation import Kind, Program
 from bigbatch.programs.lowering import lower_update, lowering
 from bigbatch.storage import caches
+from bigbatch.tasks import contract
 from bigbatch.update import network, update
 from experiments import provenance
 from experiments.command_line import one_line_errors
@@ -85,13 +86,14 @@ def lower(case: Case, mesh: Mesh) -> jax.stages.Lowered:
         return _lower_flax(config, mesh, images, labels)
     net = network.build(config)
     state = update.abstract_state(config, net, mesh)
-    resident, test = feed.resident_shapes(config, mesh)
+    fields = contract.fields_of(config, contract.task_of(config))
+    resident, test = feed.resident_shapes(config, fields, mesh)
     slots = case.images // config.ghost_size
     if case.work == WHOLE:
         return lowering(config, net, mesh, state, resident, test)(Program(Kind.UPDATE, slots))
     batch = {"examples": shape((count, 4), np.int32), "images": images, "labels": labels}
-    return lower_update(update.make_update(config, net, mesh, given), Kind.UPDATE, mesh, state,
-                        {"seed": resident["seed"]}, batch)
+    return lower_update(update.make_update(config, net, mesh, given), net, Kind.UPDATE, mesh,
+                        state, {"seed": resident["seed"]}, batch)
 
 
 def _lower_flax(

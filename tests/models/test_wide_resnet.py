@@ -112,7 +112,7 @@ def test_it_is_the_network_written_out(settings, before):
             for row, value in zip(found, wanted, strict=True):
                 np.testing.assert_allclose(row[ghost], value, rtol=1e-10, atol=1e-12)
 
-    logits, _, after = apply(params, batch_stats, images, False, None)
+    logits, after = apply(params, batch_stats, images, False, None)
     running = plain_wide_resnet.in_order(batch_stats)
     expected, _ = forward(params, images, running)
     np.testing.assert_allclose(logits, expected, rtol=1e-10, atol=1e-11)
