@@ -129,7 +129,8 @@ def test_an_update_is_one_reduction_on_half_a_pod_and_a_whole_one(pod):
     assert {tuple(row["programs"]) for row in told["phases"]} == {("update 1",)}
     size = 4 * numbers_reduced(config)
     assert [row["collectives"] for row in told["phases"]] == [{"all-reduce": [1, size]}] * 3
-    assert [row["collectives"] for row in told["evaluations"]] == [{"all-reduce": [1, 12]}] * 2
+    # The sum and the weight of the loss and of the accuracy, in 4 bytes each.
+    assert [row["collectives"] for row in told["evaluations"]] == [{"all-reduce": [1, 16]}] * 2
     assert told["fits"]
 
 
