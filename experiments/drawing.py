@@ -238,4 +238,5 @@ def _finish(axis: Axes, panel: Panel) -> None:
     axis.set(xlabel=AXES[panel.axis], ylabel=label_of(panel.quantity), xlim=(0, None))
     axis.set_title(panel.title, fontsize=10)
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(frameon=False, fontsize=8)
+        falls = panel.quantity == "test_loss"  # which leaves room below its lines only
+        axis.legend(frameon=False, fontsize=8, loc="lower left" if falls else "best")

@@ -194,12 +194,12 @@ EXCHANGES = (
 GROWING = "bytes,strategy=increase"
 LANGUAGE_CURVES = (
     Curve("decaying learning rate", "bytes,strategy=decay"),
-    Curve("growing batch, sqrt, betas and decay as they are",
+    Curve("growing: sqrt, betas and decay fixed",
           f"{GROWING},per_example.momentum=false,per_example.beta2=false,"
           "per_example.weight_decay=false"),
-    Curve("growing batch, sqrt, betas and decay per example", GROWING),
-    Curve("growing batch, linear", f"{GROWING},exchange=linear"),
-    Curve("growing batch, none", f"{GROWING},exchange=none"),
+    Curve("growing: sqrt, all per example", GROWING),
+    Curve("growing: linear", f"{GROWING},exchange=linear"),
+    Curve("growing: none", f"{GROWING},exchange=none"),
 )
 
 

@@ -13,6 +13,7 @@ from tests.support.tables import rows_of
 RECORDS = REPOSITORY / "experiments" / "records"
 SMALL, DEMO = RECORDS / "2026-11-26_small", RECORDS / "2026-11-26_demo"
 COSINE = RECORDS / "2026-11-26_cosine"
+LANGUAGE = RECORDS / "2026-11-26_language"
 SPEED = RECORDS / "2026-11-26_speed.json"
 
 
@@ -66,7 +67,20 @@ def test_the_page_on_speed_has_the_table_of_its_record():
     assert len(made) > 20 and [row for row in made if row not in page] == []
 
 
-@pytest.mark.parametrize("record", [SMALL, COSINE, DEMO], ids=lambda path: path.name)
+def test_the_language_models_table_is_drawn_again_and_is_that_of_the_page(tmp_path):
+    reproduce.draw(figures.select("language", "bytes"), "bytes", 5, LANGUAGE, tmp_path)
+    drawn = (tmp_path / "tables.md").read_text(encoding="utf-8")
+    assert drawn == (LANGUAGE / "tables.md").read_text(encoding="utf-8")
+    page = rows_of((REPOSITORY / "docs" / "reproduce.md").read_text(encoding="utf-8"))
+    found = [row for row in rows_of(drawn) if row[-2] in ("the reference", "same", "higher")]
+    assert len(found) == 5
+    for row in found:
+        shown = [row[0], row[2].partition(" (")[0], row[5], row[1], row[7],
+                 "" if row[8] == "the reference" else row[8]]
+        assert shown in page, shown
+
+
+@pytest.mark.parametrize("record", [SMALL, COSINE, LANGUAGE, DEMO], ids=lambda path: path.name)
 def test_a_record_says_how_it_was_made(record):
     trainings = provenance.read(record)
     assert trainings
