@@ -49,6 +49,14 @@ def points(run: Logs, quantity: str, axis: str = "epoch") -> tuple[np.ndarray, n
     return tuple(np.array([column[rows].mean() for rows in inside]) for column in (across, value))
 
 
+def _diverged_at(run: Logs, axis: str) -> float:
+    """The place on an axis where a run diverged. What notes it has no tokens."""
+    if axis != "token":
+        return run.diverged[CLOCKS[axis]]
+    known = run.events[-1:] or [{"tokens_seen": 0, "examples_seen": 1}]
+    return run.diverged["examples_seen"] * known[0]["tokens_seen"] / known[0]["examples_seen"]
+
+
 def colours(count: int) -> list[Any]:
     """As many colours: a few that are easily told apart, or else any number from a rainbow."""
     if count <= len(COLOURS):
@@ -66,7 +74,7 @@ def draw(figure: Figure, scale: str | None, results: Results) -> Picture:
 
 def curves(figure: Figure, scale: str | None, results: Results) -> Picture:
     """Lines against epochs or updates, with a row of axes for each quantity."""
-    overlaid = scale is not None and SCALES[scale].comparable
+    overlaid = scale is not None and SCALES[scale].comparable and figure.papers
     plotted = {stretch.panel for stretch in read_digitised()}
     beside = not overlaid and any(panel.name in plotted for panel in figure.panels)
     rows = [list(row) for _, row in itertools.groupby(
@@ -134,7 +142,7 @@ def plot_runs(
         if run.diverged:
             # Not `plot`, since its loss may be any number: the other runs decide y's limits.
             axis.add_artist(Line2D(across, values, color=colour, linewidth=0.9, linestyle="--"))
-            axis.plot(run.diverged[CLOCKS[panel.axis]], 0.02, "x", color=colour, clip_on=False,
+            axis.plot(_diverged_at(run, panel.axis), 0.02, "x", color=colour, clip_on=False,
                       transform=axis.get_xaxis_transform())
     return mean
 
