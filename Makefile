@@ -13,10 +13,15 @@ CORE := tests/test_rooms.py tests/test_config.py tests/test_config_files.py \
 LONGEST := test_a_wide_resnet_is_the_same_on_eight_devices_and_in_single_ghost_batches \
 	test_a_step_of_sgd_is_the_rate_times_the_mean_gradient
 
-.PHONY: demo check test test-slow test-adapters lint soak slices clean
+.PHONY: demo demo-language check test test-slow test-adapters lint soak slices clean
 
 demo: .venv/installed
 	$(BIN)/python -m experiments.demo --output=runs/demo
+
+# A small language model on the text of Python's standard library, about 4 minutes on 2 cores.
+demo-language: .venv/installed
+	$(BIN)/python -m experiments.reproduce --figure=demo_language --scale=bytes --seeds=2 \
+		--workdir=runs/demo-language
 
 # After each change: within 90 seconds on 2 cores.
 check: lint

@@ -290,6 +290,14 @@ FIGURES = {figure.name: figure for figure in (
          Panel("language b", "(b)", "test_loss", "update", LANGUAGE, LANGUAGE_CURVES, "")),
         papers=False,
     ),
+    Figure(
+        "demo_language", "A language model: AdamW under a cosine",
+        "A batch that grows by Adam's rule ends with the loss of a rate that falls.",
+        tuple(Panel(f"demo_language {name}", "", "test_loss", axis, LANGUAGE,
+                    (LANGUAGE_CURVES[0], LANGUAGE_CURVES[2]), "")
+              for name, axis in (("a", "token"), ("b", "update"))),
+        papers=False,
+    ),
 )}
 
 
