@@ -80,6 +80,7 @@ def test_lightning(tmp_path, monkeypatch):
     check(made["model"].weights.detach().numpy())
 
 
+@pytest.mark.slow  # test_optax.py has the short form
 def test_optax(tmp_path):
     jax = pytest.importorskip("jax", reason="jax is not installed")
     optax = pytest.importorskip("optax", reason="optax is not installed")
