@@ -56,6 +56,16 @@ def cut(batch: Sequence, size: int) -> Iterator[Sequence]:
     return (batch[first : first + size] for first in range(0, len(batch), size))
 
 
+def check_multiples(table: Table, of: int, what: str) -> None:
+    """Raises Mistake for a batch that is no multiple of a number, which `what` describes."""
+    for phase in table.phases:
+        if phase.batch_size % of:
+            raise Mistake(
+                f"the batch of {phase.batch_size} in phase {phase.name!r} is no multiple of {what};"
+                f" make all batches multiples of it with Limits(granularity={of})."
+            )
+
+
 def micro_batches(table: Table, size: int) -> tuple[int, ...]:
     """How many micro-batches of `size` examples an update takes, for each phase.
 
@@ -64,11 +74,5 @@ def micro_batches(table: Table, size: int) -> tuple[int, ...]:
     """
     if size < 1:
         raise Mistake(f"the micro-batch is {size}; it must be 1 or more.")
-    for phase in table.phases:
-        if phase.batch_size % size:
-            raise Mistake(
-                f"the batch of {phase.batch_size} in phase {phase.name!r} is no multiple of the "
-                f"micro-batch of {size}; take a smaller one, or make all batches multiples of it "
-                f"with Limits(granularity={size})."
-            )
+    check_multiples(table, size, f"the micro-batch of {size}")
     return tuple(phase.batch_size // size for phase in table.phases)

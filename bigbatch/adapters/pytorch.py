@@ -40,12 +40,7 @@ class ScheduledBatches(Sampler[list[int]]):
             raise Mistake(f"from_update is {from_update}; this schedule has {table.updates}.")
         if not 0 <= rank < ranks:
             raise Mistake(f"rank is {rank} of {ranks}; it must be from 0 to {ranks - 1}.")
-        for phase in table.phases:
-            if phase.batch_size % ranks:
-                raise Mistake(
-                    f"the batch of {phase.batch_size} in phase {phase.name!r} is no multiple of "
-                    f"the {ranks} processes; make it one with Limits(granularity={ranks})."
-                )
+        batches.check_multiples(table, ranks, f"the {ranks} processes")
         self.table, self.order = table, order
         self.from_update, self.rank, self.ranks = from_update, rank, ranks
 

@@ -63,7 +63,7 @@ def make_recipe(config: ConfigDict) -> schedule.Recipe:
     """
     options, keep = config.optimizer, config.per_example
     adam = options.name == "adam"
-    reads_beta2 = adam or "beta2" in options.get("options", {}).values()
+    reads_beta2 = adam or "beta2" in options.options.values()
     recipe = schedule.Recipe(
         **{
             **config.recipe.to_dict(),
@@ -104,8 +104,7 @@ def tokens_per_example(config: ConfigDict) -> int | None:
     Raises:
         Mistake: if there is no such task.
     """
-    task = config.get("task")
-    count = getattr(dotted.resolve_task(task, "config.task"), "tokens", None) if task else None
+    count = getattr(dotted.resolve_task(config.task, "config.task"), "tokens", None)
     return None if count is None else count(config)
 
 

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jax.extend import core
 
+from bigbatch.mistake import Mistake
 from bigbatch.update.user_lines import is_users
 
 GHOSTS = 2  # how many ghost batches the network is traced on; ghost batch g is the bit 1 << g
@@ -71,13 +72,26 @@ def is_apart(found: Dependence, shape: Sequence[int]) -> bool:
     return not np.any(strange) and not any(bits.any() for bits in others)
 
 
-def mixing(found: Any, shapes: Any) -> Dependence | None:
-    """The first of a tree's dependences that is not apart; None if all are.
+def refuse_mixing(name: str, found: Any, shapes: Any, remedy: str) -> None:
+    """Raises Mistake if a ghost batch's results were seen to depend on other examples.
 
     Args:
+        name: of what was traced.
         found: a tree of dependences, from `trace`.
         shapes: those of their arrays.
+        remedy: what to look at in the place of the other examples.
     """
+    if one := _mixing(found, shapes):
+        raise Mistake(
+            f"{name} mixes the examples of a batch{one.origin and ' at ' + one.origin}, so its "
+            "result would depend on how a batch is cut over devices and microbatches; look at one "
+            f"example at a time, {remedy}; draw random numbers from the keys it is called with, "
+            "one per example."
+        )
+
+
+def _mixing(found: Any, shapes: Any) -> Dependence | None:
+    """The first of a tree's dependences that is not apart; None if all are."""
     dependences = jax.tree.leaves(found, is_leaf=lambda one: isinstance(one, Dependence))
     return next((one for one, leaf in zip(dependences, jax.tree.leaves(shapes), strict=True)
                  if not is_apart(one, leaf.shape)), None)

@@ -14,6 +14,8 @@ from bigbatch.tasks import contract
 from bigbatch.tasks.contract import Task
 from bigbatch.update import independence
 
+OF_A_GHOST = "or at the config.ghost_size neighbours of a ghost batch"
+
 
 def keys(examples: int) -> Any:
     """The shape of one random key an example."""
@@ -38,7 +40,7 @@ def prepared(config: ConfigDict, task: Task, examples: int) -> tuple[Any, Any]:
         return contract.prepare(config, task, fields, keys, True)
 
     shapes, found = independence.trace(call, None, fields, keys(examples))
-    _check_apart(f"{task.name}.prepare", shapes, found)
+    independence.refuse_mixing(f"{task.name}.prepare", found, shapes, OF_A_GHOST)
     if not jax.tree.leaves(shapes[0]):
         raise Mistake(f"{task.name}.prepare returned no inputs for the network.")
     return shapes
@@ -65,7 +67,8 @@ def measured(
 
     shapes, found = independence.trace(call, None, outputs, targets)
     if not may_mix:
-        _check_apart(f"{task.name}.losses", shapes, found)
+        independence.refuse_mixing(
+            f"{task.name}.losses", found, shapes, OF_A_GHOST)
     return tuple(sorted(shapes.keys() - {"objective"}))
 
 
@@ -73,13 +76,3 @@ def described(task: Task, inputs: Any) -> str:
     """A sentence on what the network is called with, and which keys say so."""
     shapes = ", ".join(f"{leaf.dtype} {leaf.shape[1:]}" for leaf in jax.tree.leaves(inputs))
     return f"It is given {shapes} of each example, as config.data and the task {task.name} say."
-
-
-def _check_apart(name: str, shapes: Any, found: Any) -> None:
-    if one := independence.mixing(found, shapes):
-        raise Mistake(
-            f"{name} mixes the examples of a batch{one.origin and ' at ' + one.origin}, so its "
-            "result would depend on how a batch is cut over devices and microbatches; look at one "
-            "example at a time, or at the config.ghost_size neighbours of a ghost batch; draw "
-            "random numbers from the keys, one an example."
-        )

@@ -4,8 +4,8 @@ import pytest
 
 from bigbatch.config import make_phases
 from bigbatch.job import chips
-from bigbatch.plan import as_text, plan
-from bigbatch.planning import cards, slices, topology
+from bigbatch.plan import plan
+from bigbatch.planning import cards, slices, tables, topology
 from bigbatch.planning.kernels import kernels, least_seconds
 from tests.planning.test_slices import numbers_reduced
 from tests.support import configs
@@ -86,6 +86,6 @@ def test_an_update_on_two_hosts_is_one_reduction(tmp_path):
     for row in told["phases"]:
         assert 10 < row["kernels"] < 1000 and row["seconds"] > 0.99e-6 * row["kernels"]
         assert 0 < row["accessed_bytes"] and row["fits"]
-    text = as_text(plan(config, [one.devices for one in found]) | {"compiled": told})
+    text = tables.of_plan(plan(config, [one.devices for one in found]) | {"compiled": told})
     assert max(map(len, text.splitlines())) <= 100
     assert f"Kernels, and what they read and write: 0 {many['kernels']} and" in text

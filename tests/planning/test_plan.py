@@ -12,8 +12,8 @@ import pytest
 from bigbatch import config_files
 from bigbatch.config import make_layouts, make_phases, make_recipe
 from bigbatch.mistake import Mistake
-from bigbatch.plan import as_text, plan
-from bigbatch.planning import compare, picture, slices, topology
+from bigbatch.plan import plan
+from bigbatch.planning import compare, picture, slices, tables, topology
 from tests.conftest import REPOSITORY
 from tests.support import configs
 
@@ -77,7 +77,7 @@ def test_every_preset_is_the_papers_curve(preset):
 def test_a_plans_numbers_are_all_written_in_one_way():
     """Also those in its notes; a number is never on two lines, and names keep their digits."""
     config = configs.load("cifar10", "figure5_increased_momentum,recipe.falls=((60,1250),)")
-    text = as_text(plan(config, devices=8))
+    text = tables.of_plan(plan(config, devices=8))
     assert "noise/1250: batch 5 120 is over a tenth of the 50 000 training examples" in text
     bare = [word for word in re.findall(r"[\w./]*\d{4,}[\w./]*", text)
             if word != "noise/1250" and "." not in word.strip(".")]
@@ -187,8 +187,8 @@ def test_a_plan_fits_json_and_says_what_a_constant_batch_would_take():
 def test_of_a_task_with_tokens_the_table_shows_both_units():
     config = configs.load("cifar10", "figure5_increased_lr")
     planned = plan(config, 8)
-    assert planned["tokens_per_example"] is None and "token" not in as_text(planned)
-    text = as_text(planned | {"tokens_per_example": 1024})
+    assert planned["tokens_per_example"] is None and "token" not in tables.of_plan(planned)
+    text = tables.of_plan(planned | {"tokens_per_example": 1024})
     assert max(map(len, text.splitlines())) <= 100
     assert "parameters.\n1.049e10 tokens, 1 024 an example." in text
     rows = [re.split(" {2,}", line) for line in text.splitlines() if re.match(r"\d  ", line)]
@@ -200,7 +200,7 @@ def test_of_a_task_with_tokens_the_table_shows_both_units():
 def test_the_table_shows_every_phase_and_fits_a_terminal():
     config = configs.load(
         "cifar10", "figure5_increased_lr,recipe.warmup_epochs=5,recipe.warmup_learning_rate=0.1")
-    text = as_text(plan(config, 8))
+    text = tables.of_plan(plan(config, 8))
     assert max(map(len, text.splitlines())) <= 100
     rows = [re.split(" {2,}", line) for line in text.splitlines() if re.match(r"\d  ", line)]
     assert [row[0] for row in rows] == [*"01234", *"01234"]  # the phases, then their dealing
@@ -220,7 +220,7 @@ def test_the_table_shows_every_phase_and_fits_a_terminal():
 
 
 def test_a_plan_without_growth_claims_no_saving():
-    assert "A constant batch" not in as_text(plan(configs.load("digits", "decay"), 1))
+    assert "A constant batch" not in tables.of_plan(plan(configs.load("digits", "decay"), 1))
 
 
 def test_what_training_would_refuse_is_refused():
@@ -261,7 +261,7 @@ def test_planning_needs_no_accelerator_and_loads_no_data():
 
 def test_piped_output_is_the_table_itself():
     text = run_plan("--config=configs/digits.py:increase", "--devices=3", COLUMNS="20")
-    assert text == as_text(plan(configs.load("digits", "increase"), 3)) + "\n"
+    assert text == tables.of_plan(plan(configs.load("digits", "increase"), 3)) + "\n"
 
 
 def test_the_picture_shows_rate_batch_and_noise(tmp_path):
@@ -289,7 +289,7 @@ def test_the_plan_says_what_batches_save_at_most_and_what_they_save():
         "at_most": pytest.approx(0.5), "of": 80_000, "batch_size": 128,
         "share": pytest.approx(1 - planned["total_updates"] / 80_000)}
     assert "without limits and rounding would save 50.0%; these save 37.6%." in " ".join(
-        as_text(planned).split())
+        tables.of_plan(planned).split())
     noise = [phase["noise"] for phase in planned["phases"]]
     assert noise == pytest.approx([1 / 2**index for index in range(6)], rel=2e-3)
 

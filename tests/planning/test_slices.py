@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 
 from bigbatch.config import make_phases
 from bigbatch.job import chips, devices
-from bigbatch.plan import as_text, plan
-from bigbatch.planning import compiled, slices, topology
+from bigbatch.plan import plan
+from bigbatch.planning import compare, compiled, slices, tables, topology
 from bigbatch.update import network
 from experiments.slices import PRESETS, SLICES, table
 from tests.conftest import REPOSITORY
@@ -215,6 +215,25 @@ def test_a_plan_that_does_not_fit_ends_with_status_1(libtpu, tmp_path):
     assert row[-1] == "no"
 
 
+def test_strategies_are_compared_by_what_the_compiler_says(libtpu, tmp_path):
+    """The rows are those of a plan of each strategy; the same programs are compiled once."""
+    config = configs.tiny("recipe.falls=((1,4),)", "limits.max_batch_size=192")
+    config.network, config.model = "tests.support.foreign_models.Regression", ConfigDict()
+    found = [topology.parse(name) for name in ("v2:1x1", "v2:2x2")]
+    rows = compare.compare(config, ["decay", "increase"], found, tmp_path)
+    assert len(rows) == 5 and all(row["fits"] for row in rows) and any(
+        row["unbeaten"] for row in rows)
+    for row in rows[:4]:
+        own = config.copy_and_resolve_references()
+        own.strategy = row["strategy"]
+        phases = make_phases(own)
+        told = slices.compile_for(own, phases, slices.parse(row["slice"], phases), tmp_path)
+        assert row["seconds"] == told["seconds_at_least"] > 0
+        assert row["chip_hours"] == told["chip_hours_at_least"]
+        assert row["updates"] == sum(phase.updates for phase in phases)
+    assert "strategy" in tables.of_strategies(rows)
+
+
 def test_a_second_plan_compiles_nothing(pod):
     config, phases, found, folder, told = pod
     before = len(COMPILATIONS)
@@ -251,7 +270,7 @@ def test_the_totals_are_the_sums_of_their_parts(pod):
 
 def test_the_table_fits_a_terminal(pod):
     config, phases, found, _, told = pod
-    text = as_text(plan(config, [one.devices for one in found]) | {"compiled": told})
+    text = tables.of_plan(plan(config, [one.devices for one in found]) | {"compiled": told})
     assert max(map(len, text.splitlines())) <= 100
     rows = [line.split()[:3] for line in text.splitlines() if " v2-" in line]
     assert rows == [["0", "v2-256", "256"], ["1", "v2-512", "512"], ["2", "v2-512", "512"],

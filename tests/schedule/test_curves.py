@@ -16,7 +16,7 @@ from hypothesis import strategies as draw
 
 from bigbatch import schedule
 from bigbatch.mistake import Mistake
-from bigbatch.schedule import Limits, PerExample, Recipe, Strategy, batches, curves
+from bigbatch.schedule import Limits, PerExample, Recipe, Strategy, batches, curves, rates
 
 CIFAR = Recipe(
     learning_rate=0.1, batch_size=128, momentum=0.9, examples=50_000, epochs=204.8,
@@ -192,6 +192,16 @@ def test_an_update_of_another_noise_stops_a_run():
         wrong = [value * factor if index == place else value for index, value in enumerate(right)]
         with pytest.raises(schedule.NoiseDiffers, match="report"):
             schedule.check_noise(*wrong[:3], round(wrong[3]))
+
+
+def test_the_rates_that_an_update_takes_are_checked(monkeypatch):
+    """A rate that is wrong in one place is not taken, whatever made it."""
+    phases = schedule.plan_phases(COSINE, "increase", TO_5120)
+    update = phases[1], phases[1].start_example, phases[1].start_example + phases[1].batch_size
+    assert schedule.take_rates(COSINE, phases, *update).learning_rate == phases[1].learning_rate
+    monkeypatch.setattr(rates, "_made_up", lambda recipe, batch_size: 1.001)
+    with pytest.raises(schedule.NoiseDiffers, match="report"):
+        schedule.take_rates(COSINE, phases, *update)
 
 
 # --- what is known of it --------------------------------------------------------------------------
