@@ -29,7 +29,7 @@ RANGES = {
     **{key: (f"be {least} or more", least, math.inf) for key, least in (
         ("ghost_size", 1), ("max_per_device_batch", 1), ("microbatches", 0),
         ("eval_batch_size", 1), ("keep_checkpoints", 1), ("data.num_classes", 1),
-        ("data.image_size", 1),
+        ("data.image_size", 1), ("sharding.shards", 0), ("sharding.smallest", 1),
         ("data.augment.pad", 0), ("data.augment.crop", 0), ("data.workers", 0),
         ("data.read_threads", 1))},
     **{key: ("be a finite number over 0", TINY, math.inf) for key in (

@@ -95,6 +95,18 @@ def base_config() -> ConfigDict:
     })
 
     # The keys below do not change what is learned.
+    # How a state that is too large for a device is split over several: see docs/sharding.md.
+    config.sharding = ConfigDict({
+        "optimizer": False,  # split the optimizer's state, and the average of `ema`
+        "parameters": False,  # split the parameters too; the optimizer's state then is as well
+        # How many devices hold one whole state between them, such as those of a host; 0: all. The
+        # others hold copies.
+        "shards": 0,
+        "smallest": 16_384,  # an array with fewer numbers is whole on each device
+        # ((pattern, axis), ...) in the place of the rule, such as (("blocks/*/up/kernel", 0),): the
+        # axis along which to cut the parameters whose paths fit the pattern; None: whole.
+        "axes": (),
+    })
     config.max_per_device_batch = 1024  # examples a device takes in one pass at most
     config.microbatches = 0  # passes of an update; 0: those that take least time
     config.eval_batch_size = 500  # examples on each device

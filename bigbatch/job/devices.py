@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from bigbatch.mistake import Mistake
 
-AXIS = "data"  # the mesh's one axis
+AXIS = "data"  # the mesh's first axis, and often its only one
+SHARDS = "shards"  # the second, where fewer devices than all hold one whole state between them
 
 
 # JAX's options that a curve depends on, as every run has them. Each may be set otherwise by a
@@ -39,15 +40,33 @@ def pin_options(dtype: str) -> None:
             jax.config.update(name, value)
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with one axis over `devices`, by default all devices of all processes.
+def make_mesh(devices: Sequence[jax.Device] | None = None, shards: int = 0) -> Mesh:
+    """A mesh over `devices`, by default all devices of all processes.
 
-    JAX chooses their order for the network between them. Raises what `all_devices` raises.
+    JAX chooses their order for the network between them, and neighbours in the last axis are near.
+
+    Args:
+        devices: see above.
+        shards: `config.sharding.shards`. 0, or their number: the mesh has one axis. Otherwise two,
+            of which the last has so many devices.
+
+    Raises:
+        Mistake: if JAX has no devices here, or `shards` does not divide their number.
     """
     devices = all_devices() if devices is None else devices
+    count = len(devices)
+    if shards and count % shards:
+        allowed = [size for size in range(1, count + 1) if count % size == 0]
+        raise Mistake(
+            f"config.sharding.shards is {shards}, which does not divide the number of devices, "
+            f"{count}; set it to 0, for all of them, or to one of "
+            f"{', '.join(map(str, allowed))}."
+        )
+    shape, names = (count,), (AXIS,)
+    if shards not in (0, count):
+        shape, names = (count // shards, shards), (AXIS, SHARDS)
     return jax.make_mesh(
-        (len(devices),), (AXIS,), (jax.sharding.AxisType.Auto,), devices=devices
-    )
+        shape, names, (jax.sharding.AxisType.Auto,) * len(shape), devices=devices)
 
 
 def all_devices() -> list[jax.Device]:
@@ -76,20 +95,27 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def cut(mesh: Mesh) -> NamedSharding:
-    """The sharding that cuts the leading axis over the devices."""
-    return NamedSharding(mesh, P(AXIS))
+    """The sharding that cuts the leading axis over all devices."""
+    return NamedSharding(mesh, P(mesh.axis_names))
 
 
-def place(tree: Any, sharding: NamedSharding) -> Any:
-    """Puts a tree of NumPy arrays, which is the same on every process, on the devices."""
+def place(tree: Any, sharding: Any) -> Any:
+    """Puts a tree of NumPy arrays, which is the same on every process, on the devices.
+
+    Args:
+        tree: the arrays.
+        sharding: of all of them, or a tree with one for each.
+    """
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
 
-    def one(array: np.ndarray) -> jax.Array:
+    def one(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
         array = np.asarray(array)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
-    return jax.tree.map(one, tree)
+    if isinstance(sharding, NamedSharding):
+        sharding = jax.tree.map(lambda _: sharding, tree)
+    return jax.tree.map(one, tree, sharding)
 
 
 def compiler_options(mesh: Mesh) -> dict[str, str] | None:

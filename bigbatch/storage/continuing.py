@@ -20,7 +20,7 @@ from bigbatch.schedule import Phase, Rates, Recipe, rates_at, reference_rate
 
 # These keys do not change what is learned.
 FREE = (
-    "max_per_device_batch", "microbatches", "eval_batch_size", "log_every_epochs",
+    "sharding", "max_per_device_batch", "microbatches", "eval_batch_size", "log_every_epochs",
     "eval_every_epochs", "checkpoint_every_epochs", "keep_checkpoints", "tensorboard", "data.dir",
     "data.workers", "data.read_threads",
     "data.on_bad_image",  # affects only images read from now on

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from bigbatch.data import augment
 from bigbatch.data.feed import Feed
 from bigbatch.data.resident import fields_of
-from bigbatch.job.devices import AXIS, compiler_options
+from bigbatch.job.devices import compiler_options
 from bigbatch.tasks import contract, measures
 from bigbatch.update import network
 
@@ -34,10 +34,10 @@ def make_evaluate(config: ConfigDict, net: network.Network, mesh: Mesh) -> Calla
         outputs, targets = outputs_of(config, task, net, params, batch_stats, fields, record)
         own = measures.add_up(config, task, outputs, targets, record >= 0).measured
         vector, unravel = ravel_pytree(own)
-        return unravel(jax.lax.psum(vector, AXIS))
+        return unravel(jax.lax.psum(vector, mesh.axis_names))
 
     mapped = jax.shard_map(
-        evaluate, mesh=mesh, in_specs=(P(), P(), P(), P(AXIS)), out_specs=P(), check_vma=False
+        evaluate, mesh=mesh, in_specs=(P(), P(), P(), P(mesh.axis_names)), out_specs=P(), check_vma=False
     )
     return jax.jit(mapped, compiler_options=compiler_options(mesh))
 

@@ -1,5 +1,6 @@
 """The optimizer of an update: Optax transformations, with the rates as inputs."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +14,10 @@ from bigbatch.update import own_optimizer
 Tree = Any
 
 
-def make_optimizer(config: ConfigDict, in_norm: Tree, rates: Rates) -> optax.GradientTransformation:
+def make_optimizer(
+    config: ConfigDict, in_norm: Tree, rates: Rates,
+    norm: Callable[[Tree], jax.Array] = optax.tree.norm,
+) -> optax.GradientTransformation:
     """Makes the optimizer for rates that may change at every update.
 
     The rate multiplies the accumulator, not what is added to it: A <- m A + g, w <- w - eps A
@@ -29,6 +33,7 @@ def make_optimizer(config: ConfigDict, in_norm: Tree, rates: Rates) -> optax.Gra
         rates: scalar arrays; inputs of the update and not constants, so that new values need no
             compilation. `rates.weight_decay` is read where the decay is decoupled; L2 decay, which
             is added to the gradient, is `config.optimizer.weight_decay`.
+        norm: the global norm of a gradient, of which a device may have pieces only.
 
     Raises:
         Mistake: see `own_optimizer.make`.
@@ -52,7 +57,7 @@ def make_optimizer(config: ConfigDict, in_norm: Tree, rates: Rates) -> optax.Gra
     steps = [accumulator, decay] if options.decoupled else [decay, accumulator]
     if own_optimizer.is_own(config) and own_optimizer.decays_itself(config):
         steps = [accumulator]
-    clip = [optax.clip_by_global_norm(options.clip_norm)] if options.clip_norm else []
+    clip = [_clip(options.clip_norm, norm)] if options.clip_norm else []
     return optax.chain(*clip, *steps, optax.scale(-rates.learning_rate))
 
 
@@ -60,3 +65,14 @@ def init_optimizer(config: ConfigDict, in_norm: Tree, params: Tree) -> Tree:
     """The optimizer's state before the first update. Checkpoints have the same tree structure."""
     nothing = Rates(*[jnp.zeros(())] * len(Rates._fields))
     return make_optimizer(config, in_norm, nothing).init(params)
+
+
+def _clip(most: float, norm: Callable[[Tree], jax.Array]) -> optax.GradientTransformation:
+    """Scales a gradient whose norm is `most` or more to this norm (Pascanu et al., ICML 2013)."""
+    def update(gradient: Tree, state: Tree, params: Tree = None) -> tuple[Tree, Tree]:
+        found = norm(gradient)
+        small = found < most
+        return jax.tree.map(
+            lambda leaf: jax.lax.select(small, leaf, leaf / found * most), gradient), state
+
+    return optax.GradientTransformation(optax.init_empty_state, update)

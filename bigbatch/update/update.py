@@ -5,10 +5,14 @@ own examples, gradients, ghost batch statistics (weighted by their position in t
 metrics. One all-reduce adds up the sums of the devices, and the optimizer gets the mean gradient.
 With one microbatch this is one program, `update`. With several it is `accumulate`, called once per
 microbatch and without communication, then `apply`.
+
+Where `config.sharding` splits the state, the reduction leaves each device with its own piece of the
+gradient, the optimizer makes its step on it, and devices gather the new parameters where these are
+to be whole. See `sharding` and `pieces`.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,17 +20,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from bigbatch.data import augment
 from bigbatch.data.resident import fields_of
-from bigbatch.job.devices import AXIS, compiler_options, cut, replicated
+from bigbatch.job.devices import compiler_options, cut
 from bigbatch.models.normalization import fold_weights
 from bigbatch.schedule.rates import Rates
 from bigbatch.tasks import contract, measures
+from bigbatch.update import pieces, sharding
 from bigbatch.update.network import AUGMENTATION, DROPOUT, Network
 from bigbatch.update.optimizer import init_optimizer, make_optimizer
 
@@ -77,8 +81,15 @@ class Update(NamedTuple):
     apply: Callable  # (state, sums, rates) -> state, metrics
 
 
-def make_init(config: ConfigDict, network: Network) -> Callable:
-    """Makes the jitted function from the seed (uint32) to the state before the first update."""
+def make_init(config: ConfigDict, network: Network, shardings: Any = None) -> Callable:
+    """Makes the jitted function from the seed (uint32) to the state before the first update.
+
+    Args:
+        config: of the run.
+        network: its network.
+        shardings: of the state. Each device then draws only what it holds; the numbers are the
+            same. None: on one device.
+    """
     # Called once: not worth the seconds that LLVM takes to optimise the random generators well.
     on_cpu = jax.default_backend() == "cpu"
     options = {"xla_backend_optimization_level": 1} if on_cpu else None
@@ -88,7 +99,7 @@ def make_init(config: ConfigDict, network: Network) -> Callable:
         opt_state = init_optimizer(config, network.in_norm, params)
         return State(params, batch_stats, opt_state, _averaged(config, params, batch_stats))
 
-    return jax.jit(init, compiler_options=options)
+    return jax.jit(init, compiler_options=options, out_shardings=shardings)
 
 
 def init_state(config: ConfigDict, network: Network) -> State:
@@ -97,13 +108,17 @@ def init_state(config: ConfigDict, network: Network) -> State:
 
 
 def abstract_state(config: ConfigDict, network: Network, mesh: Mesh) -> State:
-    """The shapes of the state, replicated over `mesh`; computes nothing."""
-    opt_state = jax.eval_shape(partial(init_optimizer, config, network.in_norm), network.params)
+    """The shapes of the state, with how each array lies on `mesh`; computes nothing."""
+    shapes = _shapes(config, network)
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
-        State(network.params, network.batch_stats, opt_state,
-              _averaged(config, network.params, network.batch_stats)),
-    )
+        lambda leaf, lies: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lies),
+        shapes, sharding.state_sharding(config, shapes, mesh))
+
+
+def _shapes(config: ConfigDict, network: Network) -> State:
+    opt_state = jax.eval_shape(partial(init_optimizer, config, network.in_norm), network.params)
+    return State(network.params, network.batch_stats, opt_state,
+                 _averaged(config, network.params, network.batch_stats))
 
 
 def _averaged(config: ConfigDict, params: Tree, batch_stats: Tree) -> Tree:
@@ -122,7 +137,7 @@ def make_update(
     """Makes the functions of an update, jitted but not yet compiled for any shape.
 
     Their arguments are
-    - `state`, replicated;
+    - `state`, as `abstract_state` says;
     - `resident`, replicated: the run's `seed` (an input, so that runs with other seeds share
       programs) and, unless the data set is streamed, the training set's fields as `Rows`;
     - `batch`, one microbatch, cut over the devices: `examples` (rows of `lay_out_examples`) and, if
@@ -137,10 +152,13 @@ def make_update(
         mesh: the devices.
         prepare: replaces the `prepare` of the config's task, if given.
     """
-    whole, parts = P(), P(AXIS)
+    whole, parts = P(), P(mesh.axis_names)
+    split = sharding.split_of(config, network.params, mesh)
+    lies = sharding.specs_of(sharding.state_sharding(config, _shapes(config, network), mesh))
     task = contract.task_of(config)
     task = task._replace(prepare=prepare or task.prepare)
     microbatch_sums = partial(_microbatch_sums, config, network, task)
+    apply_sums = partial(_apply_sums, config, network, split)
 
     def mapped(function: Callable, in_specs: tuple, out_specs: Any) -> Callable:
         # With check_vma, JAX itself would sum the gradients of replicated parameters over devices,
@@ -152,7 +170,7 @@ def make_update(
     def update(state: State, resident: Mapping, batch: Mapping,
                rates: Rates) -> tuple[State, Metrics]:
         sums = microbatch_sums(state, resident, batch)
-        return _apply_sums(config, network, state, sums, rates)
+        return apply_sums(state, sums, rates)
 
     def accumulate(state: State, sums: Sums, resident: Mapping, batch: Mapping,
                    first: jax.Array) -> tuple[Sums, jax.Array]:
@@ -163,20 +181,20 @@ def make_update(
 
     def apply(state: State, sums: Sums, rates: Rates) -> tuple[State, Metrics]:
         own = jax.tree.map(lambda leaf: leaf[0], sums)
-        return _apply_sums(config, network, state, own, rates)
+        return apply_sums(state, own, rates)
 
     jitted = partial(jax.jit, compiler_options=compiler_options(mesh))
     return Update(
         update=jitted(
-            mapped(update, (whole, whole, parts, whole), whole),
+            mapped(update, (lies, whole, parts, whole), (lies, whole)),
             donate_argnums=0,
         ),
         accumulate=jitted(
-            mapped(accumulate, (whole, parts, whole, parts, whole), (parts, parts)),
+            mapped(accumulate, (lies, parts, whole, parts, whole), (parts, parts)),
             donate_argnums=1,
         ),
         apply=jitted(
-            mapped(apply, (whole, parts, whole), whole),
+            mapped(apply, (lies, parts, whole), (lies, whole)),
             donate_argnums=0,
         ),
     )
@@ -236,34 +254,18 @@ def _fold_ghosts(ghosts_after_G: jax.Array, rows_GxC: jax.Array, decay: float) -
     return jnp.tensordot(weights_G, rows_GxC, axes=1, precision="highest")
 
 
-def _reduce(sums: Sums) -> Sums:
-    """The devices' sums added up, in the form that the platform's compiler makes most of.
-
-    A TPU's merges the reductions of hundreds of arrays into one. A CPU's does not, and a GPU's then
-    cuts the result into arrays by a kernel each, so both reduce one vector. Of that a GPU's
-    compiler also makes fewer kernels where nothing is reduced: 262 in place of 309 for an update of
-    a Wide ResNet 16-4.
-    """
-    def as_vector(sums: Sums) -> Sums:
-        vector, unravel = ravel_pytree(sums)
-        return unravel(jax.lax.optimization_barrier(jax.lax.psum(vector, AXIS)))
-
-    def as_tree(sums: Sums) -> Sums:
-        return jax.lax.psum(sums, AXIS)
-
-    elsewhere = as_vector if jax.lax.axis_size(AXIS) > 1 else lambda sums: sums
-    return jax.lax.platform_dependent(sums, tpu=as_tree, cuda=as_vector, default=elsewhere)
-
-
 def _apply_sums(
-    config: ConfigDict, network: Network, state: State, sums: Sums, rates: Rates
+    config: ConfigDict, network: Network, split: sharding.Split, state: State, sums: Sums,
+    rates: Rates,
 ) -> tuple[State, Metrics]:
-    """Does the one all-reduce, then applies the optimizer and updates the running statistics."""
-    sums = _reduce(sums)
+    """Does the reduction, then applies the optimizer and updates the running statistics."""
+    sums = pieces.reduce(split, sums)
     gradient = jax.tree.map(lambda leaf: leaf / sums.weight, sums.gradient)
-    optimizer = make_optimizer(config, network.in_norm, rates)
-    steps, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, steps)
+    norm = partial(pieces.norm, split) if split.cuts else optax.tree.norm
+    optimizer = make_optimizer(config, network.in_norm, rates, norm)
+    before = state.params if split.parameters else pieces.own(split, state.params)
+    steps, opt_state = optimizer.update(gradient, state.opt_state, before)
+    params = optax.apply_updates(before, steps)
 
     def fold(running: jax.Array, added: jax.Array, decay: float) -> jax.Array:
         return jnp.exp(sums.ghosts * math.log(decay)) * running + added
@@ -272,12 +274,23 @@ def _apply_sums(
     average = jax.tree.map(
         lambda old, new: old + (1 - rates.average) * (new - old),
         state.average, _averaged(config, params, batch_stats))
+    if not split.parameters:
+        params = pieces.gather(split, params)
     means = {name: value / weight for name, (value, weight) in sums.measured.items()}
-    # The total is not finite if any parameter is not. Parameters of the same shape are added first,
-    # since the sum of each array is a separate operation, and there would be hundreds of them.
+    # Not finite if any parameter is not.
+    total = sum(_totals(split, params), means["loss"])
+    metrics = Metrics(means, sums.weight, jnp.isfinite(total))
+    return State(params, batch_stats, opt_state, average), metrics
+
+
+def _totals(split: sharding.Split, params: Tree) -> Iterator[jax.Array]:
+    """The sums of all parameters: for those of one shape together, or for all."""
+    if split.parameters and split.cuts:
+        yield pieces.add_over_pieces(split, params, jnp.sum)
+        return
+    # Those of one shape are added first, since the sum of each array is a separate operation, and
+    # there would be hundreds of them.
     by_shape: dict[tuple[int, ...], jax.Array] = {}
     for leaf in jax.tree.leaves(params):
         by_shape[leaf.shape] = by_shape.get(leaf.shape, 0) + leaf
-    total = sum(map(jnp.sum, by_shape.values()), means["loss"])
-    metrics = Metrics(means, sums.weight, jnp.isfinite(total))
-    return State(params, batch_stats, opt_state, average), metrics
+    yield from map(jnp.sum, by_shape.values())

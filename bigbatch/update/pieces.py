@@ -1,0 +1,173 @@
+"""What the devices do with the pieces of a split state inside of an update.
+
+All functions are called in `jax.shard_map`, where each device sees its own pieces. A tree "in
+pieces" is like the parameters, with each array cut as `sharding.Split.axes` says.
+
+A TPU's compiler merges the collectives of hundreds of arrays by itself. A CPU's does not, and a
+GPU's then cuts the result into arrays by a kernel each, so for these two each collective carries
+one vector.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from bigbatch.update.sharding import WHOLE, Split
+
+Tree = Any
+
+
+def reduce(split: Split, sums: Any) -> Any:
+    """The devices' sums added up, with the gradient in pieces.
+
+    One all-reduce adds up what is whole; one reduce-scatter the arrays that are cut, of which each
+    device gets its own piece. Where parameters lie in pieces, the backward pass has done the
+    latter already.
+
+    Args:
+        split: how the gradient is to be cut.
+        sums: an `update.Sums` of the device.
+    """
+    axes = jax.tree.leaves(split.axes)
+    leaves, tree = jax.tree.flatten(sums.gradient)
+    whole = sums._replace(gradient=[
+        leaf for leaf, axis in zip(leaves, axes, strict=True) if axis == WHOLE])
+    cut = [leaf for leaf, axis in zip(leaves, axes, strict=True) if axis != WHOLE]
+    along = [axis for axis in axes if axis != WHOLE]
+    added = _add_up(split, whole)
+    pieces = iter(_scatter(split, cut, along))
+    rest = iter(added.gradient)
+    gradient = [next(rest if axis == WHOLE else pieces) for axis in axes]
+    return added._replace(gradient=jax.tree.unflatten(tree, gradient))
+
+
+def own(split: Split, tree: Tree) -> Tree:
+    """A tree of whole arrays, in pieces."""
+    def one(leaf: jax.Array, axis: int) -> jax.Array:
+        if axis == WHOLE:
+            return leaf
+        size = leaf.shape[axis] // split.shards
+        start = jax.lax.axis_index(split.over) * size
+        return jax.lax.dynamic_slice_in_dim(leaf, start, size, axis)
+
+    return jax.tree.map(one, tree, split.axes)
+
+
+def gather(split: Split, tree: Tree) -> Tree:
+    """A tree in pieces, as a tree of whole arrays on every device."""
+    if not split.cuts:
+        return tree
+    leaves, structure = jax.tree.flatten(tree)
+    axes = jax.tree.leaves(split.axes)
+    cut = [leaf for leaf, axis in zip(leaves, axes, strict=True) if axis != WHOLE]
+    along = [axis for axis in axes if axis != WHOLE]
+
+    def as_tree(cut: list[jax.Array]) -> list[jax.Array]:
+        return [jax.lax.all_gather(leaf, split.over, axis=axis, tiled=True)
+                for leaf, axis in zip(cut, along, strict=True)]
+
+    def as_vector(cut: list[jax.Array]) -> list[jax.Array]:
+        rows = [jnp.moveaxis(leaf, axis, 0).reshape(1, -1)
+                for leaf, axis in zip(cut, along, strict=True)]
+        row = jax.lax.optimization_barrier(jnp.concatenate(rows, axis=1))
+        rows_SxN = jax.lax.all_gather(row, split.over, axis=0, tiled=True)
+        return _arrays_of(rows_SxN, cut, along)
+
+    found = iter(jax.lax.platform_dependent(cut, tpu=as_tree, default=as_vector))
+    return jax.tree.unflatten(structure, [
+        leaf if axis == WHOLE else next(found) for leaf, axis in zip(leaves, axes, strict=True)])
+
+
+def add_over_pieces(split: Split, tree: Tree, number: Callable[[jax.Array], jax.Array]) -> Any:
+    """The sum of a number of each array of a tree in pieces, each piece counted once.
+
+    Args:
+        split: how the tree is cut.
+        tree: in pieces.
+        number: of an array, such as the sum of its squares.
+    """
+    sums = {True: [], False: []}
+    for leaf, axis in zip(jax.tree.leaves(tree), jax.tree.leaves(split.axes), strict=True):
+        sums[axis == WHOLE].append(number(leaf))
+    return sum(sums[True]) + jax.lax.psum(sum(sums[False]), split.over)
+
+
+def norm(split: Split, tree: Tree) -> jax.Array:
+    """The Euclidean norm of all numbers of a tree in pieces."""
+    return jnp.sqrt(add_over_pieces(split, tree, lambda leaf: jnp.sum(jnp.square(leaf))))
+
+
+def _add_up(split: Split, sums: Any) -> Any:
+    """The sums of all devices added up, in one all-reduce.
+
+    Of a vector that nothing is added to a GPU's compiler also makes fewer kernels: 262 in place of
+    309 for an update of a Wide ResNet 16-4.
+    """
+    def as_vector(sums: Any) -> Any:
+        vector, unravel = ravel_pytree(sums)
+        return unravel(jax.lax.optimization_barrier(jax.lax.psum(vector, split.mesh_axes)))
+
+    def as_tree(sums: Any) -> Any:
+        return jax.lax.psum(sums, split.mesh_axes)
+
+    elsewhere = as_vector if split.devices > 1 else lambda sums: sums
+    return jax.lax.platform_dependent(sums, tpu=as_tree, cuda=as_vector, default=elsewhere)
+
+
+def _scatter(
+    split: Split, arrays: Sequence[jax.Array], along: Sequence[int]
+) -> Sequence[jax.Array]:
+    """The device's own pieces of the devices' arrays, added up."""
+    if not arrays:
+        return []
+    beside = split.mesh_axes[:-1]  # devices that hold the same pieces
+
+    def as_tree(arrays: Sequence[jax.Array]) -> Sequence[jax.Array]:
+        if not split.parameters:
+            arrays = [
+                jax.lax.psum_scatter(leaf, split.over, scatter_dimension=axis, tiled=True)
+                for leaf, axis in zip(arrays, along, strict=True)]
+        return jax.lax.psum(arrays, beside) if beside else arrays
+
+    def as_vector(arrays: Sequence[jax.Array]) -> Sequence[jax.Array]:
+        if split.parameters:
+            vector, unravel = ravel_pytree(arrays)
+            return unravel(jax.lax.psum(vector, beside)) if beside else arrays
+        rows_SxN = jnp.concatenate([
+            jnp.moveaxis(leaf, axis, 0).reshape(split.shards, -1)
+            for leaf, axis in zip(arrays, along, strict=True)], axis=1)
+        row = jax.lax.psum_scatter(rows_SxN, split.over, scatter_dimension=0, tiled=True)
+        row = jax.lax.psum(row, beside) if beside else row
+        pieces = [
+            jax.ShapeDtypeStruct(
+                (*leaf.shape[:axis], leaf.shape[axis] // split.shards, *leaf.shape[axis + 1:]),
+                leaf.dtype)
+            for leaf, axis in zip(arrays, along, strict=True)]
+        return _arrays_of(jax.lax.optimization_barrier(row), pieces, along)
+
+    return jax.lax.platform_dependent(arrays, tpu=as_tree, default=as_vector)
+
+
+def _arrays_of(
+    rows_RxN: jax.Array, pieces: Sequence[jax.Array | jax.ShapeDtypeStruct], along: Sequence[int]
+) -> list[jax.Array]:
+    """Arrays out of one that has a row for each of R pieces of them.
+
+    Args:
+        rows_RxN: each row the numbers of a piece of every array, with its `along` axis first.
+        pieces: the shapes of the pieces.
+        along: the axis along which each array is cut.
+    """
+    ends = [0]
+    for piece in pieces:
+        ends.append(ends[-1] + math.prod(piece.shape))
+    arrays = []
+    for piece, axis, start, end in zip(pieces, along, ends[:-1], ends[1:], strict=True):
+        size, rest = piece.shape[axis], [*piece.shape[:axis], *piece.shape[axis + 1:]]
+        moved = rows_RxN[:, start:end].reshape(len(rows_RxN) * size, *rest)
+        arrays.append(jnp.moveaxis(moved, 0, axis))
+    return arrays
