@@ -28,7 +28,7 @@ from bigbatch.config import (
 )
 from bigbatch.data.feed import Feed, open_feed
 from bigbatch.job import chips, preemption, processes
-from bigbatch.job.devices import make_mesh, pin_options, place, replicated
+from bigbatch.job.devices import make_mesh, pin_options, place
 from bigbatch.mistake import Mistake
 from bigbatch.programs.dispatch import as_rates, take_update
 from bigbatch.programs.programs import Programs, Ready
@@ -153,7 +153,7 @@ def set_goal(config: ConfigDict, stop_after_phase: str, profile: str) -> Goal:
         last_phase = schedule.find_phase(phases, stop_after_phase, "--stop_after_phase")
     pin_options(config.dtype)
     span = profiling.parse(profile, phases[-1].start_update + phases[-1].updates)
-    mesh, net = make_mesh(), network.build(config)
+    mesh, net = make_mesh(shards=config.sharding.shards), network.build(config)
     own_optimizer.check(config, net.params)
     return Goal(config, phases, last_phase, span, mesh, make_layouts(config, phases, mesh.size),
                 net, contract.task_of(config))
@@ -196,10 +196,10 @@ def begin(
         config, contract.fields_of(config, goal.task), contract.load(config, goal.task), mesh,
         phases, layouts, at.examples_seen, _evaluations(goal, at, phases))
     at_end.callback(feed.close)
-    state = update.abstract_state(config, goal.net, mesh)
+    state = shapes = update.abstract_state(config, goal.net, mesh)
     if newest.path:
-        state = checkpoint.restore(folder / newest.path, state, mirror)
-        state = place(state, replicated(mesh))
+        state = checkpoint.restore(folder / newest.path, shapes, mirror)
+        state = place(state, jax.tree.map(lambda leaf: leaf.sharding, shapes))
 
     # Checkpoints and logs. The logs lose the events after the position.
     saves = Saves(
@@ -224,10 +224,13 @@ def begin(
         begin_with)
     run = Run(
         goal.phases, phases, layouts, programs,
-        partial(take_update, before_pass=watch.poll, before_reduction=watch.before_reduction,
+        partial(take_update, before_reduction=watch.before_reduction,
+                # A pass over parameters in pieces gathers them, so it needs all processes.
+                before_pass=watch.before_reduction if config.sharding.parameters else watch.poll,
                 started=clock.update_started, landed=clock.update_landed),
         lambda state: evaluation.whole_test_set(
-            config, programs.evaluate(), evaluation.networks_of(state._asdict()), feed,
+            config, programs.evaluate(),
+            evaluation.networks_of(state._asdict(), watch.before_reduction), feed,
             watch.before_reduction),
         partial(measures.results, config, goal.task, before="train_"),
         feed,

@@ -103,13 +103,15 @@ def place(tree: Any, sharding: Any) -> Any:
     """Puts a tree of NumPy arrays, which is the same on every process, on the devices.
 
     Args:
-        tree: the arrays.
+        tree: the arrays. Those that lie on the devices as they should stay there.
         sharding: of all of them, or a tree with one for each.
     """
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
 
     def one(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        if isinstance(array, jax.Array) and array.sharding == sharding:
+            return array
         array = np.asarray(array)
         return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 

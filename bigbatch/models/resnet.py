@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bigbatch.mistake import Mistake
+from bigbatch.models.blocks import Blocks
 from bigbatch.models.normalization import GhostBatchNorm
 
 # He et al. 2015, a normal distribution that is not truncated. Goyal et al. do not state the fan;
@@ -114,7 +115,7 @@ class ResNet(nnx.Module):
 
         self.conv = conv(channels, width, 7, 2)
         self.norm = norm(width)
-        self.blocks = nnx.List([])
+        self.blocks = Blocks([])
         features = width
         for group, count in enumerate(BLOCKS[depth]):
             for index in range(count):
@@ -141,7 +142,7 @@ class ResNet(nnx.Module):
         x = patch_stem(x, self.conv.kernel[...]) if self.space_to_depth else self.conv(x)
         x = nnx.relu(self.norm(x, train))
         x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
-        for block in self.blocks:
+        for block in self.blocks.calls():
             x = block(x, train)
         return self.head(x.mean(axis=(1, 2), dtype=self.head.dtype))
 

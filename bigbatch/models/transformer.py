@@ -21,6 +21,7 @@ from flax import nnx
 
 from bigbatch.mistake import Mistake
 from bigbatch.models.attention import IMPLEMENTATIONS, Attention, rotary_angles
+from bigbatch.models.blocks import Blocks
 from bigbatch.models.dropout import dropout
 
 # Each takes the statistics in float32 at least. The variance is the mean square of the differences,
@@ -151,7 +152,7 @@ class Transformer(nnx.Module):
 
         self.tokens = embed(num_classes)
         self.positions = embed(max_length) if positions == "learned" else None
-        self.blocks = nnx.List([
+        self.blocks = Blocks([
             Block(make_norm, make_attention, make_forward, dropout_rate, tag=1 + 2 * number)
             for number in range(blocks)
         ])
@@ -185,9 +186,8 @@ class Transformer(nnx.Module):
         else:
             x = x + self.positions(jnp.arange(length))
         x = dropout(x.astype(self.dtype), self.dropout_rate, keys_B, train, tag=0)
-        for block in self.blocks:
-            run = _recomputed(block) if self.checkpoint_blocks else block
-            x = run(x, angles, train, keys_B)
+        for block in self.blocks.calls(recompute=self.checkpoint_blocks):
+            x = block(x, angles, train, keys_B)
         return self._logits(self.norm(x))
 
     def _logits(self, x_BxTxD: jax.Array) -> jax.Array:
@@ -197,19 +197,6 @@ class Transformer(nnx.Module):
         precision = jax.lax.DotAlgorithmPreset.BF16_BF16_F32 if dtype == jnp.bfloat16 else None
         return jnp.einsum("BTD,VD->BTV", x_BxTxD.astype(dtype), table_VxD.astype(dtype),
                           precision=precision, preferred_element_type=x_BxTxD.dtype)
-
-
-def _recomputed(block: Block) -> Callable[..., jax.Array]:
-    """Calls the block so that the backward pass keeps its inputs only, and computes it again."""
-    graph, state = nnx.split(block)
-
-    def run(x: jax.Array, angles: jax.Array | None, train: bool, keys_B: jax.Array) -> jax.Array:
-        def pure(state: nnx.State, x: jax.Array, angles: Any, keys_B: Any) -> jax.Array:
-            return nnx.merge(graph, state)(x, angles, train, keys_B)
-
-        return jax.checkpoint(pure)(state, x, angles, keys_B)
-
-    return run
 
 
 def _check_sizes(vocabulary: int, **sizes: Any) -> None:

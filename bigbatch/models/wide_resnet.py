@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bigbatch.mistake import Mistake
+from bigbatch.models.blocks import Blocks
 from bigbatch.models.dropout import dropout
 from bigbatch.models.normalization import GhostBatchNorm
 
@@ -98,7 +99,7 @@ class WideResNet(nnx.Module):
         blocks = (depth - 4) // 6
         self.conv = conv(channels, first_features, 3)
         features = first_features
-        self.blocks = nnx.List([])
+        self.blocks = Blocks([])
         for group, outputs in enumerate((16 * width, 32 * width, 64 * width)):
             for index in range(blocks):
                 stride = 2 if group > 0 and index == 0 else 1
@@ -121,7 +122,7 @@ class WideResNet(nnx.Module):
                 f"{images_BxHxWxC.shape[-1]} (data.mean and data.std have one value a channel)."
             )
         x = self.conv(images_BxHxWxC)
-        for block in self.blocks:
+        for block in self.blocks.calls():
             x = block(x, train, keys_B)
         x = nnx.relu(self.norm(x, train)).mean(axis=(1, 2), dtype=self.head.dtype)
         return self.head(x)

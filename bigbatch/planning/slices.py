@@ -1,5 +1,6 @@
 """What the programs of a config need on slices of TPU or GPUs, by compiling them for these."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from ml_collections import ConfigDict
 from bigbatch import schedule
 from bigbatch.config import make_due, make_layouts
 from bigbatch.data import feed
-from bigbatch.job.devices import replicated
 from bigbatch.mistake import Mistake
 from bigbatch.planning import compiled, topology
 from bigbatch.planning.compiled import Measured
@@ -120,7 +120,7 @@ class _Compiler:
         """
         self.config, self.net, self.slice = config, net, found
         self.folder, self.show, self.accumulates = folder, show, accumulates
-        self.mesh = topology.make_mesh(found)
+        self.mesh = topology.make_mesh(found, config.sharding.shards)
         self.state = update.abstract_state(config, self.net, self.mesh)
         self.fields = contract.fields_of(config, contract.task_of(config))
         self.resident, self.test = feed.resident_shapes(config, self.fields, self.mesh)
@@ -130,16 +130,16 @@ class _Compiler:
         """What the compiler says of a program; each is compiled once."""
         if program not in self.known:
             self.show(f"{self.slice.name}: {program}")
-            # A pass that only accumulates has no communication, so its program is the same on all
+            # A pass over whole parameters has no communication, so its program is the same on all
             # slices of one kind. It is compiled for one host, and `folder` then has it for all.
-            local = program.kind is Kind.ACCUMULATE
-            mesh = topology.make_mesh(self.slice.one_host) if local else self.mesh
-            sharding = replicated(mesh)
-            shapes = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-                (self.state, self.resident, self.test),
-            )
-            lower = lowering.lowering(self.config, self.net, mesh, *shapes)
+            config, mesh, shapes = self.config, self.mesh, (self.state, self.resident, self.test)
+            if program.kind is Kind.ACCUMULATE and not config.sharding.parameters:
+                mesh = topology.make_mesh(self.slice.one_host)
+                config = config.copy_and_resolve_references()
+                config.sharding.update({"optimizer": False, "shards": 0})  # not read in a pass
+                shapes = (update.abstract_state(config, self.net, mesh),
+                          *feed.resident_shapes(config, self.fields, mesh))
+            lower = lowering.lowering(config, self.net, mesh, *shapes)
             self.known[program] = compiled.measure(
                 lower(program), self.slice.kind, mesh, self.folder)
         return self.known[program]
@@ -150,17 +150,19 @@ class _Compiler:
         if not measured.fits:
             return measured.extra_bytes
         kind, beside = program.kind, 0
+        if kind in (Kind.EVALUATE, Kind.ACCUMULATE):  # which do not read it
+            beside += _bytes((self.state.opt_state, self.state.average))
         if kind is Kind.EVALUATE:
-            beside += _bytes((self.state.opt_state, self.state.average, self.resident))
+            beside += _bytes(self.resident)
         else:
             beside += _bytes(self.test)
         if kind is Kind.APPLY:
             beside += _bytes(self.resident)
         if kind in (Kind.UPDATE, Kind.EVALUATE) and self.accumulates:
-            beside += _bytes(update.abstract_sums(self.net, self.mesh)) // self.mesh.size
+            beside += _bytes(update.abstract_sums(self.config, self.net, self.mesh))
         if kind in (Kind.UPDATE, Kind.ACCUMULATE):  # the next microbatch is on the device already
             shapes = feed.update_shapes(self.config, self.fields, self.mesh, program.slots)
-            beside += _bytes(shapes) // self.mesh.size
+            beside += _bytes(shapes)
         return measured.argument_bytes + measured.extra_bytes + beside
 
     def fits(self, program: Program) -> bool:
@@ -267,4 +269,7 @@ def _count_evaluations(
 
 
 def _bytes(shapes: Mapping | Any) -> int:
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    """The bytes that a device holds of these arrays."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(shapes))

@@ -108,14 +108,19 @@ def compile_elsewhere() -> None:
     jax.config.update("jax_enable_compilation_cache", False)
 
 
-def make_mesh(found: Slice) -> Mesh:
-    """The slice's devices on one axis, to compile for.
+def make_mesh(found: Slice, shards: int = 0) -> Mesh:
+    """The slice's devices, to compile for.
+
+    Args:
+        found: the slice.
+        shards: see `devices.make_mesh`.
 
     Raises:
-        Mistake: if the compiler is not there, or knows no such slice.
+        Mistake: if the compiler is not there, or knows no such slice; or if `shards` does not
+            divide its number of devices.
     """
     if isinstance(found.kind, Gpu):
-        return devices.make_mesh(cards.make_devices(found.kind, found.shape))
+        return devices.make_mesh(cards.make_devices(found.kind, found.shape), shards)
     if LIBTPU.exists():
         os.environ.setdefault("TPU_LIBRARY_PATH", str(LIBTPU))
     # Else libtpu asks the network and the environment which TPU this machine has, and says at
@@ -137,7 +142,7 @@ def make_mesh(found: Slice) -> Mesh:
                 f"libtpu elsewhere (x86 Linux; no TPU is needed). JAX says: {text}"
             ) from None
         raise Mistake(f"--topology names {found.name!r}; the compiler says: {text}") from None
-    return devices.make_mesh(topology.devices)
+    return devices.make_mesh(topology.devices, shards)
 
 
 def _shape(kind: Tpu, chips: int) -> tuple[int, ...]:

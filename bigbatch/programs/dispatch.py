@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from bigbatch.job.devices import cut, place, replicated
 from bigbatch.schedule.rates import Rates
@@ -91,9 +92,9 @@ def as_rates(mesh: Mesh, dtype: np.dtype, rates: Rates) -> Rates:
     return place(jax.tree.map(dtype.type, rates), replicated(mesh))
 
 
-def room_for_sums(net: network.Network, mesh: Mesh) -> update.Sums:
+def room_for_sums(config: ConfigDict, net: network.Network, mesh: Mesh) -> update.Sums:
     """Zero arrays in which the passes of an update accumulate their sums, one set a device."""
-    shapes = update.abstract_sums(net, mesh)
+    shapes = update.abstract_sums(config, net, mesh)
     return jax.jit(
         lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes),
         out_shardings=cut(mesh),

@@ -12,7 +12,7 @@ from bigbatch.job.devices import replicated
 from bigbatch.programs.compilation import Kind, Program
 from bigbatch.schedule.rates import Rates
 from bigbatch.tasks import contract
-from bigbatch.update import evaluation, network, update
+from bigbatch.update import evaluation, network, sharding, update
 
 
 def lowering(
@@ -35,26 +35,29 @@ def lowering(
 
     def lower(program: Program) -> jax.stages.Lowered:
         if program.kind is Kind.INIT:
-            return update.make_init(config, net).lower(jax.ShapeDtypeStruct((), np.uint32))
+            shardings = None
+            if sharding.is_split(state):
+                shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+            return update.make_init(config, net, shardings).lower(
+                jax.ShapeDtypeStruct((), np.uint32))
         if program.kind is Kind.EVALUATE:
             return evaluation.make_evaluate(config, net, mesh).lower(
                 state.params, state.batch_stats, test,
                 feed.evaluation_shapes(config, fields, mesh))
         batch = feed.update_shapes(config, fields, mesh, program.slots)
-        return lower_update(functions, net, program.kind, mesh, state, resident, batch)
+        return lower_update(functions, program.kind, mesh, state, resident, batch)
 
     return lower
 
 
 def lower_update(
-    functions: update.Update, net: network.Network, kind: Kind, mesh: Mesh, state: update.State,
-    resident: Mapping, batch: Mapping,
+    functions: update.Update, kind: Kind, mesh: Mesh, state: update.State, resident: Mapping,
+    batch: Mapping,
 ) -> jax.stages.Lowered:
     """Lowers one of the three programs of an update.
 
     Args:
         functions: see `update.make_update`.
-        net: the network that they train.
         kind: UPDATE, ACCUMULATE or APPLY.
         mesh: the devices.
         state: shapes of the state, or arrays.
@@ -68,7 +71,6 @@ def lower_update(
     rates = Rates(*[number] * len(Rates._fields))
     if kind is Kind.UPDATE:
         return functions.update.lower(state, resident, batch, rates)
-    sums = update.abstract_sums(net, mesh)
     if kind is Kind.APPLY:
-        return functions.apply.lower(state, sums, rates)
-    return functions.accumulate.lower(state, sums, resident, batch, scalar(np.bool_))
+        return functions.apply.lower(state, functions.sums, rates)
+    return functions.accumulate.lower(state, functions.sums, resident, batch, scalar(np.bool_))

@@ -10,13 +10,13 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from bigbatch.job.devices import place, replicated, shape_of
+from bigbatch.job.devices import place, shape_of
 from bigbatch.job.preemption import Watch
 from bigbatch.programs import compilation, dispatch
 from bigbatch.programs.compilation import EVALUATE, INIT, Program
 from bigbatch.programs.lowering import lowering
 from bigbatch.schedule.layout import Layout
-from bigbatch.update import initial_weights, network, update
+from bigbatch.update import initial_weights, network, sharding, update
 
 
 class Ready(NamedTuple):
@@ -73,15 +73,24 @@ class Programs:
             lower, first + later, self._counted, watch.poll)
         if is_new:
             watch.wait(self._futures[INIT].done)
-            initial = self._futures[INIT].result().call(np.uint32(self._config.seed))
-            initial = initial_weights.put(jax.tree.map(np.asarray, initial), self._begin_with)
-            state = place(initial, replicated(self._mesh))
+            state = self._initial(state, watch)
         several = any(layout.microbatches > 1 for layout in self._layouts)
-        sums = dispatch.room_for_sums(self._net, self._mesh) if several else None
+        sums = dispatch.room_for_sums(self._config, self._net, self._mesh) if several else None
         watch.wait(lambda: all(self._futures[program].done() for program in first))
         for program in first:
             self._futures[program].result()
         return state, sums
+
+    def _initial(self, shapes: update.State, watch: Watch) -> update.State:
+        """The state before the first update, on the devices."""
+        call, seed = self._futures[INIT].result().call, np.uint32(self._config.seed)
+        if sharding.is_split(shapes):
+            watch.before_reduction()  # a program of all processes, as one with a reduction is
+            initial = call(seed)
+        else:
+            initial = jax.tree.map(np.asarray, call(seed))
+        initial = initial_weights.put(initial, self._begin_with)
+        return place(initial, jax.tree.map(lambda leaf: leaf.sharding, shapes))
 
     def wait_for(
         self, layout: Layout, watch: Watch, say: Callable[[], None] = lambda: None

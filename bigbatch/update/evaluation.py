@@ -15,7 +15,7 @@ from bigbatch.data.feed import Feed
 from bigbatch.data.resident import fields_of
 from bigbatch.job.devices import compiler_options
 from bigbatch.tasks import contract, measures
-from bigbatch.update import network
+from bigbatch.update import network, pieces, sharding
 
 
 def make_evaluate(config: ConfigDict, net: network.Network, mesh: Mesh) -> Callable:
@@ -27,24 +27,28 @@ def make_evaluate(config: ConfigDict, net: network.Network, mesh: Mesh) -> Calla
     `batch` has `record` (int32, -1 for padding) and, if the test set is streamed, its fields.
     """
     task = contract.task_of(config)
+    split = sharding.split_of(config, net.params, mesh)
+    gather = pieces.gatherer(split)
 
     def evaluate(params: Any, batch_stats: Any, test: Mapping, batch: Mapping) -> measures.Measured:
         record = batch["record"]
         fields = fields_of(test, batch, jnp.maximum(record, 0))
-        outputs, targets = outputs_of(config, task, net, params, batch_stats, fields, record)
+        outputs, targets = outputs_of(
+            config, task, net, params, batch_stats, fields, record, gather)
         own = measures.add_up(config, task, outputs, targets, record >= 0).measured
         vector, unravel = ravel_pytree(own)
         return unravel(jax.lax.psum(vector, mesh.axis_names))
 
     mapped = jax.shard_map(
-        evaluate, mesh=mesh, in_specs=(P(), P(), P(), P(mesh.axis_names)), out_specs=P(), check_vma=False
+        evaluate, mesh=mesh, in_specs=(split.at_rest(), P(), P(), P(mesh.axis_names)),
+        out_specs=P(), check_vma=False,
     )
     return jax.jit(mapped, compiler_options=compiler_options(mesh))
 
 
 def outputs_of(
     config: ConfigDict, task: contract.Task, net: network.Network, params: Any, batch_stats: Any,
-    fields_B: Mapping[str, jax.Array], record_B: jax.Array,
+    fields_B: Mapping[str, jax.Array], record_B: jax.Array, gather: network.Gather | None = None,
 ) -> tuple[Any, Any]:
     """What the network makes of examples as they are in the data set, in evaluation.
 
@@ -56,6 +60,7 @@ def outputs_of(
         batch_stats: its running statistics.
         fields_B: the arrays of the examples, by name.
         record_B: their numbers in the test set, from which the keys that the task gets follow.
+        gather: see `network.Network.apply`, where the parameters are in pieces.
 
     Returns:
         What the network returns, and the task's targets.
@@ -63,23 +68,36 @@ def outputs_of(
     key = jax.random.key(0, impl="threefry2x32")  # the same in every evaluation
     keys = augment.example_keys(key, jnp.zeros_like(record_B), record_B)
     inputs, targets = contract.prepare(config, task, fields_B, keys, False)
-    outputs, _ = net.apply(params, batch_stats, inputs, False, keys)
+    outputs, _ = net.apply(params, batch_stats, inputs, False, keys, gather)
     return outputs, targets
 
 
-def networks_of(state: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+def networks_of(
+    state: Mapping[str, Any], before_gather: Callable[[], None] = lambda: None
+) -> dict[str, tuple[Any, Any]]:
     """The parameters and running statistics to evaluate, by the end of the names of their results.
 
     Args:
         state: the fields of an `update.State`, or what `checkpoint.load` returns.
+        before_gather: called before the average is gathered, where it is in pieces and the
+            parameters are not; its exceptions are not caught.
 
     Returns:
         "" for the weights, and "_average" for their average, if the run keeps one.
     """
     found = {"": (state["params"], state["batch_stats"])}
     if average := state.get("average"):
-        found["_average"] = average["params"], average["batch_stats"]
+        params = average["params"]
+        if sharding.is_split(params) and not sharding.is_split(state["params"]):
+            before_gather()
+            lie = jax.tree.map(lambda leaf: leaf.sharding, state["params"])
+            params = jax.jit(_same, out_shardings=lie)(params)
+        found["_average"] = params, average["batch_stats"]
     return found
+
+
+def _same(tree: Any) -> Any:
+    return tree
 
 
 def whole_test_set(

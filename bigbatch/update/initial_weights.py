@@ -69,15 +69,17 @@ def names(tree: Any) -> dict[str, Any]:
 
 
 def put(state: Any, arrays: Mapping[str, np.ndarray]) -> Any:
-    """A state before the first update, as NumPy arrays, with `arrays` in their places."""
-    def one(path: tuple, leaf: np.ndarray) -> np.ndarray:
-        return arrays.get(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+    """A state before the first update, with `arrays` in their places, also in an average."""
+    def put_in(tree: Any) -> Any:
+        def one(path: tuple, leaf: Any) -> Any:
+            given = arrays.get(jax.tree_util.keystr(path, simple=True, separator="/"))
+            # Its own array, since an update takes over the memory of those it is given.
+            return leaf if given is None else np.copy(given)
 
-    tree = {"params": state.params, "batch_stats": state.batch_stats}
-    tree = jax.tree_util.tree_map_with_path(one, tree)
-    # Its own arrays, since an update takes over the memory of those it is given.
-    average = state.average and jax.tree.map(np.copy, tree)
-    return state._replace(**tree, average=average)
+        return jax.tree_util.tree_map_with_path(one, tree)
+
+    tree = put_in({"params": state.params, "batch_stats": state.batch_stats})
+    return state._replace(**tree, average=state.average and put_in(state.average))
 
 
 def _within(name: str, layers: tuple[str, ...] | list[str]) -> bool:

@@ -1,6 +1,6 @@
 """The network that a config names, as pure functions of its parameters and running statistics."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.errors
@@ -11,10 +11,12 @@ from ml_collections import ConfigDict
 
 from bigbatch import dotted
 from bigbatch.mistake import Mistake
+from bigbatch.models.blocks import Blocks
 from bigbatch.tasks import contract
 from bigbatch.update import independence, module_checks, task_checks
 
 Tree = Mapping[str, Any]
+Gather = Callable[[dict[tuple, jax.Array]], dict[tuple, jax.Array]]
 
 # Tags to fold into the key of the seed, so that no two uses draw the same random numbers. The order
 # of the examples and the crops of photographs have their own (schedule/order.py, data/decode.py).
@@ -28,7 +30,8 @@ class Network(NamedTuple):
     params: Tree  # shapes of the parameters
     batch_stats: Tree  # shapes of the running statistics
     # (parameters, running statistics, inputs_B, train, keys_B) -> what the module returns,
-    # statistics (in training with one row per ghost batch)
+    # statistics (in training with one row per ghost batch). Where the parameters are in pieces also
+    # gather: {path: piece} -> {path: whole array}; see `models.blocks`.
     apply: Callable[..., tuple[Any, Tree]]
     decays: Tree  # like the statistics: the share of each that remains after one ghost batch
     in_norm: Tree  # like the parameters: True for the parameters of normalisation layers
@@ -93,13 +96,19 @@ def build(config: ConfigDict, may_mix: bool = False) -> Network:
         abstract = nnx.merge(graph, params, batch_stats, rest)
         module_checks.check_modules(abstract, name)
         module_checks.check_state(params, batch_stats, rest, config)
+        lists = [path for path, part in nnx.iter_modules(abstract) if isinstance(part, Blocks)]
 
         def apply(
-            params_dict: Tree, stats_dict: Tree, inputs: Any, train: bool, keys: jax.Array
+            params_dict: Tree, stats_dict: Tree, inputs: Any, train: bool, keys: jax.Array,
+            gather: Gather | None = None,
         ) -> tuple[Any, Tree]:
+            if gather:
+                params_dict = _gather_outside(lists, params_dict, gather)
             module = nnx.merge(
                 graph, _fill(params, params_dict), _fill(batch_stats, stats_dict), copy=True
             )
+            if gather:
+                _gather_when_called(module, gather)
             outputs = module(inputs, train, keys)
             return outputs, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
 
@@ -145,6 +154,30 @@ def _fill(state: nnx.State, values: Tree) -> nnx.State:
     filled = jax.tree.map(lambda leaf: leaf, state)
     nnx.replace_by_pure_dict(filled, values)
     return filled
+
+
+def _gather_outside(lists: Sequence[tuple], params: Tree, gather: Gather) -> Tree:
+    """The parameters with those whole that belong to no list of blocks; `lists` are their paths."""
+    flat = nnx.traversals.flatten_mapping(params)
+    outside = {path: leaf for path, leaf in flat.items()
+               if not any(path[: len(one)] == one for one in lists)}
+    return nnx.traversals.unflatten_mapping({**flat, **gather(outside)})
+
+
+def _gather_when_called(module: nnx.Module, gather: Gather) -> None:
+    """Lets every list of blocks gather the parameters of a block when it is called."""
+    def of_block(path: tuple) -> Callable[[nnx.State], nnx.State]:
+        def whole(state: nnx.State) -> nnx.State:
+            flat = nnx.traversals.flatten_mapping(nnx.to_pure_dict(state))
+            found = gather({(*path, *inner): leaf for inner, leaf in flat.items()})
+            return _fill(state, nnx.traversals.unflatten_mapping(
+                {inner[len(path):]: leaf for inner, leaf in found.items()}))
+
+        return whole
+
+    for path, part in nnx.iter_modules(module):
+        if isinstance(part, Blocks):
+            part.gathers = tuple(of_block((*path, number)) for number in range(len(part)))
 
 
 def _bridges(module: nnx.Module) -> dict[tuple, nnx.bridge.ToNNX]:

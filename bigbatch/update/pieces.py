@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from bigbatch.update.network import Gather
 from bigbatch.update.sharding import WHOLE, Split
 
 Tree = Any
@@ -62,24 +63,24 @@ def gather(split: Split, tree: Tree) -> Tree:
     if not split.cuts:
         return tree
     leaves, structure = jax.tree.flatten(tree)
-    axes = jax.tree.leaves(split.axes)
-    cut = [leaf for leaf, axis in zip(leaves, axes, strict=True) if axis != WHOLE]
-    along = [axis for axis in axes if axis != WHOLE]
+    return jax.tree.unflatten(structure, _gather(split, leaves, jax.tree.leaves(split.axes)))
 
-    def as_tree(cut: list[jax.Array]) -> list[jax.Array]:
-        return [jax.lax.all_gather(leaf, split.over, axis=axis, tiled=True)
-                for leaf, axis in zip(cut, along, strict=True)]
 
-    def as_vector(cut: list[jax.Array]) -> list[jax.Array]:
-        rows = [jnp.moveaxis(leaf, axis, 0).reshape(1, -1)
-                for leaf, axis in zip(cut, along, strict=True)]
-        row = jax.lax.optimization_barrier(jnp.concatenate(rows, axis=1))
-        rows_SxN = jax.lax.all_gather(row, split.over, axis=0, tiled=True)
-        return _arrays_of(rows_SxN, cut, along)
+def gatherer(split: Split) -> Gather | None:
+    """What a network whose parameters lie in pieces gathers them with; None where none does.
 
-    found = iter(jax.lax.platform_dependent(cut, tpu=as_tree, default=as_vector))
-    return jax.tree.unflatten(structure, [
-        leaf if axis == WHOLE else next(found) for leaf, axis in zip(leaves, axes, strict=True)])
+    The function takes arrays by their paths in the tree of the parameters.
+    """
+    if not (split.parameters and split.cuts):
+        return None
+    axes = {tuple(key.key for key in path): axis
+            for path, axis in jax.tree_util.tree_leaves_with_path(split.axes)}
+
+    def gather_named(named: dict[tuple, jax.Array]) -> dict[tuple, jax.Array]:
+        whole = _gather(split, list(named.values()), [axes[path] for path in named])
+        return dict(zip(named, whole, strict=True))
+
+    return gather_named
 
 
 def add_over_pieces(split: Split, tree: Tree, number: Callable[[jax.Array], jax.Array]) -> Any:
@@ -118,6 +119,28 @@ def _add_up(split: Split, sums: Any) -> Any:
     return jax.lax.platform_dependent(sums, tpu=as_tree, cuda=as_vector, default=elsewhere)
 
 
+def _gather(
+    split: Split, arrays: Sequence[jax.Array], axes: Sequence[int]
+) -> list[jax.Array]:
+    """Arrays of which those with an axis are pieces, as whole arrays, by one all-gather."""
+    cut = [leaf for leaf, axis in zip(arrays, axes, strict=True) if axis != WHOLE]
+    along = [axis for axis in axes if axis != WHOLE]
+    if not cut:
+        return list(arrays)
+    if split.by_array:
+        found = [jax.lax.all_gather(leaf, split.over, axis=axis, tiled=True)
+                 for leaf, axis in zip(cut, along, strict=True)]
+    else:
+        row = jnp.concatenate([jnp.moveaxis(leaf, axis, 0).reshape(1, -1)
+                               for leaf, axis in zip(cut, along, strict=True)], axis=1)
+        rows_SxN = jax.lax.all_gather(
+            jax.lax.optimization_barrier(row), split.over, axis=0, tiled=True)
+        found = _arrays_of(rows_SxN, cut, along)
+    whole = iter(found)
+    return [leaf if axis == WHOLE else next(whole)
+            for leaf, axis in zip(arrays, axes, strict=True)]
+
+
 def _scatter(
     split: Split, arrays: Sequence[jax.Array], along: Sequence[int]
 ) -> Sequence[jax.Array]:
@@ -126,30 +149,20 @@ def _scatter(
         return []
     beside = split.mesh_axes[:-1]  # devices that hold the same pieces
 
-    def as_tree(arrays: Sequence[jax.Array]) -> Sequence[jax.Array]:
-        if not split.parameters:
-            arrays = [
-                jax.lax.psum_scatter(leaf, split.over, scatter_dimension=axis, tiled=True)
-                for leaf, axis in zip(arrays, along, strict=True)]
+    if split.parameters:  # the backward pass has added up those of `over`
         return jax.lax.psum(arrays, beside) if beside else arrays
-
-    def as_vector(arrays: Sequence[jax.Array]) -> Sequence[jax.Array]:
-        if split.parameters:
-            vector, unravel = ravel_pytree(arrays)
-            return unravel(jax.lax.psum(vector, beside)) if beside else arrays
-        rows_SxN = jnp.concatenate([
-            jnp.moveaxis(leaf, axis, 0).reshape(split.shards, -1)
-            for leaf, axis in zip(arrays, along, strict=True)], axis=1)
-        row = jax.lax.psum_scatter(rows_SxN, split.over, scatter_dimension=0, tiled=True)
-        row = jax.lax.psum(row, beside) if beside else row
-        pieces = [
-            jax.ShapeDtypeStruct(
-                (*leaf.shape[:axis], leaf.shape[axis] // split.shards, *leaf.shape[axis + 1:]),
-                leaf.dtype)
-            for leaf, axis in zip(arrays, along, strict=True)]
-        return _arrays_of(jax.lax.optimization_barrier(row), pieces, along)
-
-    return jax.lax.platform_dependent(arrays, tpu=as_tree, default=as_vector)
+    if split.by_array:
+        pieces = [jax.lax.psum_scatter(leaf, split.over, scatter_dimension=axis, tiled=True)
+                  for leaf, axis in zip(arrays, along, strict=True)]
+        return jax.lax.psum(pieces, beside) if beside else pieces
+    rows_SxN = jnp.concatenate([
+        jnp.moveaxis(leaf, axis, 0).reshape(split.shards, -1)
+        for leaf, axis in zip(arrays, along, strict=True)], axis=1)
+    row = jax.lax.psum_scatter(rows_SxN, split.over, scatter_dimension=0, tiled=True)
+    row = jax.lax.psum(row, beside) if beside else row
+    shapes = [jax.ShapeDtypeStruct(split.piece_shape(leaf.shape, axis), leaf.dtype)
+              for leaf, axis in zip(arrays, along, strict=True)]
+    return _arrays_of(jax.lax.optimization_barrier(row), shapes, along)
 
 
 def _arrays_of(

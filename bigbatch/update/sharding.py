@@ -34,6 +34,8 @@ class Split(NamedTuple):
     mesh_axes: tuple[str, ...]  # all of the mesh, with `over` as the last
     devices: int  # of the mesh
     shards: int  # of these the ones along `over`: how many pieces an array has
+    # Whether the compiler merges the collectives of many arrays, so that each may have its own.
+    by_array: bool
 
     @property
     def cuts(self) -> bool:
@@ -47,6 +49,11 @@ class Split(NamedTuple):
     def spec(self, axis: int) -> P:
         """The spec of an array that is cut along an axis, or WHOLE."""
         return P() if axis == WHOLE else P(*[None] * axis, self.over)
+
+    def piece_shape(self, shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+        """The shape of a piece of an array of this shape that is cut along an axis, or WHOLE."""
+        return tuple(length // self.shards if at == axis else length
+                     for at, length in enumerate(shape))
 
 
 def split_of(config: ConfigDict, params: Tree, mesh: Mesh) -> Split:
@@ -76,7 +83,8 @@ def split_of(config: ConfigDict, params: Tree, mesh: Mesh) -> Split:
         return lengths.index(max(lengths)) if any(lengths) else WHOLE
 
     axes = jax.tree_util.tree_map_with_path(axis_of, params)
-    return Split(axes, options.parameters, over, mesh.axis_names, mesh.size, shards)
+    return Split(axes, options.parameters, over, mesh.axis_names, mesh.size, shards,
+                 by_array=mesh.devices.flat[0].platform == "tpu")
 
 
 def state_sharding(config: ConfigDict, shapes: Any, mesh: Mesh) -> Any:
@@ -101,6 +109,26 @@ def state_sharding(config: ConfigDict, shapes: Any, mesh: Mesh) -> Any:
         opt_state=_as_their_parameters(shapes.opt_state, shapes.params, cut, whole),
         average=average,
     )
+
+
+def pieces_at_rest(split: Split, params: Tree) -> Tree:
+    """The shapes of what one device holds of the parameters between updates.
+
+    Args:
+        split: how they are split.
+        params: the shapes of the whole.
+    """
+    def one(leaf: jax.ShapeDtypeStruct, axis: int) -> jax.ShapeDtypeStruct:
+        shape = split.piece_shape(leaf.shape, axis) if split.parameters else leaf.shape
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+    return jax.tree.map(one, params, split.axes)
+
+
+def is_split(state: Any) -> bool:
+    """Whether any array of a state, or of its shapes, is cut over devices; no NumPy array is."""
+    return any(hasattr(leaf, "sharding") and not leaf.sharding.is_fully_replicated
+               for leaf in jax.tree.leaves(state))
 
 
 def specs_of(shardings: Tree) -> Tree:

@@ -79,6 +79,7 @@ class Update(NamedTuple):
     # numbers, since the sums are donated to the next pass and cannot be waited for.
     accumulate: Callable
     apply: Callable  # (state, sums, rates) -> state, metrics
+    sums: Sums  # shapes of what `accumulate` takes; see `abstract_sums`
 
 
 def make_init(config: ConfigDict, network: Network, shardings: Any = None) -> Callable:
@@ -157,7 +158,7 @@ def make_update(
     lies = sharding.specs_of(sharding.state_sharding(config, _shapes(config, network), mesh))
     task = contract.task_of(config)
     task = task._replace(prepare=prepare or task.prepare)
-    microbatch_sums = partial(_microbatch_sums, config, network, task)
+    microbatch_sums = partial(_microbatch_sums, config, network, task, pieces.gatherer(split))
     apply_sums = partial(_apply_sums, config, network, split)
 
     def mapped(function: Callable, in_specs: tuple, out_specs: Any) -> Callable:
@@ -197,15 +198,21 @@ def make_update(
             mapped(apply, (lies, parts, whole), (lies, whole)),
             donate_argnums=0,
         ),
+        sums=abstract_sums(config, network, mesh),
     )
 
 
-def abstract_sums(network: Network, mesh: Mesh) -> Sums:
-    """The shapes of the sums that passes accumulate: those of each device on a leading axis."""
+def abstract_sums(config: ConfigDict, network: Network, mesh: Mesh) -> Sums:
+    """The shapes of the sums that passes accumulate: those of each device on a leading axis.
+
+    Where parameters lie in pieces, a device's gradient is that of its pieces.
+    """
     leaf = jax.tree.leaves(network.params)[0]
     scalar = jax.ShapeDtypeStruct((), leaf.dtype)
     measured = dict.fromkeys(network.measured, (scalar, scalar))
-    one = Sums(network.params, network.batch_stats, measured, scalar, scalar)
+    gradient = sharding.pieces_at_rest(
+        sharding.split_of(config, network.params, mesh), network.params)
+    one = Sums(gradient, network.batch_stats, measured, scalar, scalar)
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((mesh.size, *leaf.shape), leaf.dtype, sharding=cut(mesh)),
         one,
@@ -213,8 +220,8 @@ def abstract_sums(network: Network, mesh: Mesh) -> Sums:
 
 
 def _microbatch_sums(
-    config: ConfigDict, network: Network, task: contract.Task, state: State, resident: Mapping,
-    batch: Mapping
+    config: ConfigDict, network: Network, task: contract.Task, gather: Callable | None,
+    state: State, resident: Mapping, batch: Mapping
 ) -> Sums:
     """The sums of one device over one microbatch."""
     record, epoch, position, ghosts_after = (batch["examples"][:, column] for column in range(4))
@@ -230,7 +237,8 @@ def _microbatch_sums(
     dropout_keys = keys(jax.random.fold_in(seed, DROPOUT))
 
     def objective(params: Tree) -> tuple[jax.Array, tuple]:
-        outputs, rows = network.apply(params, state.batch_stats, inputs, True, dropout_keys)
+        outputs, rows = network.apply(
+            params, state.batch_stats, inputs, True, dropout_keys, gather)
         added = measures.add_up(config, task, outputs, targets, counts)
         return added.objective, (added, rows)
 

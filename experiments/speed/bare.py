@@ -111,12 +111,11 @@ class BareUpdate:
         recipe = make_recipe(config)
         self.rates = as_rates(
             mesh, dtype, rates_at(recipe, recipe.batch_size, 0)._replace(learning_rate=0.01))
-        self.sums = room_for_sums(net, mesh) if len(self.batches) > 1 else None
+        self.sums = room_for_sums(config, net, mesh) if len(self.batches) > 1 else None
         self.loss: float | None = None
         self.lowered = [
             lower_update(
-                self.functions, net, program.kind, mesh, self.state, self.resident,
-                self.batches[0])
+                self.functions, program.kind, mesh, self.state, self.resident, self.batches[0])
             for program in programs_of(layout)]
         self.programs = [program.compile() for program in self.lowered]
 

@@ -92,8 +92,8 @@ def lower(case: Case, mesh: Mesh) -> jax.stages.Lowered:
     if case.work == WHOLE:
         return lowering(config, net, mesh, state, resident, test)(Program(Kind.UPDATE, slots))
     batch = {"examples": shape((count, 4), np.int32), "images": images, "labels": labels}
-    return lower_update(update.make_update(config, net, mesh, given), net, Kind.UPDATE, mesh,
-                        state, {"seed": resident["seed"]}, batch)
+    return lower_update(update.make_update(config, net, mesh, given), Kind.UPDATE, mesh, state,
+                        {"seed": resident["seed"]}, batch)
 
 
 def _lower_flax(

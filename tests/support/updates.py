@@ -80,7 +80,7 @@ class Updater(NamedTuple):
             # Left over from another update, so of no meaning.
             sums = jax.tree.map(
                 lambda leaf: place(np.full(leaf.shape, np.nan, leaf.dtype), cut(self.mesh)),
-                update.abstract_sums(self.net, self.mesh))
+                functions.sums)
         state, _, measured, _ = take_update(calls, state, sums, resident, iter(batches), rates)
         return state, measured
 
@@ -89,9 +89,10 @@ def prepare(config: ConfigDict, devices: int = 1) -> Updater:
     """An updater on the first `devices` devices; for a float64 config, 64-bit arrays are on."""
     if config.dtype == "float64":
         jax.config.update("jax_enable_x64", True)
-    mesh = make_mesh(jax.devices()[:devices])
+    mesh = make_mesh(jax.devices()[:devices], config.sharding.shards)
     net = network.build(config)
-    state = place(jax.tree.map(np.asarray, update.init_state(config, net)), replicated(mesh))
+    state = place(jax.tree.map(np.asarray, update.init_state(config, net)), jax.tree.map(
+        lambda leaf: leaf.sharding, update.abstract_state(config, net, mesh)))
     return Updater(config, net, update.make_update(config, net, mesh), mesh, state)
 
 

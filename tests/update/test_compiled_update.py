@@ -10,7 +10,6 @@ from bigbatch.job.devices import cut, place
 from bigbatch.planning.compiled import collectives
 from bigbatch.programs.compilation import Kind
 from bigbatch.programs.lowering import lower_update
-from bigbatch.update.update import abstract_sums
 from tests.support.configs import tiny
 from tests.support.updates import (
     NO_AUGMENTATION,
@@ -32,7 +31,7 @@ def lowered(updater, slots=1):
     resident = training_set(updater)
     return {
         kind.value: lower_update(
-            updater.functions, updater.net, kind, updater.mesh, updater.state, resident, batch)
+            updater.functions, kind, updater.mesh, updater.state, resident, batch)
         for kind in (Kind.UPDATE, Kind.ACCUMULATE, Kind.APPLY)
     }
 
@@ -56,7 +55,7 @@ def test_buffers_are_donated():
     _, batches = inputs(updater, 96)
     sums = jax.tree.map(
         lambda leaf: place(np.zeros(leaf.shape, leaf.dtype), cut(updater.mesh)),
-        abstract_sums(updater.net, updater.mesh),
+        updater.functions.sums,
     )
     programs = {name: program.compile() for name, program in lowered(updater, 2).items()}
     arrays = {"update": state, "accumulate": sums, "apply": state}

@@ -53,7 +53,7 @@ def test_a_run_learns_and_is_the_same_on_two_devices(name, tmp_path, monkeypatch
     curves, states = [], []
     for count in (1, 2):
         monkeypatch.setattr(
-            train, "make_mesh", lambda n=count: job_devices.make_mesh(jax.devices()[:n]))
+            train, "make_mesh", lambda n=count, **_: job_devices.make_mesh(jax.devices()[:n]))
         config = with_optimizer(name, options, "dtype=float64", *settings)
         states.append(train.train_and_evaluate(config, tmp_path / str(count), show=False))
         curves.append([event["train_loss"] for event in
