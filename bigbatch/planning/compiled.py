@@ -129,9 +129,15 @@ def version(mesh: Mesh) -> str:
 def collectives(text: str) -> dict[str, list[int]]:
     """The collectives in the HLO text of a compiled program: see `Measured.collectives`."""
     found: dict[str, list[int]] = {}
-    kinds = "|".join(COLLECTIVES)
+    kinds, seen = "|".join(COLLECTIVES), set()
     # An instruction is "%name = shape opcode(operands)"; asynchronous ones end in -start and -done.
-    for shape, kind in re.findall(rf"= (.*?) ((?:ragged-)?(?:{kinds}))(?:-start)?\(", text):
+    for shape, kind, rest in re.findall(
+            rf"= (.*?) ((?:ragged-)?(?:{kinds}))(?:-start)?\((.*)", text):
+        # A TPU's compiler may cut one into parts, of each of which it writes down the whole.
+        if chain := re.search(r'chain_id="(\d+)"', rest):
+            if (kind, chain[1]) in seen:
+                continue
+            seen.add((kind, chain[1]))
         count, size = found.get(kind, (0, 0))
         found[kind] = [count + 1, size + shape_bytes(shape)]
     return found

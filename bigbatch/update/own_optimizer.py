@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from bigbatch import dotted
 from bigbatch.mistake import Mistake
 from bigbatch.schedule.rates import Rates
+from bigbatch.update import elementwise
 from bigbatch.update.user_lines import is_users
 
 Tree = Any
@@ -71,7 +72,8 @@ def check(config: ConfigDict, params: Tree) -> None:
 
     Raises:
         Mistake: see `make`; or if the optimizer's functions raise an exception, its steps are not
-            like the parameters, or an update changes the tree, shapes or types of its state.
+            like the parameters, or an update changes the tree, shapes or types of its state; or if
+            `config.sharding` asks for a split state and the optimizer is not elementwise.
     """
     if not is_own(config):
         return
@@ -101,6 +103,15 @@ def check(config: ConfigDict, params: Tree) -> None:
             )
     _check_same(state, after, f"{name}{where}: an update changes its state", types=True)
     _check_same(params, steps, f"{name}{where}: its steps are not like the parameters", types=False)
+    if config.sharding.optimizer or config.sharding.parameters:
+        traced = jax.make_jaxpr(step)(rates, params, state, params).jaxpr
+        if operation := elementwise.first_other(traced):
+            raise Mistake(
+                f"config.sharding asks for a split state, but {name}{where} does not look at one "
+                f"number of a parameter at a time (it has the operation {operation}), so no device "
+                "can make the step of its own piece. Set sharding.optimizer and sharding.parameters"
+                " to False, or take an elementwise optimizer, such as adam."
+            )
 
 
 def _check_options(function: Callable, name: str, options: dict[str, Any]) -> None:

@@ -104,18 +104,27 @@ def training_set(updater: Updater) -> dict[str, Any]:
 
 
 def train(
-    config: ConfigDict, devices: int = 1, updates: int = 20
+    config: ConfigDict, devices: int = 1, updates: int = 20,
+    begin_with: Sequence[update.State] = (),
 ) -> tuple[list[update.State], list[update.Metrics]]:
-    """A run's first updates: the state and the metrics after each, as NumPy arrays."""
+    """A run's first updates: the state and the metrics after each, as NumPy arrays.
+
+    `begin_with` has the states after the updates that were made before; these are not made again.
+    """
     updater = prepare(config, devices)
     resident, state, states, measured = training_set(updater), updater.state, [], []
+    if begin_with:
+        state = place(begin_with[-1], jax.tree.map(lambda leaf: leaf.sharding, state))
     phases = make_phases(config)
     layouts = make_layouts(config, phases, devices)
     examples_seen = 0
-    for _ in range(updates):
+    for number in range(updates):
         phase = schedule.phase_at(phases, examples_seen)
         records_Bx3 = order.records(
             config.seed, examples_seen, phase.batch_size, config.data.train_examples)
+        if number < len(begin_with):
+            examples_seen += phase.batch_size
+            continue
         state, metrics = updater.take(
             state, resident, updater.batches(records_Bx3, layouts[phase.index]),
             **schedule.take_rates(make_recipe(config), phases, phase, examples_seen,
