@@ -21,6 +21,8 @@ from bigbatch.schedule.layout import Layout, make_layout
 from bigbatch.tasks import contract
 from bigbatch.update import network, update
 
+SPLITS = ("optimizer", "parameters")  # keys of config.sharding, from the least split on
+
 
 def parse(text: str, phases: Sequence[Phase]) -> list[topology.Slice]:
     """The slice of each phase, by the text of --topology.
@@ -62,6 +64,7 @@ def compile_for(
     Returns:
         `phases`: for each phase what `_Compiler._describe` returns for an update. `evaluations`:
         for each slice the same for one evaluation, with `slice` and their `count`.
+        `states`: for each slice the bytes of the state on a device, as `_Compiler.state_bytes`.
         `seconds_at_least` and `chip_hours_at_least` of the run, by the compiler's estimates, or
         None if it made none. `fits`: whether all programs fit. `compiler`: its version.
 
@@ -101,6 +104,7 @@ def compile_for(
     return {
         "phases": rows,
         "evaluations": evaluations,
+        "states": {found.name: compiler.state_bytes() for found, compiler in on.items()},
         "seconds_at_least": seconds,
         "chip_hours_at_least": None if seconds is None else chip_seconds / 3600,
         "fits": all(row["fits"] for row in rows + evaluations),
@@ -135,8 +139,8 @@ class _Compiler:
             config, mesh, shapes = self.config, self.mesh, (self.state, self.resident, self.test)
             if program.kind is Kind.ACCUMULATE and not config.sharding.parameters:
                 mesh = topology.make_mesh(self.slice.one_host)
-                config = config.copy_and_resolve_references()
-                config.sharding.update({"optimizer": False, "shards": 0})  # not read in a pass
+                config = _split(config, "")  # a pass reads no more than the parameters
+                config.sharding.shards = 0
                 shapes = (update.abstract_state(config, self.net, mesh),
                           *feed.resident_shapes(config, self.fields, mesh))
             lower = lowering.lowering(config, self.net, mesh, *shapes)
@@ -154,6 +158,8 @@ class _Compiler:
             beside += _bytes((self.state.opt_state, self.state.average))
         if kind is Kind.EVALUATE:
             beside += _bytes(self.resident)
+            if self.state.average and self.splits_optimizer_alone:  # gathered to be evaluated
+                beside += _bytes(self.state.params)
         else:
             beside += _bytes(self.test)
         if kind is Kind.APPLY:
@@ -164,6 +170,18 @@ class _Compiler:
             shapes = feed.update_shapes(self.config, self.fields, self.mesh, program.slots)
             beside += _bytes(shapes)
         return measured.argument_bytes + measured.extra_bytes + beside
+
+    @property
+    def splits_optimizer_alone(self) -> bool:
+        """Whether the optimizer's state is split, and the parameters are not."""
+        return self.config.sharding.optimizer and not self.config.sharding.parameters
+
+    def state_bytes(self) -> dict[str, int]:
+        """What a device holds of the state between updates, if nothing is split and for each key of
+        `config.sharding` that splits it.
+        """
+        return {key: _bytes(update.abstract_state(_split(self.config, key), self.net, self.mesh))
+                for key in ("", *SPLITS)}
 
     def fits(self, program: Program) -> bool:
         """Whether a program and the other arrays of the run fit into a device's memory."""
@@ -226,7 +244,41 @@ class _Compiler:
         }
 
     def _advice(self, layout: Layout) -> str:
-        """The smallest changes that make an update fit: more passes, or a larger slice."""
+        """The smallest changes that make an update fit: more passes or a larger slice. Where these
+        do not help, as where the state alone is too large: a split of it.
+        """
+        changes = self._smaller_parts(layout) if self._holds_the_state else []
+        ghost = self.config.ghost_size
+        return ", or ".join(changes) or self._split_that_fits(layout) or (
+            f"not even one ghost batch of {ghost} has room on a device: a kind of device with "
+            "more memory, or a smaller network, is needed"
+        )
+
+    @property
+    def _holds_the_state(self) -> bool:
+        """Whether there is room for the state and a gradient. If not, no number of passes helps."""
+        gradient = update.abstract_sums(self.config, self.net, self.mesh).gradient
+        return _bytes((self.state, gradient)) <= self.slice.kind.memory_bytes
+
+    def _split_that_fits(self, layout: Layout) -> str:
+        """The least split of the state with which an update fits, if need be in more passes."""
+        options = self.config.sharding
+        for key in SPLITS:
+            if options[key] or options.parameters or self.mesh.devices.size == 1:
+                continue
+            other = _Compiler(_split(self.config, key), self.net, self.slice, self.folder,
+                              self.show, self.accumulates)
+            setting = f"--config.sharding.{key}=True"
+            if not other._holds_the_state:
+                continue
+            if all(map(other.fits, programs_of(layout))):
+                return f"{setting} fits"
+            if changes := other._smaller_parts(layout):
+                return f"{setting} with {changes[0]}"
+        return ""
+
+    def _smaller_parts(self, layout: Layout) -> list[str]:
+        """The changes that make an update fit by giving a device fewer examples at once."""
         ghost = self.config.ghost_size
         changes = []
         if slots := self._most_slots(Kind.ACCUMULATE, layout):
@@ -238,10 +290,7 @@ class _Compiler:
         # With one pass on each device of the larger slice.
         if slots := self._most_slots(Kind.UPDATE, layout):
             changes.append(f"a slice of {-(-layout.ghosts // slots)} devices or more fits")
-        return ", or ".join(changes) or (
-            f"not even one ghost batch of {ghost} has room on a device: a kind of device with "
-            "more memory, or a smaller network, is needed"
-        )
+        return changes
 
     def _most_slots(self, kind: Kind, layout: Layout) -> int:
         """The most slots, fewer than those of `layout`, with which a program fits; 0 for none."""
@@ -266,6 +315,13 @@ def _count_evaluations(
         for phase, taken in zip(phases, chosen, strict=True) if taken
         for start, end in schedule.spans([phase], 0)
     )
+
+
+def _split(config: ConfigDict, key: str) -> ConfigDict:
+    """The config with the split of the state that a key of `config.sharding` names; "" for none."""
+    own = config.copy_and_resolve_references()
+    own.sharding.update({name: name == key for name in SPLITS})
+    return own
 
 
 def _bytes(shapes: Mapping | Any) -> int:

@@ -113,6 +113,8 @@ def _compiled_paragraphs(compiled: Mapping[str, Any]) -> list[str]:
     ]
     lines += [textwrap.fill(f"{name} does not fit on {row['slice']}: {row['advice']}.", 100)
               for name, row in named if not row["fits"]]
+    lines += [textwrap.fill(_state_sentence(name, sizes), 100)
+              for name, sizes in compiled["states"].items() if sizes["parameters"] < sizes[""]]
     if kernels := [f"{name} {row['kernels']} and {row['accessed_bytes'] / 1e9:.3g} GB"
                    for name, row in named if row["kernels"]]:
         lines.append(textwrap.fill(
@@ -126,6 +128,15 @@ def _compiled_paragraphs(compiled: Mapping[str, Any]) -> list[str]:
             f"more, {compiled['chip_hours_at_least']:.3g} chip-hours. A lower bound: without "
             "reductions between chips, input, saves and compiling.", 100))
     return lines
+
+
+def _state_sentence(name: str, sizes: Mapping[str, int]) -> str:
+    """What a device holds of the state, by how it is split."""
+    whole, optimizer, parameters = (f"{sizes[key] / chips.GIB:.3g} GiB"
+                                    for key in ("", "optimizer", "parameters"))
+    return (f"The state takes {whole} of each device of {name} if it is whole there, {optimizer} "
+            f"with --config.sharding.optimizer=True and {parameters} with "
+            "--config.sharding.parameters=True.")
 
 
 def of_strategies(rows: Sequence[Mapping[str, Any]]) -> str:
