@@ -193,6 +193,36 @@ def test_a_change_that_makes_it_fit_is_found(libtpu, tmp_path, monkeypatch):
     assert told()["advice"].startswith("not even one ghost batch of 64 has room")
 
 
+def test_a_split_of_the_state_that_makes_it_fit_is_found(libtpu, tmp_path, monkeypatch):
+    """Where parameters, Adam's state and the gradient are too large for a device together."""
+    config = configs.tiny(
+        "recipe.falls=()", "data.num_classes=8192", "recipe.epochs=0.1", "optimizer.name=adam",
+        "ghost_size=1", "recipe.batch_size=16", "limits.max_batch_size=16", "eval_batch_size=2")
+    config.network, config.model = "tests.support.foreign_models.Regression", ConfigDict()
+    parameters = 4 * 65 * 8192
+    phases = make_phases(config)
+    kind = chips.TPUS["v5litepod"]._replace(memory_bytes=int(3.9 * parameters))
+    monkeypatch.setitem(chips.TPUS, "v5litepod", kind)
+    found = slices.parse("v5litepod-8", phases)
+    told = slices.compile_for(config, phases, found, tmp_path)
+    assert told["phases"][0]["advice"] == "--config.sharding.optimizer=True fits"
+    sizes = told["states"]["v5litepod-8"]
+    rest = 4 * 8192  # the bias, which is too small to be cut
+    count, cut = 4, parameters - rest  # Adam's count of updates
+    assert sizes == {"": 3 * parameters + count,
+                     "optimizer": parameters + 2 * (cut // 8 + rest) + count,
+                     "parameters": 3 * (cut // 8 + rest) + count}
+    shown = " ".join(tables.of_plan(plan(config, 8) | {"compiled": told}).split())
+    assert "state takes 0.00595 GiB of each device of v5litepod-8 if it is whole" in shown
+    config.sharding.optimizer = True
+    split = slices.compile_for(config, phases, found, tmp_path)["phases"][0]
+    assert split["fits"] and split["memory_bytes"] < told["phases"][0]["memory_bytes"]
+    exchanged = split["collectives"]
+    assert exchanged["reduce-scatter"] == [1, cut // 8]
+    assert exchanged["all-gather"] == [1, cut]
+    assert exchanged["all-reduce"][1] < 2 * rest
+
+
 def test_a_plan_that_does_not_fit_ends_with_status_1(libtpu, tmp_path):
     """Parameters and momentum of 20 million classes; the compiler refuses them."""
     classes = 20_000_000
