@@ -20,7 +20,8 @@ from bigbatch.job.output import say
 from bigbatch.storage import bucket
 
 FOLDER = "programs"
-PATIENCE_SECONDS = 15.0  # for one request
+FETCH_SECONDS = 15.0  # for one request of `fetch`, for which the compiler waits
+SEND_SECONDS = 300.0  # for one of `send`
 LAST_SECONDS = 10.0  # for the uploads still under way when the run ends
 CHECKSUM_BYTES = 64  # SHA-256, in hexadecimal
 
@@ -50,7 +51,7 @@ class BucketPrograms:
         try:
             if key not in self._keys():
                 return None
-            content = self._files.cat_file(self._object(key), timeout=PATIENCE_SECONDS)
+            content = self._content(key)
             checksum, program = content[:CHECKSUM_BYTES], content[CHECKSUM_BYTES:]
             if checksum == _checksum(program):
                 return program
@@ -82,7 +83,7 @@ class BucketPrograms:
             try:
                 if replace or key not in self._keys():
                     self._files.pipe_file(
-                        self._object(key), _checksum(program) + program, timeout=PATIENCE_SECONDS)
+                        self._object(key), _checksum(program) + program, timeout=SEND_SECONDS)
                     self._keys().add(key)
             except Exception as error:
                 self._give_up(error)
@@ -91,9 +92,15 @@ class BucketPrograms:
         """The keys of the programs in the bucket, which is asked for them once."""
         with self._lock:
             if self._listed is None:
-                found = self._files.find(self._root, timeout=PATIENCE_SECONDS)
+                found = self._files.find(self._root, timeout=FETCH_SECONDS)
                 self._listed = {path.removeprefix(self._root + "/") for path in found}
             return self._listed
+
+    def _content(self, key: str) -> bytes:
+        try:
+            return self._files.cat_file(self._object(key), timeout=FETCH_SECONDS)
+        except FileNotFoundError:  # deleted since it was listed
+            return b""
 
     def _object(self, key: str) -> str:
         return f"{self._root}/{key}"
@@ -101,10 +108,10 @@ class BucketPrograms:
     def _give_up(self, error: Exception) -> None:
         if not self._given_up:
             self._given_up = True
-            why = (f"no answer in {PATIENCE_SECONDS:g} s." if isinstance(error, TimeoutError)
+            why = ("the bucket did not answer in time." if isinstance(error, TimeoutError)
                    else bucket.reason(self.url, error))
-            say(f"bigbatch: compiled programs are no longer kept in {self.url}: {why} This run "
-                "compiles what this machine does not have.")
+            say(f"bigbatch: {self.url} is not used any more: {why} Programs that this machine does "
+                "not have are compiled.")
 
 
 def _checksum(program: bytes) -> bytes:
