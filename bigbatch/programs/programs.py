@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from bigbatch.job.devices import place, replicated, shape_of
 from bigbatch.job.preemption import Watch
-from bigbatch.programs import compilation, dispatch, sources
+from bigbatch.programs import compilation, dispatch, origin
 from bigbatch.programs.compilation import EVALUATE, INIT, Program
 from bigbatch.programs.lowering import lowering
 from bigbatch.schedule.layout import Layout
@@ -49,7 +49,7 @@ class Programs:
         test: see there.
         counted: whether to count floating-point operations.
         begin_with: the weights of a new run, see `initial_weights.read`; none if not given.
-        bucket: see `sources.obtain`.
+        bucket: see `origin.obtain`.
         """
         self._config, self._net, self._mesh = config, net, mesh
         self._layouts, self._resident, self._test = layouts, resident, test
@@ -79,7 +79,7 @@ class Programs:
         first, later = compilation.compile_order(self._layouts, is_new)
         self._futures = compilation.compile_ahead(
             lower, first + later, self._counted, watch.poll,
-            partial(sources.obtain, bucket=self._bucket))
+            partial(origin.obtain, bucket=self._bucket))
         if is_new:
             watch.wait(self._futures[INIT].done)
             initial = self._futures[INIT].result().call(np.uint32(self._config.seed))
@@ -125,7 +125,7 @@ class Programs:
                if program not in self._told and future.done() and not future.exception()]
         self._told.update(new)
         ready = {program: self._futures[program].result() for program in new}
-        return {str(program): {"from": one.source.value, "seconds": round(one.seconds, 3)}
+        return {str(program): {"from": one.origin.value, "seconds": round(one.seconds, 3)}
                 for program, one in ready.items()}
 
     def evaluate(self) -> Callable:

@@ -13,7 +13,7 @@ from bigbatch.job import jax_private
 from bigbatch.storage.bucket_programs import BucketPrograms
 
 
-class Source(enum.Enum):
+class Origin(enum.Enum):
     """Where a program came from, as timing.jsonl calls it."""
 
     COMPILER = "compiled"
@@ -23,7 +23,7 @@ class Source(enum.Enum):
 
 def obtain(
     lowered: jax.stages.Lowered, bucket: BucketPrograms | None = None
-) -> tuple[jax.stages.Compiled, Source]:
+) -> tuple[jax.stages.Compiled, Origin]:
     """Loads a program from JAX's cache on this machine or from the bucket, or else compiles it.
 
     Args:
@@ -38,14 +38,14 @@ def obtain(
     with jax_private.cache_seen_as(cache.in_front_of, any_folder=bucket is not None):
         compiled = lowered.compile()
     cache.share()
-    return compiled, cache.source
+    return compiled, cache.origin
 
 
 class _Cache:
     """What JAX takes for its cache while it obtains one program: its own, and then the bucket."""
 
     def __init__(self, bucket: BucketPrograms | None):
-        self.source = Source.COMPILER
+        self.origin = Origin.COMPILER
         self._bucket = bucket
         self._local: Any = None  # JAX's own cache
         self._entry: tuple[str, bytes] | None = None  # the key and the program
@@ -58,24 +58,24 @@ class _Cache:
 
     def get(self, key: str) -> bytes | None:
         """See `jax_private.cache_seen_as`."""
-        source, program = Source.MACHINE, self._local.get(key)
+        origin, program = Origin.MACHINE, self._local.get(key)
         if program is None and self._bucket:
-            source, program = Source.BUCKET, self._bucket.fetch(key)
+            origin, program = Origin.BUCKET, self._bucket.fetch(key)
         if program is not None:
-            self.source, self._entry = source, (key, program)
+            self.origin, self._entry = origin, (key, program)
         return program
 
     def put(self, key: str, program: bytes) -> None:
         """See there."""
-        self._unfit = self.source is not Source.COMPILER
-        self.source, self._entry = Source.COMPILER, (key, program)
+        self._unfit = self.origin is not Origin.COMPILER
+        self.origin, self._entry = Origin.COMPILER, (key, program)
         self._local.put(key, program)
 
     def share(self) -> None:
         """Gives the program to the other places that can keep it."""
         if not self._entry or not self._bucket:
             return
-        if self.source is Source.BUCKET:
+        if self.origin is Origin.BUCKET:
             with contextlib.suppress(OSError):  # the next start can fetch it again
                 self._local.put(*self._entry)
         else:

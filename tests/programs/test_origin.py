@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from bigbatch.programs.sources import Source, obtain
+from bigbatch.programs.origin import Origin, obtain
 from bigbatch.storage.bucket_programs import BucketPrograms
 from tests.support.bucket_server import serving
 
@@ -52,7 +52,7 @@ def lower(options=None):
         jax.ShapeDtypeStruct((3,), np.float32))
 
 
-def source(options=None, bucket=True):
+def start(options=None, bucket=True):
     """Where one start has the program from, which must work."""
     programs = BucketPrograms("gs://bucket/run", writing=True) if bucket else None
     compiled, found = obtain(lower(options), programs)
@@ -64,47 +64,47 @@ def source(options=None, bucket=True):
 
 def test_a_program_is_compiled_once_for_all_machines(server, machine):
     machine("first")
-    assert [source(), source()] == [Source.COMPILER, Source.MACHINE]
+    assert [start(), start()] == [Origin.COMPILER, Origin.MACHINE]
     second = machine("second")
-    assert not second.exists() and [source(), source()] == [Source.BUCKET, Source.MACHINE]
+    assert not second.exists() and [start(), start()] == [Origin.BUCKET, Origin.MACHINE]
     assert len(server.writes) == 1
     # A program for other flags of XLA has another key.
-    assert source({"xla_cpu_enable_fast_math": True}) is Source.COMPILER
+    assert start({"xla_cpu_enable_fast_math": True}) is Origin.COMPILER
     assert len(server.names("bucket/run/programs/")) == 2
 
 
 def test_what_only_the_machine_has_is_sent(server, machine):
     machine("first")
-    assert [source(bucket=False), source(bucket=False)] == [Source.COMPILER, Source.MACHINE]
+    assert [start(bucket=False), start(bucket=False)] == [Origin.COMPILER, Origin.MACHINE]
     assert server.requests == []
     for _ in range(2):
-        source()  # by a key without the folder
+        start()  # by a key without the folder
     server.objects.clear()
-    assert source() is Source.MACHINE and len(server.objects) == 1
+    assert start() is Origin.MACHINE and len(server.objects) == 1
 
 
 def test_one_that_is_whole_but_cannot_be_loaded_is_replaced(server, machine):
     machine("first")
-    source()
+    start()
     (name,) = server.objects
     useless = b"of another compiler"
     server.put(name, hashlib.sha256(useless).hexdigest().encode() + useless)
     machine("second")
     with pytest.warns(UserWarning, match="Error reading persistent compilation cache"):
-        assert source() is Source.COMPILER
+        assert start() is Origin.COMPILER
     machine("third")
-    assert source() is Source.BUCKET
+    assert start() is Origin.BUCKET
 
 
 def test_where_jax_keeps_no_programs_nothing_is_asked(server, machine):
     machine(None)
-    assert source() is Source.COMPILER
+    assert start() is Origin.COMPILER
     assert server.requests == [] and server.objects == {}
 
 
 def test_a_bucket_that_fails_costs_the_compile(server, machine):
     machine("first")
-    source()
+    start()
     server.refused, server.buckets = "programs", set()  # nor is there anything to read
     machine("second")
-    assert source() is Source.COMPILER
+    assert start() is Origin.COMPILER
