@@ -143,11 +143,12 @@ def write(folder: Path, part: Part) -> Path:
                          open=True, assume_metadata=True)
         for blocks in _loads(_blocks(part)):
             with ts.Transaction(atomic=True) as transaction:
+                writes = []  # one that nobody holds is cancelled
                 for name, start, data in blocks:
                     where = tuple(slice(along, along + length)
                                   for along, length in zip(start, data.shape, strict=True))
-                    stores[name].with_transaction(transaction)[where].write(
-                        data, can_reference_source_data_indefinitely=True)
+                    writes.append(stores[name].with_transaction(transaction)[where].write(
+                        data, can_reference_source_data_indefinitely=True))
     return own
 
 
