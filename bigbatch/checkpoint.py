@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from bigbatch.config import saved_config
 from bigbatch.data import decode
 from bigbatch.mistake import Mistake
-from bigbatch.storage.checkpoint import load, load_run
+from bigbatch.storage.checkpoint import NETWORKS, load, load_run
 from bigbatch.tasks import classification, contract
 from bigbatch.update import network
 from bigbatch.update.evaluation import outputs_of
@@ -188,7 +188,7 @@ def load_model(
         Mistake: if there is no such checkpoint (the message has the positions) or it is not whole,
             or it has no average and one is asked for, or the network of its config cannot be built.
     """
-    run, state = load_run(workdir, examples_seen)
+    run, state = load_run(workdir, examples_seen, NETWORKS)
     config = saved_config(run)
     if average and "average" not in state:
         raise Mistake(

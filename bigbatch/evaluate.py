@@ -44,7 +44,7 @@ def evaluate_run(
     Raises:
         Mistake: if there is no such checkpoint or it is not whole, or the data is not the run's.
     """
-    run, state = checkpoint.load_run(workdir, examples_seen)
+    run, state = checkpoint.load_run(workdir, examples_seen, checkpoint.NETWORKS)
     config = saved_config(run)
     if data_dir:
         config.data.dir = data_dir

@@ -69,6 +69,8 @@ def main(arguments: Sequence[str]) -> None:
         processes.leave(statuses.STOPPED_AFTER_PHASE, together=True)
     except train.Preempted:
         processes.leave(statuses.AGAIN, together=True)
+    except checkpoint.ProcessLost as error:
+        processes.leave(statuses.AGAIN, str(error))
     except (train.NotFinite, checkpoint.WriteError) as error:
         processes.leave(statuses.FAILED, str(error))
     except jax.errors.JaxRuntimeError as error:

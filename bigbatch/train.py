@@ -28,7 +28,7 @@ from bigbatch.config import (
 )
 from bigbatch.data.feed import Feed, open_feed
 from bigbatch.job import chips, preemption, processes
-from bigbatch.job.devices import make_mesh, pin_options, place
+from bigbatch.job.devices import make_mesh, pin_options
 from bigbatch.mistake import Mistake
 from bigbatch.programs.dispatch import as_rates, take_update
 from bigbatch.programs.programs import Programs, Ready
@@ -196,10 +196,9 @@ def begin(
         config, contract.fields_of(config, goal.task), contract.load(config, goal.task), mesh,
         phases, layouts, at.examples_seen, _evaluations(goal, at, phases))
     at_end.callback(feed.close)
-    state = shapes = update.abstract_state(config, goal.net, mesh)
+    state = update.abstract_state(config, goal.net, mesh)
     if newest.path:
-        state = checkpoint.restore(folder / newest.path, shapes, mirror)
-        state = place(state, jax.tree.map(lambda leaf: leaf.sharding, shapes))
+        state = checkpoint.restore(newest.path, state, mirror)
 
     # Checkpoints and logs. The logs lose the events after the position.
     saves = Saves(
@@ -246,15 +245,13 @@ def _find_newest(
 ) -> checkpoint.Found:
     """Locks the workdir for this job and finds its newest whole checkpoint.
 
-    Only the first process searches, and the others receive its answer, so that all start from the
-    same checkpoint.
+    Only the first process locks it. All search together, so that all start from the same one.
     """
-    def open_run() -> list[Any]:
+    def lock() -> None:
         at_end.enter_context(mirror.held() if mirror else workdir.open_workdir(folder))
-        path, run, faults = checkpoint.find_newest(folder, mirror)
-        return [path and str(path.relative_to(folder)), run, faults]
 
-    return checkpoint.Found(*processes.decided_by_first("run", open_run))
+    processes.decided_by_first("run", lock)
+    return checkpoint.find_newest(folder, mirror, in_job=True)
 
 
 def _check_changes(

@@ -139,6 +139,34 @@ def decided_by_first(what: str, decide: Callable[[], Any]) -> Any:
     return answer["decision"]
 
 
+def gathered(what: str, give: Callable[[], Any]) -> list[Any]:
+    """Returns on every process what `give` returns on each one, in the order of the processes.
+
+    Args:
+        what: a name for it. All processes must make the same calls in the same order.
+        give: its result must be valid JSON.
+
+    Raises:
+        Mistake: on every process, if `give` raises one on any.
+    """
+    if jax.process_count() == 1:
+        return [give()]
+    client, key = job_state.client, f"bigbatch/{what}/{next(_decisions)}"
+    try:
+        mine = {"given": give()}
+    except Mistake as error:
+        mine = {"refused": str(error)}
+    client.key_value_set(f"{key}/{jax.process_index()}", json.dumps(mine))
+    answers = [
+        json.loads(client.blocking_key_value_get(f"{key}/{process}", 1000 * DECISION_SECONDS))
+        for process in range(jax.process_count())
+    ]
+    for answer in answers:
+        if "refused" in answer:
+            raise Mistake(answer["refused"])
+    return [answer["given"] for answer in answers]
+
+
 def explain(error: jax.errors.JaxRuntimeError) -> tuple[int, str]:
     """The exit status for an error of JAX's runtime, and one line that says what to change.
 

@@ -1,9 +1,9 @@
 """Workdirs in a bucket (gs://bucket/path), each mirrored by a local folder in which the run works.
 
 A run does not work in the bucket itself, as objects can be neither appended to, renamed nor locked.
-At its start it downloads the logs and the newest whole checkpoint. At each checkpoint it uploads
-the whole logs as they were when the save began, then the checkpoint's files, and `checksums.json`
-last: a checkpoint without this file is unfinished.
+At its start it downloads the logs. Checkpoints are read where they are. At each checkpoint it
+uploads the whole logs as they were when the save began, then the checkpoint's files, and
+`checksums.json` last: a checkpoint without this file is unfinished.
 
 The code calls gcsfs and not etils.epath, which has no writes with a precondition (see `lease.py`)
 and no listing that is guaranteed to be fresh.
@@ -11,21 +11,23 @@ and no listing that is guaranteed to be fresh.
 
 import contextlib
 import errno
+import hashlib
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from bigbatch.mistake import Mistake
-from bigbatch.storage import lease
+from bigbatch.storage import checksums, lease
 from bigbatch.storage.workdir import local_folder
 
 SCHEME = "gs://"
 LOGS = ("config.json", "metrics.jsonl", "timing.jsonl")
-MARKER = "checksums.json"  # a checkpoint with this file is finished
+MARKER = checksums.FILE  # a checkpoint with this file is finished
+BLOCK_BYTES = 16 << 20  # of an object that is read piece by piece
 SILENT_SECONDS = 60  # without data, after which a request is repeated
 
 
@@ -69,13 +71,13 @@ def check(url: str) -> None:
 
 
 @contextlib.contextmanager
-def explained(url: str) -> Iterator[None]:
-    """Turns any error inside the block, where `url` is read, into a Mistake of one line."""
+def explained(url: str, *passed_on: type[Exception]) -> Iterator[None]:
+    """Turns errors inside the block, where `url` is read, into a Mistake of one line."""
     try:
         yield
+    except (Mistake, *passed_on):
+        raise
     except Exception as error:  # gcsfs raises the errors of three libraries
-        if isinstance(error, Mistake):
-            raise
         raise Mistake(f"{url} cannot be used: {reason(url, error)}") from error
 
 
@@ -121,7 +123,7 @@ class Mirror:
     """A local folder that mirrors a workdir in a bucket.
 
     It holds the logs, and a folder for each finished checkpoint, which is empty unless the
-    checkpoint is being read or written. Methods raise the errors of gcsfs unless they say
+    checkpoint is being written. Methods raise the errors of gcsfs unless they say
     otherwise.
     """
 
@@ -198,23 +200,32 @@ class Mirror:
                 )
         return notices
 
-    def fetch(self, path: Path) -> None:
-        """Downloads a finished checkpoint to its folder `path`.
-
-        If an object is removed meanwhile, the download is incomplete, which `faults_of` will find.
+    def read(self, path: Path) -> bytes:
+        """The content of the object that the local `path` stands for.
 
         Raises:
+            FileNotFoundError: if there is none.
             Mistake: if the bucket cannot be used.
         """
-        with explained(self.url), contextlib.suppress(FileNotFoundError):
-            objects = self._checkpoints(path.name).get(path.name, [])
-            self._files.get([self._object(path / name) for name in objects],
-                            [str(path / name) for name in objects])
+        with explained(self.url, FileNotFoundError):
+            return self._files.cat_file(self._object(path))
 
-    def empty(self, path: Path) -> None:
-        """Deletes the local files of a checkpoint and leaves its folder `path` empty."""
-        shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True)
+    def digest(self, path: Path) -> str:
+        """The SHA-256 of an object, of which no more than a few MB are here at a time.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            Mistake: if the bucket cannot be used.
+        """
+        with explained(self.url, FileNotFoundError), self._files.open(
+            self._object(path), "rb", block_size=BLOCK_BYTES, cache_type="readahead"
+        ) as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+
+    def place(self, path: Path) -> tuple[str, str]:
+        """The bucket, and the path in it, of the folder that the local `path` stands for."""
+        bucket, _, below = self._object(path).partition("/")
+        return bucket, below
 
     def logs(self) -> dict[str, int]:
         """The present sizes of the logs in bytes, by path in the workdir. Logs only grow."""
@@ -238,10 +249,35 @@ class Mirror:
             if stamp[0] == size:
                 self._sent[name] = stamp
 
-    def send(self, path: Path, logs: Mapping[str, int]) -> None:
+    def send_part(self, written: Path, path: Path) -> None:
+        """Uploads what another process than the first has written, and deletes it here.
+
+        Args:
+            written: the local folder in which it was written.
+            path: of the checkpoint that it is a part of.
+        """
+        try:
+            files = [file for file in sorted(written.rglob("*")) if file.is_file()]
+            self._files.put(list(map(str, files)),
+                            [self._object(path / file.relative_to(written)) for file in files])
+        finally:
+            shutil.rmtree(written, ignore_errors=True)
+
+    def bring(self, path: Path, names: Collection[str], to: Path) -> None:
+        """Downloads files of the checkpoint `path`, by their paths in it, into the folder `to`."""
+        self._files.get([self._object(path / name) for name in names],
+                        [str(to / name) for name in names])
+
+    def send(self, path: Path, logs: Mapping[str, int], others: Collection[str] = ()) -> None:
         """Uploads the logs and then the checkpoint `path`, and empties its local folder.
 
         If that fails, the local folder is deleted.
+
+        Args:
+            path: of the checkpoint.
+            logs: see `send_logs`.
+            others: the files of the other processes, by their paths in the checkpoint. They are in
+                the bucket already.
 
         Raises:
             OSError: if another job has taken the workdir.
@@ -249,14 +285,16 @@ class Mirror:
         files = [file for file in sorted(path.rglob("*")) if file.is_file() and file.name != MARKER]
         try:
             self.send_logs(logs)
-            self._remove(path.name, self._checkpoints(path.name).get(path.name, []))
+            objects = self._checkpoints(path.name).get(path.name, [])
+            self._remove(path.name, [below for below in objects if below not in others])
             self._files.put(list(map(str, files)), list(map(self._object, files)))
             self._lease.renew()
             self._files.pipe_file(self._object(path / MARKER), (path / MARKER).read_bytes())
         except Exception:
             shutil.rmtree(path, ignore_errors=True)
             raise
-        self.empty(path)
+        shutil.rmtree(path)
+        path.mkdir()
 
     def tidy(self, newest: Path) -> None:
         """Deletes from the bucket the checkpoints up to `newest` that are unfinished or have no

@@ -1,21 +1,19 @@
 """Checkpoints, of which only whole ones (complete and undamaged) are used.
 
-A checkpoint is a folder `checkpoints/<examples seen>` with `state/` (arrays, by Orbax), `run.json`
-(position, config, phases) and `checksums.json`, which is written last. While it is written, the
-folder's name ends in `.unfinished`; it is renamed when all files are complete.
+A checkpoint is a folder `checkpoints/<examples seen>` with `state/` (arrays, see `arrays.py`),
+`run.json` (position, config, phases) and `checksums.json`, which is written last. While it is
+written, the folder's name ends in `.unfinished`; it is renamed when all files are complete.
 
-The state is the same on all devices. So the first process writes it alone and every process reads
-it on its own, and none waits for another process, which may be dead. The argument `mirror` is
-None for a workdir in a local folder; see `bucket.Mirror`.
+Each process writes the pieces of the state that it owns: the first one everything that all devices
+have. It alone adds the other files and waits for the others' parts, in the background; the others
+wait for nobody. The argument `mirror` is None for a workdir in a local folder; see `bucket.Mirror`.
 """
 
 import contextlib
-import hashlib
 import json
-import logging
-import math
+import os
+import re
 import shutil
-import threading
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -23,30 +21,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-import orbax.checkpoint as ocp0
-from orbax.checkpoint.experimental import v1 as ocp
 
-from bigbatch.job.devices import all_devices
+from bigbatch.job import processes
 from bigbatch.job.output import say
 from bigbatch.mistake import Mistake
-from bigbatch.storage import bucket
-from bigbatch.storage.bucket import MARKER as CHECKSUMS
+from bigbatch.storage import arrays, bucket, checksums, parts, tree
 from bigbatch.storage.logs import replace_text
-from bigbatch.storage.workdir import plain_path
 
 UNFINISHED = ".unfinished"
-# Saves may overlap, but one thread commits them, in the order in which they were started.
-_commits = ThreadPoolExecutor(1, thread_name_prefix="save")
-# Orbax numbers its operations by one counter of the process and looks at it several times while it
-# starts one. A read in the save's thread would move the counter under a save that the loop starts,
-# which then waits for ever for a signal of another number.
-_one_operation = threading.Lock()
-_read_back: set[Path] = set()  # workdirs of which a checkpoint was opened after it was written
+STATE = Path("state/state")  # where the arrays are in a checkpoint: as Orbax has them
+NETWORKS = ("params", "batch_stats", "average")  # the fields of a state that networks are made of
+# Saves may overlap, but one thread writes them, in the order in which they were started.
+_saves = ThreadPoolExecutor(1, thread_name_prefix="save")
 
 
 class WriteError(RuntimeError):
     """A checkpoint or a log could not be written. The text names it and the last checkpoint."""
+
+
+class ProcessLost(WriteError):
+    """A checkpoint could not be written, because another process of the job was lost."""
 
 
 class Found(NamedTuple):
@@ -68,25 +62,32 @@ def finished(workdir: Path) -> list[Path]:
     return sorted(path for path in names if path.name.isdigit() and path.is_dir())
 
 
-def find_newest(workdir: Path, mirror: bucket.Mirror | None = None) -> Found:
+def find_newest(
+    workdir: Path, mirror: bucket.Mirror | None = None, in_job: bool = False
+) -> Found:
     """Finds the newest checkpoint in which every file has the checksum it was written with.
 
-    With a mirror, checkpoints are downloaded newest first, and only the whole one stays here.
+    Args:
+        workdir: the local folder.
+        mirror: see above.
+        in_job: whether all processes of the job make this call. Then each looks at a share of the
+            files, and all find the same.
 
     Raises:
-        Mistake: if there are checkpoints and none is whole. Nothing is deleted then.
+        Mistake: if there are checkpoints and none is whole; nothing is deleted then. In a job also
+            if a process does not see a checkpoint that the first one sees.
     """
-    unfinished = mirror.list_checkpoints() if mirror else []
+    def look() -> list[list[str]]:
+        unfinished = mirror.list_checkpoints() if mirror else []
+        return [unfinished, [path.name for path in finished(workdir)]]
+
+    unfinished, names = processes.decided_by_first("checkpoints", look) if in_job else look()
     faults = []
-    for path in reversed(finished(workdir)):
-        if mirror:
-            mirror.fetch(path)
-        wrong = faults_of(path)
+    for name in reversed(names):
+        path = workdir / "checkpoints" / name
+        wrong = _faults_by_all(path, mirror) if in_job else faults_of(path, mirror)
         if not wrong:
-            return Found(path, _run_of(path), unfinished + faults)
-        if mirror:
-            mirror.empty(path)
-            wrong = list(map(mirror.named, wrong))
+            return Found(path, _run_of(path, mirror), unfinished + faults)
         faults += wrong
     if faults:
         raise Mistake(
@@ -96,57 +97,45 @@ def find_newest(workdir: Path, mirror: bucket.Mirror | None = None) -> Found:
     return Found(None, {}, unfinished)
 
 
-def faults_of(path: Path) -> list[str]:
-    """The faults of the files of the checkpoint `path`, one text a file; [] if it is whole."""
-    try:
-        listed = (path / CHECKSUMS).read_text(encoding="utf-8")
-        files = json.loads(listed)["files"]
-        if listed != _listing(files):
-            raise ValueError
-    except FileNotFoundError:
-        return [f"{path / CHECKSUMS} is missing"]
-    except (ValueError, KeyError, TypeError):
-        return [f"{path / CHECKSUMS} is damaged"]
-    faults = []
-    for name, digest in files.items():
-        file = path / name
-        if not file.is_file():
-            faults.append(f"{file} is missing")
-            continue
-        try:
-            if _digest(file) != digest:
-                faults.append(f"{file} is damaged (its checksum differs)")
-        except OSError as error:
-            faults.append(f"{file} cannot be read: {error.strerror}")
-    if not faults and (wrong := _why_not_open(path)):
-        faults.append(f"the arrays in {path / 'state'} cannot be opened ({wrong})")
-    return faults
+def _faults_by_all(path: Path, mirror: bucket.Mirror | None) -> list[str]:
+    """What `faults_of` finds, by all processes of the job together."""
+    def in_my_share() -> list[str]:
+        if not mirror and not path.is_dir():
+            raise Mistake(
+                f"the job's first process sees {path}, and process {jax.process_index()} does not: "
+                "--workdir must be a folder that all hosts share, such as a network disk, or "
+                "gs://BUCKET/PATH."
+            )
+        return faults_of(path, mirror, (jax.process_index(), jax.process_count()))
+
+    return sum(processes.gathered("faults", in_my_share), [])
 
 
-def _why_not_open(path: Path) -> str:
-    """Why the smallest array of the checkpoint `path` cannot be read; "" if it can.
+def faults_of(
+    path: Path, mirror: bucket.Mirror | None = None, share: tuple[int, int] = (0, 1)
+) -> list[str]:
+    """The faults of the files of the checkpoint `path`, one text a file; [] if it is whole.
 
-    Checksums say only that the files are as they were written. Orbax may have written them so that
-    nothing finds the arrays, and has then said so in a warning and gone on.
+    Args:
+        path: of the checkpoint.
+        mirror: see above.
+        share: see `checksums.faults`.
     """
-    logging.disable(logging.CRITICAL)  # Orbax reports at length what is told here in one line
-    try:
-        leaves, tree = jax.tree.flatten(_shapes(path))
-        if leaves:
-            smallest = min(leaves, key=lambda array: math.prod(array.shape))
-            chosen = [leaf if leaf is smallest else ocp.PLACEHOLDER for leaf in leaves]
-            _read(path, jax.tree.unflatten(tree, chosen))
-        elif (path / "state").is_dir() and any((path / "state").rglob("d/*")):
-            return "there is none, but there are files of arrays"
-    except Exception as error:  # whatever Orbax and TensorStore raise
-        return " ".join(f"{type(error).__name__}: {error}".split())[:160]
-    finally:
-        logging.disable(logging.NOTSET)
-    return ""
+    if not mirror:
+        faults = checksums.faults(path, share=share)
+    else:
+        faults = checksums.faults(path, mirror.read, mirror.digest, share)
+    # Checksums say only that the files are as they were written, and not that arrays are in them.
+    if not faults and share[0] == 0:
+        try:
+            _shapes(path, mirror)
+        except (OSError, ValueError) as error:
+            faults = [f"the arrays in {path / 'state'} cannot be opened ({_in_short(error)})"]
+    return list(map(mirror.named, faults)) if mirror else faults
 
 
 def restore(path: Path, like: Any, mirror: bucket.Mirror | None = None) -> Any:
-    """Reads the state of a checkpoint that the first process has found whole.
+    """Reads the state of a checkpoint that was found whole: of it what this process's devices hold.
 
     Args:
         path: of the checkpoint.
@@ -154,25 +143,22 @@ def restore(path: Path, like: Any, mirror: bucket.Mirror | None = None) -> Any:
         mirror: see above.
 
     Returns:
-        The state, as NumPy arrays in the same tree; a field that is None stays None.
+        The state in the same tree: with a sharding of `like` a jax.Array, without one a NumPy
+        array. A field that is None stays None.
 
     Raises:
-        Mistake: if this process cannot see the checkpoint, or its download is damaged.
+        Mistake: if the state cannot be read, or is another one.
     """
-    if not (path / CHECKSUMS).exists():  # another process has found the checkpoint
-        if not mirror:
-            raise Mistake(
-                f"the job's first process sees {path}, and this one does not: --workdir must be a "
-                "folder that all hosts share, such as a network disk, or gs://BUCKET/PATH."
-            )
-        mirror.fetch(path)
-        if wrong := faults_of(path):
-            raise Mistake(mirror.named("; ".join(wrong)) + ": start the job again.")
-    wanted = jax.tree.map(lambda array: np.empty(array.shape, array.dtype), _fields(like))
-    state = _read(path, wanted)
-    if mirror:
-        mirror.empty(path)
-    return like._replace(**state) if hasattr(like, "_asdict") else state
+    try:
+        place, _ = _opened(path, mirror)
+        return tree.with_arrays(like, arrays.read(place, tree.arrays_of(like)))
+    except (OSError, ValueError) as error:
+        if isinstance(error, Mistake):
+            raise
+        where = mirror.named(str(path)) if mirror else path
+        raise Mistake(
+            f"{where} was whole, and cannot be read: {_in_short(error)}. Start the job again."
+        ) from error
 
 
 def load(workdir: str | Path, examples_seen: int | None = None) -> dict[str, Any]:
@@ -193,18 +179,18 @@ def load(workdir: str | Path, examples_seen: int | None = None) -> dict[str, Any
 
 
 def load_run(
-    workdir: str | Path, examples_seen: int | None = None
+    workdir: str | Path, examples_seen: int | None = None, fields: Collection[str] = ()
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """A checkpoint of a run: the content of its run.json, and what `load` returns.
 
     Args:
         workdir: a folder, or gs://bucket/path.
         examples_seen: see `load`.
+        fields: which of them are read, such as `NETWORKS`; () for all.
 
     Raises:
         Mistake: see `load`.
     """
-    all_devices()  # or Orbax, which asks for them, would take the arrays for damaged
     with bucket.opened(workdir) as (local, mirror):
         if examples_seen is None:
             found = find_newest(local, mirror)
@@ -216,7 +202,13 @@ def load_run(
         for fault in found.faults:  # so an older checkpoint is read than the newest
             warnings.warn(f"{fault}; read is the checkpoint at {found.run['examples_seen']}",
                           stacklevel=3)
-        return found.run, _read(found.path, _shapes(found.path))
+        try:
+            place, names = _opened(found.path, mirror)
+            names = {key: names[key] for key in names if not fields or key in fields}
+            read = arrays.read(place, arrays.shapes(place, jax.tree.leaves(names)))
+        except (OSError, ValueError) as error:
+            raise Mistake(f"{found.path} cannot be read: {_in_short(error)}.") from error
+        return found.run, jax.tree.map(read.__getitem__, names)
 
 
 def _find_at(workdir: Path, examples_seen: int, mirror: bucket.Mirror | None) -> Found:
@@ -237,15 +229,29 @@ def _find_at(workdir: Path, examples_seen: int, mirror: bucket.Mirror | None) ->
             f"at {', '.join(map(str, positions))}."
         )
     path = folder(workdir, examples_seen)
-    if mirror:
-        mirror.fetch(path)
-    if wrong := "; ".join(faults_of(path)):
-        raise Mistake(f"{mirror.named(wrong) if mirror else wrong}: this checkpoint is not whole.")
-    return Found(path, _run_of(path), [])
+    if wrong := "; ".join(faults_of(path, mirror)):
+        raise Mistake(f"{wrong}: this checkpoint is not whole.")
+    return Found(path, _run_of(path, mirror), [])
 
 
-def _run_of(path: Path) -> dict[str, Any]:
-    return json.loads((path / "run.json").read_text(encoding="utf-8"))
+def _run_of(path: Path, mirror: bucket.Mirror | None) -> dict[str, Any]:
+    return json.loads(_content(path / "run.json", mirror))
+
+
+def _content(file: Path, mirror: bucket.Mirror | None) -> str:
+    return (mirror.read(file) if mirror else file.read_bytes()).decode()
+
+
+def _opened(path: Path, mirror: bucket.Mirror | None) -> tuple[arrays.Place, Any]:
+    """Where the arrays of the checkpoint `path` are, and the state's tree with their names."""
+    text = _content(path / STATE / tree.FILE, mirror)
+    where = mirror.place(path / STATE) if mirror else path / STATE
+    return arrays.Place(where, tree.uses_zarr3(text)), tree.read(text)
+
+
+def _shapes(path: Path, mirror: bucket.Mirror | None) -> dict[str, jax.ShapeDtypeStruct]:
+    place, names = _opened(path, mirror)
+    return arrays.shapes(place, jax.tree.leaves(names))
 
 
 def save(
@@ -254,133 +260,101 @@ def save(
 ) -> Future:
     """Copies `state` and starts to write a checkpoint of it in the background.
 
-    Only the first process writes. On the others the future has its result at once.
+    All processes of a job call this. On one that owns no piece of the state the future has its
+    result at once, and on another that is not the first as soon as it has written its part.
 
     Args:
         workdir: the local folder of the run.
-        state: a tree of arrays, the same on every device. If it is a named tuple, a field that is
-            None is not in the checkpoint.
+        state: a tree of arrays with any sharding. If it is a named tuple, a field that is None is
+            not in the checkpoint.
         run: the content of run.json; its `examples_seen` is the checkpoint's name.
         keep: how many of the newest checkpoints are kept when this one is committed.
         boundaries: positions (examples seen) whose checkpoints are kept besides.
         mirror: uploads the checkpoint, and the logs as they are at this call.
 
     Returns:
-        A future of the checkpoint's path, which is done when the checkpoint is committed.
+        A future of the checkpoint's path.
 
     Raises:
         WriteError: from this call or from the future, if the checkpoint could not be written.
     """
-    path = folder(workdir, run["examples_seen"])
-    if jax.process_index() != 0:
+    path, first = folder(workdir, run["examples_seen"]), jax.process_index() == 0
+    save, described, part = parts.next_save(), tree.written(state), arrays.part_of(state)
+    if jax.process_index() not in part.owners:
         done: Future = Future()
         done.set_result(path)
         return done
+    with names_what_fails(workdir, mirror):
+        logs = mirror.logs() if mirror and first else {}
     unfinished = path.with_name(path.name + UNFINISHED)
-    link = contextlib.ExitStack()
-    try:
-        logs = mirror.logs() if mirror else {}
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        writing = _start_writing(link.enter_context(plain_path(unfinished)) / "state", state)
-    except Exception as error:
-        link.close()
-        raise write_error(path, workdir, error, mirror) from error
 
-    def commit() -> Path:
+    def write_mine() -> Path:
         try:
-            with link:
-                writing.wait_until_finished()
-            if workdir not in _read_back:  # what goes for one checkpoint goes for the others
-                if wrong := _why_not_open(unfinished):
-                    raise OSError(f"its arrays cannot be opened again ({wrong})")
-                _read_back.add(workdir)
-            _commit(unfinished, path, run)
+            files = _write_part(unfinished, part)
             if mirror:
-                mirror.send(path, logs)
+                mirror.send_part(unfinished, path)
+        except Exception as error:
+            parts.tell(save, None, _in_short(error))
+            raise write_error(path, workdir, error, mirror) from error
+        parts.tell(save, files)
+        return path
+
+    def write_all() -> Path:
+        try:
+            _clear(unfinished, part.owners[1:])
+            files = _write_part(unfinished, part)
+            others = parts.gather(save, part.owners[1:])
+            _add_parts(unfinished, path, part, others, mirror)
+            replace_text(unfinished / STATE / tree.FILE, described)
+            _commit(unfinished, path, run, files | others)
+            if mirror:
+                mirror.send(path, logs, others)
             _delete_old(path, keep, boundaries)
             if mirror:
                 mirror.tidy(path)
         except Exception as error:
             raise write_error(path, workdir, error, mirror) from error
-        finally:
-            writing.close()
         return path
 
-    return _commits.submit(commit)
+    return _saves.submit(write_all if first else write_mine)
 
 
-def _fields(state: Any) -> Any:
-    """A named tuple's fields that are not None, by the names that they have in a checkpoint.
+def _clear(unfinished: Path, others: Collection[int]) -> None:
+    """Deletes what another save has left in a folder, but for what `others` write there now."""
+    written_now = {f"{arrays.OF_PROCESS}{process}" for process in others}
+    for above, folders, files in os.walk(unfinished):
+        folders[:] = [name for name in folders if name not in written_now]
+        for name in files:
+            os.unlink(os.path.join(above, name))
 
-    Orbax would write down that a field is None, and then miss it in older checkpoints.
+
+def _write_part(unfinished: Path, part: arrays.Part) -> dict[str, str]:
+    """Writes this process's part, and returns the checksums of its files."""
+    (unfinished / STATE).mkdir(parents=True, exist_ok=True)
+    own = arrays.write(unfinished / STATE, part)
+    return checksums.of((file for file in own.rglob("*") if file.is_file()), unfinished)
+
+
+def _add_parts(
+    unfinished: Path, path: Path, part: arrays.Part, others: Collection[str],
+    mirror: bucket.Mirror | None,
+) -> None:
+    """Merges the parts of all processes, of which the files of `others` are not this one's.
+
+    Raises:
+        OSError: if they are not where this process looks for them.
     """
-    if not hasattr(state, "_asdict"):
-        return state
-    return {name: field for name, field in state._asdict().items() if field is not None}
-
-
-def _options() -> ocp0.options.MultiprocessingOptions:
-    """Options that make Orbax write as if this were the only process."""
-    me = jax.process_index()
-    return ocp0.options.MultiprocessingOptions(
-        primary_host=me, active_processes={me}, barrier_sync_key_prefix=str(me))
-
-
-@contextlib.contextmanager
-def _single_process_reading() -> Iterator[None]:
-    """Makes Orbax read as if this were the only process."""
-    context, options = ocp.Context(), _options()
-    context.multiprocessing.primary_host = options.primary_host
-    context.multiprocessing.active_processes = options.active_processes
-    context.multiprocessing.barrier_sync_key_prefix = options.barrier_sync_key_prefix
-    with _one_operation, context:
-        yield
-
-
-def _start_writing(path: Path, state: Any) -> ocp0.AsyncCheckpointer:
-    """Copies `state` and starts to write it with Orbax's v0, in the format that its v1 reads.
-
-    Orbax's v1 cannot write from one process of several: whatever its options are, it compares the
-    path on all processes by a reduction over their devices.
-    """
-    on_one_device = jax.tree.map(_on_one_device, _fields(state))
-    for array in jax.tree.leaves(on_one_device):
-        if isinstance(array, jax.Array):
-            array.copy_to_host_async()  # so that the copies below overlap
-    options = _options()
-    writer = ocp0.AsyncCheckpointer(
-        ocp0.CompositeCheckpointHandler(
-            state=ocp0.PyTreeCheckpointHandler(multiprocessing_options=options),
-            composite_options=ocp0.CompositeOptions(multiprocessing_options=options),
-        ),
-        multiprocessing_options=options,
-    )
-    arrays = jax.tree.map(np.asarray, on_one_device)
-    with _one_operation:
-        writer.save(path, args=ocp0.args.Composite(state=ocp0.args.PyTreeSave(arrays)))
-    return writer
-
-
-def _on_one_device(array: Any) -> Any:
-    return array.addressable_data(0) if isinstance(array, jax.Array) else array
-
-
-def _read(path: Path, like: Any) -> Any:
-    """The arrays of the checkpoint `path`, in the tree, types and shapes of `like`."""
-    with _single_process_reading(), plain_path(path) as plain:
-        return ocp.load(plain / "state", like)
-
-
-def _shapes(path: Path) -> Any:
-    """Empty NumPy arrays in the tree, types and shapes of the checkpoint `path`.
-
-    With them Orbax reads NumPy arrays: by default it puts arrays on the devices they were saved
-    from.
-    """
-    with _single_process_reading(), plain_path(path) as plain:
-        arrays = ocp.metadata(plain / "state").metadata
-    return jax.tree.map(lambda array: np.empty(array.shape, array.dtype), arrays)
+    if mirror:
+        mirror.bring(path, [file for file in others if arrays.is_node(file)], unfinished)
+    elif absent := [file for file in others if not (unfinished / file).is_file()]:
+        raise OSError(
+            f"another process of the job has written {absent[0]}, and this one does not see it: "
+            "--workdir must be a folder that all hosts share, such as a network disk, or "
+            "gs://BUCKET/PATH")
+    arrays.merge(unfinished / STATE, part)
+    if mirror:
+        for process in part.owners[1:]:
+            shutil.rmtree(unfinished / STATE / f"{arrays.OF_PROCESS}{process}")
 
 
 @contextlib.contextmanager
@@ -400,11 +374,17 @@ def write_error(
 ) -> WriteError:
     """The error to raise if `path`, a checkpoint or a log in `workdir`, could not be written."""
     good = [str(other) for other in finished(workdir) if other != path]
-    text = (
-        f"writing {path} failed: {bucket.reason(mirror.url, error) if mirror else error} (the last "
-        f"good checkpoint is {good[-1] if good else 'none: the run has saved no other'})"
-    )
-    return WriteError(mirror.named(text) if mirror else text)
+    reason = bucket.reason(mirror.url, error) if mirror else _in_short(error)
+    text = (f"writing {path} failed: {reason} (the last good checkpoint is "
+            f"{good[-1] if good else 'none: the run has saved no other'})")
+    kind = ProcessLost if isinstance(error, parts.Lost) else WriteError
+    return kind(mirror.named(text) if mirror else text)
+
+
+def _in_short(error: Exception) -> str:
+    """The text of an error on one line, without the details that TensorStore adds in brackets."""
+    text = re.split(r" \[(?:tensorstore_spec|source locations|kvstore_spec)=", str(error))[0]
+    return " ".join(text.split()) or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -441,14 +421,17 @@ def sending_last_logs(
         raise failed(error) from error
 
 
-def _commit(unfinished: Path, path: Path, run: Mapping[str, Any]) -> None:
-    """Adds run.json and checksums.json to a checkpoint and gives it its final name, `path`."""
+def _commit(unfinished: Path, path: Path, run: Mapping[str, Any], known: dict[str, str]) -> None:
+    """Adds run.json and checksums.json to a checkpoint and gives it its final name, `path`.
+
+    `known` are the checksums of files that have been looked at, some of which may be elsewhere.
+    """
     replace_text(unfinished / "run.json", json.dumps(run, indent=1) + "\n")
-    files = {
-        str(file.relative_to(unfinished)): _digest(file)
-        for file in sorted(unfinished.rglob("*")) if file.is_file()
-    }
-    replace_text(unfinished / CHECKSUMS, _listing(files))
+    there = (file for file in unfinished.rglob("*") if file.is_file())
+    new = checksums.of(
+        (file for file in there if str(file.relative_to(unfinished)) not in known), unfinished)
+    files = dict(sorted((known | new).items()))
+    replace_text(unfinished / checksums.FILE, checksums.listing(files))
     shutil.rmtree(path, ignore_errors=True)  # a damaged checkpoint of the same position
     unfinished.rename(path)
 
@@ -456,20 +439,13 @@ def _commit(unfinished: Path, path: Path, run: Mapping[str, Any]) -> None:
 def _delete_old(newest: Path, keep: int, boundaries: set[int]) -> None:
     """Deletes checkpoints except the last `keep` up to `newest` and those at `boundaries`.
 
-    Checkpoints after `newest` are damaged, and are replaced when the run comes to their positions.
+    Unfinished ones up to `newest` are deleted too, as whoever wrote them was killed. Checkpoints
+    after `newest` are damaged, and are replaced when the run comes to their positions.
     """
+    for path in newest.parent.glob(f"*{UNFINISHED}"):
+        if path.name < newest.name:
+            shutil.rmtree(path)
     written = [path for path in finished(newest.parents[1]) if path <= newest]
     for path in written[:-keep]:
         if int(path.name) not in boundaries:
             shutil.rmtree(path)
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _listing(files: Mapping[str, str]) -> str:
-    """The text of checksums.json for {file: SHA-256}, with a checksum of the list itself."""
-    own = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-    return json.dumps({"files": files, "of_this_list": own}, indent=1) + "\n"

@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import json
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,10 +45,10 @@ def local_folder(path: str | Path) -> Path:
 
 @contextlib.contextmanager
 def plain_path(path: Path) -> Iterator[Path]:
-    """The folder `path` under a path that Orbax can use, for the time of the block.
+    """The folder `path` under a path that TensorStore can use, for the time of the block.
 
-    Orbax takes `[`, `*`, `?` and a backslash for patterns of names, and then leaves arrays where
-    nothing finds them. Such a folder is reached through a link in a temporary folder.
+    TensorStore takes a backslash for a slash on every system. A folder with one in its path is
+    reached through a link in a temporary folder.
 
     Raises:
         OSError: if there is no folder for the link.
@@ -67,7 +66,7 @@ def plain_path(path: Path) -> Iterator[Path]:
 
 
 def _plain(path: str | Path) -> bool:
-    return not re.search(r"[\[\]*?\\]", str(path))
+    return "\\" not in str(path)
 
 
 def _check_path(workdir: Path) -> None:

@@ -90,7 +90,7 @@ def _within(name: str, layers: tuple[str, ...] | list[str]) -> bool:
 
 def _arrays_of(source: str) -> dict[str, np.ndarray]:
     if not source.endswith(".npz"):
-        state = checkpoint.load(source)
+        _, state = checkpoint.load_run(source, fields=("params", "batch_stats"))
         return names({"params": state["params"], "batch_stats": state.get("batch_stats", {})})
     try:
         with np.load(Path(source).expanduser()) as file:

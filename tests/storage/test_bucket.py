@@ -147,24 +147,26 @@ def test_programs_read_a_run_in_a_bucket(in_bucket, whole, server):
     assert server.writes == before, "reading has written"
 
 
-def test_a_process_that_did_not_look_itself_brings_down_what_the_first_one_found(
-    server, in_bucket, whole, tmp_path
-):
+def test_of_a_state_in_the_bucket_nothing_comes_to_this_machines_disk(server, in_bucket, whole):
     like = checkpoint.load(whole)
     with bucket.opened(in_bucket[0]) as (folder, mirror):
-        path = checkpoint.folder(folder, END)
-        state = checkpoint.restore(path, like, mirror)
-        assert not any(path.iterdir()), "the state is still here"
+        found = checkpoint.find_newest(folder, mirror)
+        state = checkpoint.restore(found.path, like, mirror)
+        assert not any(file.is_file() for file in folder.rglob("*"))
     assert jax.tree.structure(state) == jax.tree.structure(like)
     jax.tree.map(np.testing.assert_array_equal, state, checkpoint.load(in_bucket[0]))
 
-    beginning, url = copy(server, "other_listing")
-    server.put(f"{beginning}checkpoints/{END:015d}/run.json", b"{}")
+    beginning, url = copy(server, "changed_since")
     with bucket.opened(url) as (folder, mirror):
-        with pytest.raises(ValueError, match=f"{url}/.*run.json is damaged.*start the job again"):
+        assert checkpoint.find_newest(folder, mirror).path == checkpoint.folder(folder, END)
+        data = max((name for name in server.names(beginning) if f"{END:015d}/state" in name),
+                   key=lambda name: len(server.content(beginning + name)))
+        flipped = bytearray(server.content(beginning + data))
+        flipped[len(flipped) // 2] ^= 1
+        server.put(beginning + data, bytes(flipped))
+        said = f"{url}/checkpoints/{END:015d} was whole, and cannot be read: DATA_LOSS.*job again"
+        with pytest.raises(ValueError, match=said):
             checkpoint.restore(checkpoint.folder(folder, END), like, mirror)
-    with pytest.raises(ValueError, match="must be a folder that all hosts share"):
-        checkpoint.restore(checkpoint.folder(tmp_path, END), like)
 
 
 def test_killed_and_spoiled_it_goes_on_from_the_newest_whole_checkpoint_on_a_new_machine(

@@ -1,8 +1,8 @@
 """A stand-in for Google Cloud Storage: whole objects over HTTP, on this machine.
 
-It speaks as much of the JSON API as gcsfs and ArrayRecord's reader use. As in the real one, objects
-are replaced whole, each write makes a new generation, and a write can be made to depend on the one
-it replaces. Nothing can be appended, composed or renamed.
+It speaks as much of the JSON API as gcsfs, TensorStore and ArrayRecord's reader use. As in the real
+one, objects are replaced whole, each write makes a new generation, and a write can be made to
+depend on the one it replaces. Nothing can be appended, composed or renamed.
 """
 
 import contextlib
@@ -43,10 +43,11 @@ class BucketServer:
         threading.Thread(target=self._http.serve_forever, daemon=True).start()
 
     def environment(self) -> dict[str, str]:
-        """What makes gcsfs and ArrayRecord's reader turn to this server, without credentials."""
+        """What makes those that ask for a bucket turn to this server, without credentials."""
         return {
-            "STORAGE_EMULATOR_HOST": self.url, "CLOUD_STORAGE_EMULATOR_ENDPOINT": self.url,
-            "NO_GCE_CHECK": "true",
+            "STORAGE_EMULATOR_HOST": self.url,  # gcsfs
+            "CLOUD_STORAGE_EMULATOR_ENDPOINT": self.url,  # ArrayRecord's reader
+            "TENSORSTORE_GCS_HTTP_URL": self.url, "NO_GCE_CHECK": "true",
         }
 
     def close(self) -> None:
