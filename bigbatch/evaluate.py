@@ -23,7 +23,12 @@ from bigbatch.mistake import Mistake
 from bigbatch.storage import checkpoint
 from bigbatch.tasks import contract
 from bigbatch.update import network
-from bigbatch.update.evaluation import make_evaluate, networks_of, whole_test_set
+from bigbatch.update.evaluation import (
+    make_evaluate,
+    networks_of,
+    on_devices,
+    whole_test_set,
+)
 
 
 def evaluate_run(
@@ -55,8 +60,9 @@ def evaluate_run(
     fields, data = contract.fields_of(config, task), contract.load(config, task)
     fed = open_feed(config, fields, data, mesh, (), (), seen, [seen])
     program = make_evaluate(config, net, mesh)
+    networks = on_devices(config, net, mesh, networks_of(state))
     with contextlib.closing(fed):
-        result = whole_test_set(config, program, networks_of(state), fed)
+        result = whole_test_set(config, program, networks, fed)
     return {"updates": run["updates"], "examples_seen": seen,
             "epoch": seen / config.data.train_examples, **result}
 

@@ -62,17 +62,19 @@ def read(config: ConfigDict, net: Network) -> dict[str, np.ndarray]:
 
 def names(tree: Any) -> dict[str, Any]:
     """The leaves of nested dicts by name, such as params/head/kernel."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    return {name_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def name_of(path: tuple) -> str:
+    """The name of the leaf at a path of JAX's, such as params/head/kernel."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def put(state: Any, arrays: Mapping[str, np.ndarray]) -> Any:
     """A state before the first update, with `arrays` in their places, also in an average."""
     def put_in(tree: Any) -> Any:
         def one(path: tuple, leaf: Any) -> Any:
-            given = arrays.get(jax.tree_util.keystr(path, simple=True, separator="/"))
+            given = arrays.get(name_of(path))
             # Its own array, since an update takes over the memory of those it is given.
             return leaf if given is None else np.copy(given)
 

@@ -42,23 +42,28 @@ def handed_over(whole, folder):
     return folder
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4])
-def test_a_checkpoint_of_8_devices_goes_on_with_fewer(whole, tmp_path, devices):
+@pytest.mark.parametrize(("devices", "split"), [(1, ""), (2, "optimizer"), (4, "parameters")])
+def test_a_checkpoint_of_8_devices_goes_on_with_fewer(whole, tmp_path, devices, split):
     workdir = handed_over(whole, tmp_path / "run")
-    started.end(started.start(workdir, *FLOAT64, **SMALL, devices=devices))
+    settings = (f"sharding.{split}=true", "sharding.smallest=1") if split else ()
+    started.end(started.start(workdir, *FLOAT64, *settings, **SMALL, devices=devices))
     assert checkpoint.find_newest(workdir).run["updates"] == 24
     assert started.relative_difference(workdir, whole / "run") < 1e-10
 
 
 def test_from_one_process_to_two_and_from_one_device_to_six(whole, tmp_path):
-    """Phase 0 on 8 devices of one process, 1 on one device, 2 on two processes of 3."""
+    """Phase 0 on 8 devices of one process, 1 on one device, 2 on two processes of 3.
+
+    There two devices share the parameters, of which one pair has a device of each process.
+    """
+    split = ("sharding.parameters=true", "sharding.smallest=1", "sharding.shards=2")
     workdir = handed_over(whole, tmp_path / "run")
     started.end(
         started.start(
             workdir, *FLOAT64, **SMALL, devices=1, flags=("--stop_after_phase=noise/2",)),
         status=3,
     )
-    for process in started.start_job(workdir, *FLOAT64, **SMALL, processes=2, devices=3):
+    for process in started.start_job(workdir, *FLOAT64, *split, **SMALL, processes=2, devices=3):
         started.end(process)
     assert started.relative_difference(workdir, whole / "run") < 1e-10
     starts = [e["devices"] for e in read_events(workdir / "timing.jsonl") if e["event"] == "start"]
@@ -73,6 +78,8 @@ def test_a_signal_ends_all_processes_with_one_agreed_checkpoint(tmp_path, told, 
     """A job of two stopped so, and continued, has the bits of a job of two never stopped."""
     workdir = tmp_path / "run"
     passes = ["microbatches=2"] * (told == "one")  # a stop then falls between microbatches too
+    if (told, number) == ("one", signal.SIGHUP):  # and each of these gathers the parameters
+        passes += ["sharding.parameters=true", "sharding.smallest=1"]
     job = started.start_job(workdir, *LONG, *passes, **SMALL, processes=2, devices=2)
     log = workdir / "metrics.jsonl"
     started.wait_until(lambda: len(read_events(log)) > 8, job[0], "8 events")

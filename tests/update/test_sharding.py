@@ -103,8 +103,12 @@ def test_a_split_transformer_has_the_same_curve():
     assert_same_curve(*train(adamw(*PARAMETERS), 4, 3), "adamw", 3)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_split_on_other_devices():
-    """Five updates each way, of which the first ten have 3 ghost batches and the others 9."""
+    """Five updates each way, of which the first ten have 3 ghost batches and the others 9.
+
+    tests/test_split_runs.py has a short form.
+    """
     states = []
     for count, (devices, settings) in enumerate([
             (8, (*PARAMETERS, "sharding.shards=4", "microbatches=2")), (8, OPTIMIZER),
