@@ -102,7 +102,7 @@ def base_config() -> ConfigDict:
         # How many devices hold one whole state between them, such as those of a host; 0: all. The
         # others hold copies.
         "shards": 0,
-        "smallest": 16_384,  # an array with fewer numbers is whole on each device
+        "smallest": 16_384,  # arrays with fewer numbers, or one axis, are whole on each device
         # ((pattern, axis), ...) in the place of the rule, such as (("blocks/*/up/kernel", 0),): the
         # axis along which to cut the parameters whose paths fit the pattern; None: whole.
         "axes": (),

@@ -1,9 +1,10 @@
 """Which arrays of a state are split over the devices, and along which of their axes.
 
 The one rule: an array is cut along its longest axis that the number of devices divides. It is whole
-on each device where there is none, or where it has fewer numbers than `config.sharding.smallest`:
-cutting a bias saves nothing, and each array that is cut is one more for the network to carry.
-`config.sharding.axes` says otherwise of chosen arrays.
+on each device where there is none, where it has one axis only (biases, the scales of norms), or
+where it has fewer numbers than `config.sharding.smallest`: cutting these saves nothing, and each
+array that is cut is one more for the network to carry. `config.sharding.axes` says otherwise of
+chosen arrays.
 
 What belongs to a parameter (an accumulator of the optimizer, an average) is cut as it is. Running
 statistics are whole. Nothing here changes a shape: a split state is the same tree of the same
@@ -77,7 +78,7 @@ def split_of(config: ConfigDict, params: Tree, mesh: Mesh) -> Split:
         for pattern, axis in rules:
             if fnmatchcase(_name(path), pattern):
                 return WHOLE if axis is None else _checked(axis, pattern, _name(path), leaf, shards)
-        if leaf.size < options.smallest:
+        if len(leaf.shape) < 2 or leaf.size < options.smallest:
             return WHOLE
         lengths = [length if length % shards == 0 else 0 for length in leaf.shape]
         return lengths.index(max(lengths)) if any(lengths) else WHOLE
