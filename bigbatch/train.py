@@ -39,7 +39,14 @@ from bigbatch.storage import bucket, bucket_programs, checkpoint, continuing, lo
 from bigbatch.storage.continuing import Position
 from bigbatch.storage.saves import Saves
 from bigbatch.tasks import contract, measures
-from bigbatch.update import evaluation, initial_weights, network, own_optimizer, update
+from bigbatch.update import (
+    evaluation,
+    initial_weights,
+    network,
+    own_optimizer,
+    sharding,
+    update,
+)
 from bigbatch.watching import profiling, progress
 from bigbatch.watching.clock import Clock
 from bigbatch.watching.log import Log
@@ -207,7 +214,8 @@ def begin(
     peak = chips.peak_flops(mesh.devices.flat[0].device_kind, config.dtype)
     clock = Clock(peak and peak * mesh.size, at.updates)
     log = _open_log(goal, folder, mirror, saves, at, show, clock, feed, at_end)
-    for text in [*newest.faults, *(f"changed: {change}" for change in allowed_changes)]:
+    for text in [*newest.faults, *(f"changed: {change}" for change in allowed_changes),
+                 *sharding.notes(config, goal.net.params, mesh)]:
         log.notice(text, at.examples_seen)
     if newest.path:
         log.line(f"continuing at epoch {at.examples_seen / config.data.train_examples:.2f}, "

@@ -112,6 +112,21 @@ def state_sharding(config: ConfigDict, shapes: Any, mesh: Mesh) -> Any:
     )
 
 
+def notes(config: ConfigDict, params: Tree, mesh: Mesh) -> list[str]:
+    """What a user should know of a split that leaves most of the parameters whole, as a list."""
+    options, split = config.sharding, split_of(config, params, mesh)
+    if not (options.optimizer or options.parameters) or split.shards == 1:
+        return []
+    sizes = [leaf.size for leaf in jax.tree.leaves(params)]
+    cut = sum(size for size, axis in zip(sizes, jax.tree.leaves(split.axes), strict=True)
+              if axis != WHOLE)
+    if 2 * cut > sum(sizes):
+        return []
+    return [f"config.sharding cuts {cut / sum(sizes):.0%} of the parameters: the others have no "
+            f"axis that {split.shards} devices divide, or are smaller than sharding.smallest, "
+            f"{options.smallest}, so each device holds them whole"]
+
+
 def pieces_at_rest(split: Split, params: Tree) -> Tree:
     """The shapes of what one device holds of the parameters between updates.
 

@@ -219,6 +219,16 @@ def test_what_cannot_be_cut_is_refused(settings, said):
         specs({"kernel": (3, 16)}, settings)
 
 
+def test_a_split_that_leaves_most_of_it_whole_says_so():
+    params = {"kernel": jax.ShapeDtypeStruct((3, 16), jnp.float32),
+              "table": jax.ShapeDtypeStruct((10, 9), jnp.float32)}
+    mesh = make_mesh(jax.devices()[:8])
+    (note,) = sharding.notes(stack(*OPTIMIZER), params, mesh)
+    assert note.startswith("config.sharding cuts 35% of the parameters: the others have no axis")
+    assert sharding.notes(stack(*OPTIMIZER), params, make_mesh(jax.devices()[:3])) == []
+    assert sharding.notes(stack(), params, mesh) == []
+
+
 def own(name, options):
     config = with_model("support.foreign_models.Regression", {}, f"optimizer.name={name}",
                         "exchange=linear", "sharding.optimizer=true")
