@@ -28,12 +28,13 @@ hardware. Gray et al., "Normalization Layer Per-Example Gradients are Sufficient
 Noise Scale in Transformers", NeurIPS 2024, found that they tell the whole.
 """
 
-import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from bigbatch.schedule.smoothing import Smoothed, scale_of
 
 Tree = Any
 
@@ -129,42 +130,32 @@ def estimate(
     return Parts(square, trace)
 
 
-class Smoothed(NamedTuple):
-    """Both parts averaged over the examples of a run, the newest most.
+def line(measured: Measured, smoothed: Smoothed) -> dict[str, float | None]:
+    """What metrics.jsonl has of every update: the same on any hardware.
 
-    An average of quotients would be biased, and one part of one update is noisy, so that the parts
-    are averaged first. Plain numbers, which a checkpoint holds.
+    Args:
+        measured: of the update.
+        smoothed: after it.
+
+    Returns:
+        `noise_measured`, of `smoothed`, and both parts of this update alone; {} without copies.
     """
-
-    gradient_square: float = 0.0
-    trace: float = 0.0
-    weight: float = 0.0  # what the other two are to be divided by, from 0 towards 1
-
-    def after(self, parts: Parts | None, examples: int, window: float) -> "Smoothed":
-        """The averages after one more update.
-
-        Args:
-            parts: of the update; what is not finite is left out.
-            examples: of the update.
-            window: the examples after which a value weighs 1/e of what it did.
-        """
-        keep = math.exp(-examples / window)
-        old = Smoothed(*(keep * value for value in self))
-        if parts is None or not all(map(math.isfinite, parts)):
-            return old
-        new = 1.0 - keep
-        return Smoothed(old.gradient_square + new * float(parts.gradient_square),
-                        old.trace + new * float(parts.trace), old.weight + new)
-
-    @property
-    def scale(self) -> float | None:
-        """B_simple, in examples; see `scale_of`."""
-        return scale_of(self)
+    if measured.by_norms is None:
+        return {}
+    return {"noise_measured": smoothed.scale, **_parts("noise", measured.by_norms)}
 
 
-def scale_of(parts: Parts | Smoothed) -> float | None:
-    """B_simple in examples; None where a part is not over 0, as happens in noise or without data."""
-    square, trace = float(parts.gradient_square), float(parts.trace)
-    if not (math.isfinite(square) and math.isfinite(trace)) or min(square, trace) <= 0:
-        return None
-    return trace / square
+def line_of_ghosts(measured: Measured) -> dict[str, float | None]:
+    """What metrics.jsonl has of ghost batches that were measured one by one.
+
+    Returns:
+        `noise_full` and its parts, by all parameters, and beside it the parts by the norms.
+    """
+    norms = {} if measured.by_norms is None else _parts("noise_norms", measured.by_norms)
+    return {"noise_full": scale_of(measured.by_groups),
+            **_parts("noise_full", measured.by_groups), **norms}
+
+
+def _parts(name: str, parts: Parts) -> dict[str, float]:
+    return {f"{name}_gradient_square": float(parts.gradient_square),
+            f"{name}_trace": float(parts.trace)}
