@@ -357,6 +357,7 @@ class InFlight(NamedTuple):
         """
         with run.log.clock.spent_on("update"):
             finite, measured = jax.device_get((self.measured.finite, self.measured.noise))
+            finite = bool(finite)
         if not finite:
             if not self.measured.weight:  # of no example: no divergence
                 raise run.feed.none_of_use(f"the update from example {self.start}")

@@ -103,7 +103,7 @@ def base_config() -> ConfigDict:
     config.checkpoint_every_epochs = Length(10.0)
     # How the noise scale of the gradient is measured: see docs/noise.md.
     config.noise = ConfigDict({
-        # Over how much of the run that of every update, by the norms, is averaged.
+        # Over how much of the run that of every update, by the norms, is averaged; 0: not at all.
         "window_epochs": Length("200 updates"),
         # How often it is measured by all parameters, which takes passes of its own; 0: never.
         "every_epochs": Length(0.0),
