@@ -25,6 +25,7 @@ class Layout(NamedTuple):
     devices: int
     microbatches: int  # passes
     slots: int  # of each device in each pass
+    alone: bool = False  # whether the first device takes all of them
 
     @property
     def idle_share(self) -> float:
@@ -82,7 +83,7 @@ def ghosts_by_slot(layout: Layout) -> np.ndarray:
     Returns:
         int32 (microbatches, devices, slots).
     """
-    each = -(-layout.ghosts // layout.devices)
+    each = layout.ghosts if layout.alone else -(-layout.ghosts // layout.devices)
     own = np.arange(layout.microbatches * layout.slots)
     ghosts = np.arange(layout.devices)[:, None] * each + own
     ghosts = np.where((own < each) & (ghosts < layout.ghosts), ghosts, -1)

@@ -12,8 +12,10 @@ from ml_collections import ConfigDict
 from bigbatch import dotted
 from bigbatch.mistake import Mistake
 from bigbatch.models.blocks import Blocks
+from bigbatch.models.layer_norms import LayerNorm, RMSNorm
+from bigbatch.models.normalization import GhostBatchNorm
 from bigbatch.tasks import contract
-from bigbatch.update import dependence, independence, module_checks, task_checks
+from bigbatch.update import dependence, independence, module_checks, noise, task_checks
 
 Tree = Mapping[str, Any]
 Gather = Callable[[dict[tuple, jax.Array]], dict[tuple, jax.Array]]
@@ -36,6 +38,8 @@ class Network(NamedTuple):
     decays: Tree  # like the statistics: the share of each that remains after one ghost batch
     in_norm: Tree  # like the parameters: True for the parameters of normalisation layers
     measured: tuple[str, ...]  # what the task's losses measure of it
+    copied: Tree  # like the parameters: True for those that may come in copies; see `_copied`
+    copied_for: int  # the neighbouring examples that share a copy; 0 if no parameter is copied
 
 
 def build(config: ConfigDict, may_mix: bool = False) -> Network:
@@ -115,8 +119,9 @@ def build(config: ConfigDict, may_mix: bool = False) -> Network:
         shapes = nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
         task, examples = contract.task_of(config), config.ghost_size * dependence.GHOSTS
         inputs, targets = task_checks.prepared(config, task, examples)
+        copied = _copied(abstract, params, batch_stats, config.ghost_size)
         with module_checks.naming_the_layer(name, task_checks.described(task, inputs)):
-            found, results = _trace(apply, *shapes, inputs, name)
+            copied, found, results = _trace_copying(apply, copied, *shapes, inputs, name)
         measured = task_checks.measured(config, task, results[0], targets, examples, may_mix)
         if not may_mix:
             independence.refuse_mixing(
@@ -132,7 +137,7 @@ def build(config: ConfigDict, may_mix: bool = False) -> Network:
     )
     return Network(
         init, *shapes, apply, nnx.to_pure_dict(decays), _in_norm(abstract, params, linen_layers),
-        measured,
+        measured, *copied,
     )
 
 
@@ -199,6 +204,44 @@ def _in_norm(
         path: layers.get(path[:-1], "").endswith("Norm") for path, _ in nnx.to_flat_state(params)
     }
     return nnx.traversals.unflatten_mapping(flat)
+
+
+def _copied(
+    module: nnx.Module, params: nnx.State, batch_stats: nnx.State, ghost_size: int
+) -> tuple[Tree, int]:
+    """Which parameters may come in copies on a leading axis in training, and for how many examples.
+
+    A GhostBatchNorm takes a copy of its scale and bias for each ghost batch, and the layers of
+    `layer_norms` take one for each example. Where ghost batches are normalised, the gradients of
+    the examples in one of them depend on each other, so that a ghost batch is the least that can
+    have copies. Inside of a Linen module no layer is found.
+    """
+    kinds, examples = ((GhostBatchNorm,), ghost_size) if jax.tree.leaves(batch_stats) else (
+        (LayerNorm, RMSNorm), 1)
+    own = {path for path, part in nnx.iter_modules(module) if type(part) in kinds}
+    flat = {path: path[:-1] in own for path, _ in nnx.to_flat_state(params)}
+    return nnx.traversals.unflatten_mapping(flat), examples if any(flat.values()) else 0
+
+
+def _trace_copying(
+    apply: Callable, copied: tuple[Tree, int], params: Tree, batch_stats: Tree, inputs: Any,
+    name: str,
+) -> tuple[tuple[Tree, int], Tree, Tree]:
+    """What `_trace` returns of the network as an update calls it, after what comes in copies."""
+    marks, examples = copied
+
+    def copying(params: Tree, stats: Tree, inputs: Any, train: bool, keys: jax.Array) -> Any:
+        copies = noise.with_copies(params, marks, len(keys) // examples)
+        return apply(copies, stats, inputs, train, keys)
+
+    if examples:
+        try:
+            return copied, *_trace(copying, params, batch_stats, inputs, name)
+        except Exception:
+            # It may read a scale or bias outside of its layer, where copies do not fit. What else
+            # is wrong is told by the trace without them.
+            copied = jax.tree.map(lambda _: False, marks), 0
+    return copied, *_trace(apply, params, batch_stats, inputs, name)
 
 
 def _trace(

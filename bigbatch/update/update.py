@@ -30,7 +30,7 @@ from bigbatch.job.devices import compiler_options, cut
 from bigbatch.models.normalization import fold_weights
 from bigbatch.schedule.rates import Rates
 from bigbatch.tasks import contract, measures
-from bigbatch.update import pieces, sharding
+from bigbatch.update import noise, pieces, sharding
 from bigbatch.update.network import AUGMENTATION, DROPOUT, Network
 from bigbatch.update.optimizer import init_optimizer, make_optimizer
 
@@ -56,6 +56,9 @@ class Sums(NamedTuple):
     measured: measures.Measured  # what the task reports, by name
     weight: jax.Array  # of the objective
     ghosts: jax.Array  # number of ghost batches
+    examples: jax.Array  # those that count
+    groups: noise.Groups  # each device and each pass is one
+    copies: noise.Groups | None  # each copy of the norms is one; None if there are no copies
 
 
 class Metrics(NamedTuple):
@@ -64,6 +67,7 @@ class Metrics(NamedTuple):
     means: dict[str, jax.Array]  # of what the task reports, by name; the "loss" is there
     weight: jax.Array  # of the objective over the whole batch; 0 if no example counted
     finite: jax.Array  # False if the loss, or a parameter after the update, is not finite
+    noise: noise.Measured
 
     @property
     def loss(self) -> jax.Array:
@@ -79,6 +83,8 @@ class Update(NamedTuple):
     # numbers, since the sums are donated to the next pass and cannot be waited for.
     accumulate: Callable
     apply: Callable  # (state, sums, rates) -> state, metrics
+    # sums -> noise.Measured. Of sums that no update is made of; its groups are those of any update.
+    measure: Callable
     sums: Sums  # shapes of what `accumulate` takes; see `abstract_sums`
 
 
@@ -155,6 +161,10 @@ def make_update(
     """
     whole, parts = P(), P(mesh.axis_names)
     split = sharding.split_of(config, network.params, mesh)
+    network = _with_whole_copies(network, split)
+    # Where parameters lie in pieces, the backward pass adds up the devices' gradients, and only
+    # groups that one device takes alone can be told apart, as those of `config.noise_layout`.
+    device_is_group = not (split.parameters and split.cuts)
     lies = sharding.specs_of(sharding.state_sharding(config, _shapes(config, network), mesh))
     task = contract.task_of(config)
     task = task._replace(prepare=prepare or task.prepare)
@@ -171,7 +181,7 @@ def make_update(
     def update(state: State, resident: Mapping, batch: Mapping,
                rates: Rates) -> tuple[State, Metrics]:
         sums = microbatch_sums(state, resident, batch)
-        return apply_sums(state, sums, rates)
+        return apply_sums(state, sums, rates, mesh.size > 1 and device_is_group)
 
     def accumulate(state: State, sums: Sums, resident: Mapping, batch: Mapping,
                    first: jax.Array) -> tuple[Sums, jax.Array]:
@@ -180,9 +190,14 @@ def make_update(
         sums = jax.tree.map(lambda old, new: jnp.where(first, 0, old) + new[None], sums, new)
         return sums, sums.ghosts + 0
 
+    def own(sums: Sums) -> Sums:
+        return jax.tree.map(lambda leaf: leaf[0], sums)
+
     def apply(state: State, sums: Sums, rates: Rates) -> tuple[State, Metrics]:
-        own = jax.tree.map(lambda leaf: leaf[0], sums)
-        return apply_sums(state, own, rates)
+        return apply_sums(state, own(sums), rates, device_is_group)
+
+    def measure(sums: Sums) -> noise.Measured:
+        return _noise(network, split, pieces.reduce(split, own(sums)), True)
 
     jitted = partial(jax.jit, compiler_options=compiler_options(mesh))
     return Update(
@@ -198,6 +213,7 @@ def make_update(
             mapped(apply, (lies, parts, whole), (lies, whole)),
             donate_argnums=0,
         ),
+        measure=jitted(mapped(measure, (parts,), whole)),
         sums=abstract_sums(config, network, mesh),
     )
 
@@ -210,9 +226,11 @@ def abstract_sums(config: ConfigDict, network: Network, mesh: Mesh) -> Sums:
     leaf = jax.tree.leaves(network.params)[0]
     scalar = jax.ShapeDtypeStruct((), leaf.dtype)
     measured = dict.fromkeys(network.measured, (scalar, scalar))
-    gradient = sharding.pieces_at_rest(
-        sharding.split_of(config, network.params, mesh), network.params)
-    one = Sums(gradient, network.batch_stats, measured, scalar, scalar)
+    split = sharding.split_of(config, network.params, mesh)
+    groups = noise.Groups(scalar, scalar, scalar)
+    one = Sums(
+        sharding.pieces_at_rest(split, network.params), network.batch_stats, measured, scalar,
+        scalar, scalar, groups, groups if _with_whole_copies(network, split).copied_for else None)
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((mesh.size, *leaf.shape), leaf.dtype, sharding=cut(mesh)),
         one,
@@ -242,7 +260,13 @@ def _microbatch_sums(
         added = measures.add_up(config, task, outputs, targets, counts)
         return added.objective, (added, rows)
 
-    gradient, (added, rows) = jax.grad(objective, has_aux=True)(state.params)
+    params, copies = state.params, None
+    if network.copied_for:
+        params = noise.with_copies(params, network.copied, len(counts) // network.copied_for)
+    gradient, (added, rows) = jax.grad(objective, has_aux=True)(params)
+    if network.copied_for:
+        gradient, copies = noise.without_copies(
+            gradient, network.copied, added.weights_B, network.copied_for)
     fold = partial(_fold_ghosts, ghosts_after_G)
     dtype = jnp.promote_types(config.dtype, jnp.float32)
     return Sums(
@@ -251,6 +275,9 @@ def _microbatch_sums(
         measured=added.measured,
         weight=added.weight,
         ghosts=jnp.sum(ghosts_after_G >= 0).astype(dtype),
+        examples=jnp.sum(counts).astype(dtype),
+        groups=noise.one_group(gradient, added.weight),
+        copies=copies,
     )
 
 
@@ -264,9 +291,12 @@ def _fold_ghosts(ghosts_after_G: jax.Array, rows_GxC: jax.Array, decay: float) -
 
 def _apply_sums(
     config: ConfigDict, network: Network, split: sharding.Split, state: State, sums: Sums,
-    rates: Rates,
+    rates: Rates, grouped: bool,
 ) -> tuple[State, Metrics]:
-    """Does the reduction, then applies the optimizer and updates the running statistics."""
+    """Does the reduction, then applies the optimizer and updates the running statistics.
+
+    `grouped`: whether there are several devices or passes.
+    """
     sums = pieces.reduce(split, sums)
     gradient = jax.tree.map(lambda leaf: leaf / sums.weight, sums.gradient)
     norm = partial(pieces.norm, split) if split.cuts else optax.tree.norm
@@ -287,7 +317,8 @@ def _apply_sums(
     means = {name: value / weight for name, (value, weight) in sums.measured.items()}
     # Not finite if any parameter is not.
     total = sum(_totals(split, params), means["loss"])
-    metrics = Metrics(means, sums.weight, jnp.isfinite(total))
+    metrics = Metrics(
+        means, sums.weight, jnp.isfinite(total), _noise(network, split, sums, grouped))
     return State(params, batch_stats, opt_state, average), metrics
 
 
@@ -302,3 +333,28 @@ def _totals(split: sharding.Split, params: Tree) -> Iterator[jax.Array]:
     for leaf in jax.tree.leaves(params):
         by_shape[leaf.shape] = by_shape.get(leaf.shape, 0) + leaf
     yield from map(jnp.sum, by_shape.values())
+
+
+def _noise(
+    network: Network, split: sharding.Split, sums: Sums, grouped: bool
+) -> noise.Measured:
+    """The noise scale of the gradient, by the reduced sums; see `noise`."""
+    of = partial(noise.estimate, weight=sums.weight, examples=sums.examples)
+    by_norms = by_groups = None
+    if sums.copies is not None:
+        by_norms = of(noise.squared_norm(noise.only(sums.gradient, network.copied)),
+                      groups=sums.copies)
+    if grouped:
+        square = (
+            pieces.add_over_pieces(split, sums.gradient, lambda leaf: jnp.sum(jnp.square(leaf)))
+            if split.cuts else noise.squared_norm(jax.tree.leaves(sums.gradient)))
+        by_groups = of(square, groups=sums.groups)
+    return noise.Measured(by_norms, by_groups, sums.groups.count if grouped else None)
+
+
+def _with_whole_copies(network: Network, split: sharding.Split) -> Network:
+    """The network, of whose parameters only those that are whole may come in copies."""
+    copied = jax.tree.map(lambda copy, axis: copy and axis == sharding.WHOLE,
+                          network.copied, split.axes)
+    any_copied = any(jax.tree.leaves(copied))
+    return network._replace(copied=copied, copied_for=network.copied_for if any_copied else 0)
