@@ -104,10 +104,17 @@ def _normalise(
     x_BxPxC = inputs.astype(bias.dtype)
     pixels = tuple(range(1, inputs.ndim - 1))
 
+    def over_ghosts(x_BxPxC: jax.Array) -> jax.Array:
+        return jax.lax.platform_dependent(x_BxPxC, tpu=in_one_sum, default=in_two_sums)
+
+    def in_one_sum(x_BxPxC: jax.Array) -> jax.Array:
+        x_GxBxPxC = x_BxPxC.reshape(-1, ghost_size, *inputs.shape[1:])
+        return x_GxBxPxC.mean(tuple(range(1, inputs.ndim)))
+
     # On CPU, XLA computes one long sum ten times more slowly than a sum over pixels and one over
     # examples. Only these small sums are reshaped by ghost batch: if the activations were, XLA
     # would compute them (a block's sum) again for each operation that reads them.
-    def over_ghosts(x_BxPxC: jax.Array) -> jax.Array:
+    def in_two_sums(x_BxPxC: jax.Array) -> jax.Array:
         return x_BxPxC.mean(pixels).reshape(-1, ghost_size, features).mean(axis=1)
 
     def to_examples(rows_GxC: jax.Array) -> jax.Array:
