@@ -169,7 +169,7 @@ def test_at_first_every_block_is_its_shortcut(depth, convolutions):
 
 
 # --- a strided shortcut on a TPU ------------------------------------------------------------------
-@pytest.mark.parametrize("size", [(8, 8), (7, 4), (1, 3)])
+@pytest.mark.parametrize("size", [(8, 8), (7, 4)])
 def test_picking_pixels_and_projecting_them_is_the_strided_convolution(size):
     """Values and gradients, in float64, at even and odd sizes."""
     jax.config.update("jax_enable_x64", True)
