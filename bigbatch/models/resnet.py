@@ -60,8 +60,9 @@ class Block(nnx.Module):
         y = x
         for index, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             y = norm(conv(nnx.relu(y) if index else y), train)
-        shortcut = x if self.project is None else self.project_norm(self.project(x), train)
-        return nnx.relu(shortcut + y)
+        if self.project is not None:
+            x = self.project_norm(project(x, self.project), train)
+        return nnx.relu(x + y)
 
 
 class ResNet(nnx.Module):
@@ -145,6 +146,26 @@ class ResNet(nnx.Module):
         for block in self.blocks.calls():
             x = block(x, train)
         return self.head(x.mean(axis=(1, 2), dtype=self.head.dtype))
+
+
+def project(x_BxHxWxC: jax.Array, conv: nnx.Conv) -> jax.Array:
+    """`conv(x)` for a 1x1 convolution, in the form that the platform's compiler makes most of.
+
+    With a stride of 2 it reads one pixel in four. A TPU's compiler would multiply for the gradient
+    by the other three too, whose gradient is 0; see `pick_and_project`.
+    """
+    if conv.strides == 1:
+        return conv(x_BxHxWxC)
+    return jax.lax.platform_dependent(
+        x_BxHxWxC, tpu=partial(pick_and_project, conv=conv), default=conv)
+
+
+def pick_and_project(x_BxHxWxC: jax.Array, conv: nnx.Conv) -> jax.Array:
+    """`conv(x)` for a 1x1 convolution: takes the pixels that it reads, then has a stride of 1."""
+    picked = x_BxHxWxC[:, :: conv.strides, :: conv.strides]
+    return jax.lax.conv_general_dilated(
+        picked, conv.kernel[...].astype(picked.dtype), (1, 1), "VALID",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
 
 def patch_stem(images_BxHxWxC: jax.Array, kernel_7x7xCxF: jax.Array) -> jax.Array:

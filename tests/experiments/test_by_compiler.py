@@ -45,7 +45,6 @@ def test_the_record_of_slices_is_compared_with_itself():
 
 
 def test_the_record_is_what_the_docs_say():
-    """And in it no update of ResNet-50 takes more time or memory than Flax's example."""
     record = json.loads(by_compiler.RECORD.read_text())
     shown = rows_of((REPOSITORY / "docs/speed.md").read_text())
     table = rows_of(by_compiler.table(record["rows"]))

@@ -9,7 +9,12 @@ import pytest
 from flax import nnx
 from jax.flatten_util import ravel_pytree
 
-from bigbatch.models.normalization import GhostBatchNorm, fold_weights
+from bigbatch.models.normalization import (
+    GhostBatchNorm,
+    fold_weights,
+    means_by_one_sum,
+    means_by_two_sums,
+)
 
 FEATURES, GHOST = 3, 16
 
@@ -101,6 +106,14 @@ def test_each_ghost_batch_is_normalised_by_itself():
         np.testing.assert_allclose(together.mean[...][ghost], alone.mean[...][0], rtol=1e-12)
         np.testing.assert_allclose(together.var[...][ghost], alone.var[...][0], rtol=1e-12)
     assert not np.allclose(together.mean[...][0], together.mean[...][1], rtol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 5, 3), (4, 3)])
+def test_a_tpus_one_sum_is_the_two_of_others(shape):
+    x = np.random.default_rng(5).normal(size=shape)
+    expected = x.reshape(len(x) // 2, -1, 3).mean(axis=1)
+    for means in (means_by_one_sum, means_by_two_sums):
+        np.testing.assert_allclose(means(jnp.asarray(x), ghost_size=2), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("ghosts", [1, 2, 5, 64])

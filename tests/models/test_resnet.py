@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from bigbatch.models.resnet import ResNet, patch_kernel, patch_stem
+from bigbatch.models.resnet import ResNet, patch_kernel, patch_stem, pick_and_project, project
 from bigbatch.update import network
 from tests.support.network_checks import (
     GHOST,
@@ -166,6 +166,41 @@ def test_at_first_every_block_is_its_shortcut(depth, convolutions):
             shortcut = normalise(convolve(inputs, kernel, stride), block.project_norm, False)
         outputs = jax.jit(lambda x, block=block: block(x, False))(inputs.astype(np.float32))
         np.testing.assert_allclose(outputs, np.maximum(shortcut, 0), rtol=1e-4, atol=1e-4)
+
+
+# --- a strided shortcut on a TPU ------------------------------------------------------------------
+@pytest.mark.parametrize("size", [(8, 8), (7, 4)])
+def test_picking_pixels_and_projecting_them_is_the_strided_convolution(size):
+    """Values and gradients, in float64, at even and odd sizes."""
+    jax.config.update("jax_enable_x64", True)
+    random = np.random.default_rng(6)
+    conv = nnx.Conv(3, 5, (1, 1), strides=2, padding=0, use_bias=False, dtype=jnp.float64,
+                    param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    graph, kernel = nnx.split(conv)
+    kernel = jax.tree.map(lambda leaf: random.normal(size=leaf.shape), kernel)
+    images = random.normal(size=(2, *size, 3))
+
+    def values_and_gradients(form):
+        outputs, backwards = jax.vjp(
+            lambda images, kernel: form(images, conv=nnx.merge(graph, kernel)), images, kernel)
+        slopes = jnp.cos(jnp.arange(outputs.size)).reshape(outputs.shape)
+        return jax.tree.leaves((outputs, backwards(slopes)))
+
+    def strided(images, conv):
+        return conv(images)
+
+    both = zip(values_and_gradients(pick_and_project), values_and_gradients(strided), strict=True)
+    for one, other in both:
+        np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_only_a_tpus_program_picks_pixels():
+    """The gradient of a strided convolution multiplies by zeros between pixels."""
+    conv = nnx.Conv(3, 5, (1, 1), strides=2, padding=0, rngs=nnx.Rngs(0))
+    traced = jax.jit(jax.grad(lambda x: project(x, conv).sum())).trace(jnp.ones((2, 8, 8, 3)))
+    dilated = {platform: "lhs_dilate = [2, 2]" in traced.lower(
+        lowering_platforms=(platform,)).as_text() for platform in ("tpu", "cpu", "cuda")}
+    assert dilated == {"tpu": False, "cpu": True, "cuda": True}
 
 
 # --- the stem by patches -------------------------------------------------------------------------

@@ -32,6 +32,15 @@ def keys(examples, seed=0):
     return jax.random.split(jax.random.key(seed), examples)
 
 
+def operations(jaxpr):
+    """Its operations; where platforms have forms of their own, those of the CPU."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "cond":
+            yield from operations(equation.params["branches"][-1])
+        else:
+            yield equation
+
+
 def forward_macs(module, size):
     """Multiplications of convolutions and dense layers for one image, those with padding too."""
     graph, state = nnx.split(module)
@@ -43,7 +52,7 @@ def forward_macs(module, size):
         state, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32), keys(1)
     )
     total = 0
-    for equation in traced.eqns:
+    for equation in operations(traced):
         if equation.primitive.name in ("conv_general_dilated", "dot_general"):
             kernel = equation.invars[1].aval
             total += equation.outvars[0].aval.size * kernel.size // kernel.shape[-1]
@@ -85,7 +94,7 @@ def check_types(model, size, **arguments):
         training = partial(forward, train=True)
         convolutions = {
             str(equation.outvars[0].aval.dtype)
-            for equation in jax.make_jaxpr(training)(*inputs).eqns
+            for equation in operations(jax.make_jaxpr(training)(*inputs))
             if equation.primitive.name == "conv_general_dilated"
         }
         assert convolutions == {dtype}, f"dtype {dtype}: convolutions give {convolutions}"
