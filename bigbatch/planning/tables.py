@@ -9,7 +9,7 @@ import tabulate
 
 from bigbatch.job import chips
 from bigbatch.planning import compare
-from bigbatch.watching.progress import format_seconds
+from bigbatch.watching.progress import format_seconds, format_tokens
 
 
 def of_plan(planned: Mapping[str, Any]) -> str:
@@ -21,7 +21,7 @@ def of_plan(planned: Mapping[str, Any]) -> str:
         [
             phase["index"], phase["name"],
             f"{phase['start_epoch']:.2f} to {phase['end_epoch']:.2f}",
-            *([_short(phase["end_example"] * tokens)] if tokens else []),
+            *([format_tokens(phase["end_example"] * tokens)] if tokens else []),
             _grouped(phase["batch_size"]), _grouped(phase["updates"]), _rate(phase),
             f"{phase['momentum']:g}", *noise_of(phase), f"{phase['lost_epochs']:.3g}",
         ]
@@ -54,8 +54,8 @@ def of_plan(planned: Mapping[str, Any]) -> str:
         f"{_grouped(updates)} updates, {_grouped(planned['total_examples'])} examples, "
         f"{planned['total_epochs']:.2f} epochs of {_grouped(planned['train_examples'])}; "
         f"{_grouped(planned['parameters'])} parameters."
-        + (f"\n{_short(planned['total_examples'] * tokens)} tokens, {_grouped(tokens)} an example."
-           if tokens else ""),
+        + (f"\n{format_tokens(planned['total_examples'] * tokens)} tokens, {_grouped(tokens)} an "
+           "example." if tokens else ""),
     ]
     if updates < constant["updates"]:
         paragraphs.append(
@@ -164,11 +164,6 @@ def _noise_columns(exchange: str) -> tuple[list[str], Callable[[Mapping[str, Any
 def _rate(phase: Mapping[str, Any]) -> str:
     start, end = phase["learning_rate"], phase["learning_rate_end"]
     return f"{start:.4g}" if start == end else f"{start:.4g} to {end:.4g}"
-
-
-def _short(tokens: int) -> str:
-    """A number of tokens in four digits: 512, 2.5e9."""
-    return f"{tokens:.4g}".replace("e+0", "e").replace("e+", "e")
 
 
 def _grouped(number: int) -> str:

@@ -33,6 +33,14 @@ examples of one ghost batch with those of another.
         May be left out. Numbers that follow from the means of a batch or of the test set, such as
         a perplexity from the "loss", to be reported beside them; `means` are floats by name.
 
+    tokens(config) -> int
+        May be left out. The tokens of an example. Lengths may then be stated in tokens, and
+        positions are shown in tokens beside epochs.
+
+    about(config) -> {name: JSON value}
+        May be left out. What tells the data from other data of the same config, such as a version
+        or a checksum; each start of a run writes it into timing.jsonl.
+
 Keys of a task's own are in `config.task_options`. `config.data.num_classes` is what the network
 function gets as its first argument: the width of its output, whatever the task makes of it.
 docs/tasks.md has an example.
