@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from bigbatch import schedule
 from bigbatch.config import make_due, make_layouts
 from bigbatch.data import feed
+from bigbatch.job.chips import GIB, GPUS, TPUS
 from bigbatch.job.devices import replicated
 from bigbatch.mistake import Mistake
 from bigbatch.planning import compiled, topology
@@ -147,17 +148,14 @@ class _Compiler:
     def memory(self, program: Program) -> int:
         """The bytes on a device while a program runs: its own, and the other arrays of the run."""
         measured = self.measure(program)
-        if not measured.fits:
-            return measured.extra_bytes
         kind, beside = program.kind, 0
-        if kind is Kind.EVALUATE:
-            beside += _bytes((self.state.opt_state, self.state.average, self.resident))
-        else:
-            beside += _bytes(self.test)
+        if kind in (Kind.EVALUATE, Kind.ACCUMULATE):  # of the state they read the parameters only
+            beside += _bytes((self.state.opt_state, self.state.average))
+        beside += _bytes(self.resident if kind is Kind.EVALUATE else self.test)
         if kind is Kind.APPLY:
             beside += _bytes(self.resident)
         if kind in (Kind.UPDATE, Kind.EVALUATE) and self.accumulates:
-            beside += _bytes(update.abstract_sums(self.net, self.mesh)) // self.mesh.size
+            beside += self._bytes_of_sums()
         if kind in (Kind.UPDATE, Kind.ACCUMULATE):  # the next microbatch is on the device already
             shapes = feed.update_shapes(self.config, self.fields, self.mesh, program.slots)
             beside += _bytes(shapes) // self.mesh.size
@@ -184,7 +182,7 @@ class _Compiler:
         batches = -(-self.config.data.test_examples // rows)
         described = self._describe([EVALUATE], [batches])
         if not described["fits"]:
-            described["advice"] = (
+            described["advice"] = self._without_room() or (
                 f"a --config.eval_batch_size below {rows // self.mesh.size} needs less")
         return described
 
@@ -226,6 +224,10 @@ class _Compiler:
     def _advice(self, layout: Layout) -> str:
         """The smallest changes that make an update fit: more passes, or a larger slice."""
         ghost = self.config.ghost_size
+        none = f"not even one ghost batch of {ghost} has room on a device"
+        needed = max(map(self.memory, programs_of(layout)))
+        if said := self._without_room():
+            return f"{none}: {said}; {_kinds_with(needed)}, or a smaller network, is needed"
         changes = []
         if slots := self._most_slots(Kind.ACCUMULATE, layout):
             passes = make_layout(
@@ -237,9 +239,24 @@ class _Compiler:
         if slots := self._most_slots(Kind.UPDATE, layout):
             changes.append(f"a slice of {-(-layout.ghosts // slots)} devices or more fits")
         return ", or ".join(changes) or (
-            f"not even one ghost batch of {ghost} has room on a device: a kind of device with "
-            "more memory, or a smaller network, is needed"
-        )
+            f"{none} beside the arrays that a run always keeps there: a --config.ghost_size below "
+            f"{ghost} (batch statistics are then others), {_kinds_with(needed)}, or a smaller "
+            "network, is needed")
+
+    def _without_room(self) -> str:
+        """What a run always keeps on a device, if that alone is too much for it; "" if not."""
+        state, rest = _bytes(self.state), _bytes((self.resident, self.test))
+        sums, limit = self._bytes_of_sums() * self.accumulates, self.slice.kind.memory_bytes
+        if state + rest + sums <= limit:
+            return ""
+        parts = [f"{what} {_gib(size)} GiB" for what, size in (
+            ("parameters and the optimizer's state take", state),
+            ("the gradients that passes add up", sums), ("the data set", rest)) if size >= GIB / 20]
+        return (f"{', '.join(parts)}, whole on each device of {_gib(limit)} GiB, so neither a "
+                "smaller batch nor a larger slice of this kind helps")
+
+    def _bytes_of_sums(self) -> int:
+        return _bytes(update.abstract_sums(self.net, self.mesh)) // self.mesh.size
 
     def _most_slots(self, kind: Kind, layout: Layout) -> int:
         """The most slots, fewer than those of `layout`, with which a program fits; 0 for none."""
@@ -264,6 +281,19 @@ def _count_evaluations(
         for phase, taken in zip(phases, chosen, strict=True) if taken
         for start, end in schedule.spans([phase], 0)
     )
+
+
+def _kinds_with(needed: int) -> str:
+    """The kinds of device that have so many bytes of memory."""
+    kinds = [f"{name} ({_gib(kind.memory_bytes)})" for name, kind in (TPUS | GPUS).items()
+             if kind.memory_bytes >= needed]
+    if not kinds:
+        return f"a device with {_gib(needed)} GiB, which no known kind has"
+    return f"a device with {_gib(needed)} GiB, as {', '.join(kinds)} have"
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f}"
 
 
 def _bytes(shapes: Mapping | Any) -> int:

@@ -111,8 +111,14 @@ def _compiled_paragraphs(compiled: Mapping[str, Any]) -> list[str]:
         _table(["", "slice", "devices", "compile s", "memory GiB", "of GiB", "Tflop", "collectives",
                 "MB reduced", "about ms", "fits"], rows),
     ]
-    lines += [textwrap.fill(f"{name} does not fit on {row['slice']}: {row['advice']}.", 100)
-              for name, row in named if not row["fits"]]
+    too_large: dict[tuple[str, str], list[str]] = {}
+    for name, row in named:
+        if not row["fits"]:
+            too_large.setdefault((row["slice"], row["advice"]), []).append(name)
+    lines += [
+        textwrap.fill(f"{', '.join(names)} {'do' if len(names) > 1 else 'does'} not fit on "
+                      f"{slice_name}: {advice}.", 100)
+        for (slice_name, advice), names in too_large.items()]
     if kernels := [f"{name} {row['kernels']} and {row['accessed_bytes'] / 1e9:.3g} GB"
                    for name, row in named if row["kernels"]]:
         lines.append(textwrap.fill(

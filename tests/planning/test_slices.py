@@ -208,10 +208,15 @@ def test_a_plan_that_does_not_fit_ends_with_status_1(libtpu, tmp_path):
         "    return config\n", encoding="utf-8")
     status, output, _ = run_plan(f"--config={config}", "--topology=v2:1x1", "--plan_cache=")
     assert status == 1
-    assert "0 does not fit on v2:1x1: not even one ghost batch of 16 has room" in (
-        " ".join(output.split()))
+    gib = 65 * 4 * classes / chips.GIB  # of the parameters, and as much of momentum
+    said = ("0 does not fit on v2:1x1: not even one ghost batch of 16 has room on a device: "
+            f"parameters and the optimizer's state take {2 * gib:.1f} GiB, whole on each device of "
+            "7.5 GiB, so neither a smaller batch nor a larger slice of this kind helps; a device "
+            "with ")
+    assert said in " ".join(output.split())
+    assert "v4 (30.8), v5p (95.7)" in " ".join(output.split())
     (row,) = [line.split() for line in output.splitlines() if line.split()[:2] == ["0", "v2:1x1"]]
-    assert float(row[4]) > 2 * 65 * 4 * classes / chips.GIB > float(row[5])
+    assert float(row[4]) > 2 * gib > float(row[5])
     assert row[-1] == "no"
 
 

@@ -2,8 +2,8 @@
 
     python -m bigbatch.main --config=tests/support/small_language.py:small --workdir=DIR
 
-Some tokens weigh nothing, and dropout is on. Updates of 3 ghost batches, then of 12, so that on 2 or 8 devices
-shares are uneven.
+Some tokens weigh nothing, and dropout is on. Updates of 3 ghost batches, then of 12, so that on 2
+or 8 devices shares are uneven.
 """
 
 import numpy as np
