@@ -40,10 +40,10 @@ RUNS = {
         "log_every_epochs=0.05", "eval_every_epochs=0.1", "checkpoint_every_epochs=0.2",
         "eval_batch_size=20", "keep_checkpoints=3", "tensorboard=false",
     )},
-    "language": {"file": "configs/language.py", "config": (
-        "bytes", "strategy=increase", "limits.growth=2", "limits.max_batch_size=64",
-        "recipe.epochs=6000 examples", "recipe.warmup_epochs=500 examples",
-        "model.dropout_rate=0.1", "log_every_epochs=100 examples", "eval_every_epochs=250 examples",
+    "language": {"file": "tests/support/small_language.py", "config": (
+        "small", "recipe.epochs=6000 examples",
+        "recipe.falls=(('2000 examples',2),('4000 examples',2))",
+        "log_every_epochs=100 examples", "eval_every_epochs=250 examples",
         "checkpoint_every_epochs=400 examples", "keep_checkpoints=3",
     )},
 }
