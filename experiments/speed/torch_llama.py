@@ -59,10 +59,10 @@ class Llama(nn.Module):
         self.norm = nn.RMSNorm(width, 1e-5)
         self.head = nn.Linear(width, vocabulary, bias=False)
         size = width // heads
-        angles = torch.outer(
-            torch.arange(length), 10_000.0 ** (-torch.arange(0, size, 2) / size))
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        places, features = torch.arange(length).double(), torch.arange(0, size, 2).double()
+        angles = torch.outer(places, 10_000.0 ** (-features / size))
+        for name, values in (("cos", angles.cos()), ("sin", angles.sin())):
+            self.register_buffer(name, values.to(self.norm.weight.dtype), persistent=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         x = self.tokens(tokens)
