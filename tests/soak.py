@@ -156,16 +156,17 @@ def _damaged_copies(folder: Path, corruptions: int, draw: random.Random) -> Coun
         for _, kind in damages:
             found.update(("corruptions", f"corruptions: {kind}"))
         try:
-            told = "\n".join(checkpoint.find_newest(copy).faults)
+            newest = checkpoint.find_newest(copy)
+            told = "\n".join(newest.faults)
         except Mistake as mistake:
             told = str(mistake)
         else:
-            if spoiled < len(paths):
-                at = len(paths) - spoiled - 1
+            if newest.path in paths[:-spoiled]:
                 found["bits different"] += started.bits_between(
-                    checkpoint.load(copy), expected[at])
+                    checkpoint.load(copy, int(newest.path.name)),
+                    expected[paths.index(newest.path)])
             else:
-                found["undetected"] += 1  # nothing was refused
+                found["undetected"] += 1  # a damaged one was taken
         found["undetected"] += sum(str(file) not in told for file, _ in damages)
         for file, _ in damages:
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -193,8 +193,8 @@ class _Compiler:
             `slice`, its `devices` and `chips`; `fits`, `memory_bytes` (the most at any time) and
             `memory_limit_bytes`; summed over all calls `flops`, `seconds` (the compiler's estimate,
             None if it made none; on GPUs a lower bound), `collectives` {kind: [how many, bytes]},
-            `kernels` (0 on TPUs) and `accessed_bytes`; `compile_seconds` of all programs, and their
-            names, `programs`.
+            `kernels` (see `compiled.Measured`) and `accessed_bytes`; `compile_seconds` of all
+            programs, and their names, `programs`.
         """
         calls = [(self.measure(program), count)
                  for program, count in zip(programs, times, strict=True)]

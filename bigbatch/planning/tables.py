@@ -119,8 +119,14 @@ def _compiled_paragraphs(compiled: Mapping[str, Any]) -> list[str]:
         textwrap.fill(f"{', '.join(names)} {'do' if len(names) > 1 else 'does'} not fit on "
                       f"{slice_name}: {advice}.", 100)
         for (slice_name, advice), names in too_large.items()]
+    with_kernels = [(name, row) for name, row in named if row["kernels"]]
+    if unknown := [f"{name} {row['kernels']}" for name, row in with_kernels if not _on_gpu(row)]:
+        lines.append(textwrap.fill(
+            "Operations and times leave out kernels that were written by hand, such as those of "
+            f"model.attention='splash', into which the compiler does not look: {', '.join(unknown)}"
+            ". Plan with 'xla' for the whole of the work.", 100))
     if kernels := [f"{name} {row['kernels']} and {row['accessed_bytes'] / 1e9:.3g} GB"
-                   for name, row in named if row["kernels"]]:
+                   for name, row in with_kernels if _on_gpu(row)]:
         lines.append(textwrap.fill(
             f"Kernels, and what they read and write: {', '.join(kernels)}. No GPU was there to try "
             "algorithms on, and times are the least that memory or matrix units allow; real ones "
@@ -132,6 +138,10 @@ def _compiled_paragraphs(compiled: Mapping[str, Any]) -> list[str]:
             f"more, {compiled['chip_hours_at_least']:.3g} chip-hours. A lower bound: without "
             "reductions between chips, input, saves and compiling.", 100))
     return lines
+
+
+def _on_gpu(row: Mapping[str, Any]) -> bool:
+    return row["slice"].startswith(tuple(chips.GPUS))
 
 
 def of_strategies(rows: Sequence[Mapping[str, Any]]) -> str:
