@@ -1,9 +1,9 @@
 """What is learned: the arrays of an example, what the network sees of them, and how it is judged.
 
-`config.task` is the dotted path of a task: of a module (or of an object) with these four functions.
-All are pure but `load`. B is the examples that one device takes in one pass: whole ghost batches,
-`config.ghost_size` neighbours each. So nothing may depend on how many there are, nor mix the
-examples of one ghost batch with those of another.
+`config.task` is the dotted path of a task: of a module (or of an object) with these functions, of
+which the first four must be there. All are pure but `load` and `about`. B is the examples that one
+device takes in one pass: whole ghost batches, `config.ghost_size` neighbours each. So nothing may
+depend on how many there are, nor mix the examples of one ghost batch with those of another.
 
     fields(config) -> {name: Field(shape, dtype)}
         The arrays of one example as `load` has them, such as images uint8 (H, W, C) and labels
