@@ -24,7 +24,7 @@ from bigbatch.planning import compare, compiled, slices, tables, topology
 from bigbatch.update import network
 from experiments.slices import PRESETS, SLICES, table
 from tests.conftest import REPOSITORY
-from tests.support import configs
+from tests.support import configs, small_language
 from tests.support.tables import rows_of
 
 
@@ -220,6 +220,21 @@ def test_a_plan_that_does_not_fit_ends_with_status_1(libtpu, tmp_path):
     (row,) = [line.split() for line in output.splitlines() if line.split()[:2] == ["0", "v2:1x1"]]
     assert float(row[4]) > 2 * gib > float(row[5])
     assert row[-1] == "no"
+
+
+def test_flash_attention_is_three_kernels_a_block_and_a_plan_says_what_it_leaves_out(
+    libtpu, tmp_path
+):
+    """Forward, and backward for queries, and for keys with values; `test_transformer` runs them."""
+    config = small_language.get_config("small,dtype=bfloat16,recipe.falls=()")
+    config.data.options.length = 128
+    with config.unlocked():
+        config.model.attention = "splash"
+    phases = make_phases(config)
+    told = slices.compile_for(config, phases, slices.parse("v5litepod:1x1", phases), tmp_path)
+    assert told["fits"] and [row["kernels"] for row in told["phases"]] == [3 * config.model.blocks]
+    text = " ".join(tables._compiled_paragraphs(told))
+    assert "leave out kernels that were written by hand" in text and "No GPU" not in text
 
 
 def test_strategies_are_compared_by_what_the_compiler_says(libtpu, tmp_path):
