@@ -78,6 +78,11 @@ def test_the_page_on_speed_has_the_table_of_its_record():
     page = rows_of((REPOSITORY / "docs" / "speed.md").read_text(encoding="utf-8"))
     made = rows_of(measure.markdown(found, record["hardware"]))
     assert len(made) > 20 and [row for row in made if row not in page] == []
+    record = json.loads((RECORDS / "2026-11-26_language_speed.json").read_text(encoding="utf-8"))
+    found = [measure.Measurement(*(row[name] for name in measure.Measurement._fields))
+             for row in record["measurements"]]
+    made = rows_of(measure.markdown(found, record["hardware"]))
+    assert len(made) == 4 and [row for row in made if row not in page] == []
 
 
 def test_the_language_models_table_is_drawn_again_and_is_that_of_the_page(tmp_path):
