@@ -42,15 +42,17 @@ test-adapters: .adapters/installed .venv/installed
 	.adapters/bin/python -m pytest --confcutdir=tests/adapters tests/adapters
 	$(BIN)/python -m pytest tests/models/test_transformer_reference.py
 
-# Kills a run at random moments, about 6 minutes on 2 cores; the short form is in the tests.
+# Kills runs at random moments, about 6 minutes on 2 cores; the short form is in the tests.
 soak: .venv/installed
-	$(BIN)/python -m tests.soak --kills=30 --seed=0
+	$(BIN)/python -m tests.soak --kills=30 --corruptions=100
 
 # Compiles updates and every ImageNet preset for slices of TPU: hours the first time on 2 cores,
 # then minutes. Fails where an update has become slower or larger than the records say.
 slices: .venv/installed .tpu/installed
 	$(BIN)/python -m experiments.speed.by_compiler
 	$(BIN)/python -m experiments.slices --output=experiments/records/slices.json
+	$(BIN)/python -m experiments.slices --family=language \
+		--output=experiments/records/slices_language.json
 
 lint: .venv/installed
 	$(BIN)/ruff check .

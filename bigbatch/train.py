@@ -211,6 +211,7 @@ def begin(
         evaluations(config, phases, at.examples_seen, goal.phases[-1].end_example,
                     "noise.every_epochs"))
     at_end.callback(feed.close)
+    about = contract.about(config, goal.task)
     state = update.abstract_state(config, goal.net, mesh)
     if newest.path:
         state = checkpoint.restore(newest.path, state, mirror)
@@ -221,13 +222,12 @@ def begin(
         config.keep_checkpoints, {phase.end_example for phase in goal.phases}, at.examples_seen)
     peak = chips.peak_flops(mesh.devices.flat[0].device_kind, config.dtype)
     clock = Clock(peak and peak * mesh.size, at.updates)
-    log = _open_log(goal, folder, mirror, saves, at, show, clock, feed, at_end)
+    log = _open_log(goal, folder, mirror, saves, at, show, clock, feed, about, at_end)
     for text in [*newest.faults, *(f"changed: {change}" for change in allowed_changes),
                  *sharding.notes(config, goal.net.params, mesh)]:
         log.notice(text, at.examples_seen)
     if newest.path:
-        log.line(f"continuing at epoch {at.examples_seen / config.data.train_examples:.2f}, "
-                 f"update {at.updates}")
+        log.line(f"continuing at {log.position(at.examples_seen)}, update {at.updates}")
     log.line(f"{mesh.size} x {mesh.devices.flat[0].device_kind}")
     tracer = profiling.Tracer(goal.span, at.updates, folder, workdir_path,
                               lambda text: log.notice(text, at.examples_seen))
@@ -301,9 +301,12 @@ def _evaluations(goal: Goal, at: Position, phases: Sequence[Phase]) -> Iterator[
 
 def _open_log(
     goal: Goal, folder: Path, mirror: bucket.Mirror | None, saves: Saves, at: Position, show: bool,
-    clock: Clock, feed: Feed, at_end: contextlib.ExitStack,
+    clock: Clock, feed: Feed, about: Mapping[str, Any], at_end: contextlib.ExitStack,
 ) -> Log:
-    """Opens the logs of the run. Only the first process writes to them."""
+    """Opens the logs of the run. Only the first process writes to them.
+
+    `about` is what the task says of its data; the other arguments are things that `begin` has.
+    """
     config, writing = goal.config, jax.process_index() == 0
     names_what_fails = partial(checkpoint.names_what_fails, folder, mirror)
     write_board, damaged = None, []
@@ -322,7 +325,8 @@ def _open_log(
                 folder, at.examples_seen, mirror.list_boards() if mirror else ())
             at_end.callback(tensorboard.close_board, board)
             write_board = partial(tensorboard.write_board, board)
-    display = progress.Display(goal.phases, config.data.train_examples, show and writing)
+    display = progress.Display(
+        goal.phases, config.data.train_examples, tokens_per_example(config), show and writing)
     at_end.callback(display.close)
 
     def write(kind: str, event: Mapping[str, Any]) -> None:
@@ -338,7 +342,8 @@ def _open_log(
               (lambda: feed.skipped) if config.data.streaming else None)
     log.timing(
         "start", at.examples_seen, devices=goal.mesh.size,
-        device_kind=goal.mesh.devices.flat[0].device_kind, jax=jax.__version__, time=time.time())
+        device_kind=goal.mesh.devices.flat[0].device_kind, jax=jax.__version__, time=time.time(),
+        **({"data": about} if about else {}))
     for text in damaged:
         log.notice(mirror.named(text) if mirror else text, at.examples_seen)
     return log

@@ -27,9 +27,11 @@ GPT_2 = {"norm": "layer", "positions": "learned", "activation": "gelu", "bias": 
 MODELS = {
     "bytes": LLAMA | {"blocks": 2, "width": 64, "heads": 4, "hidden": 176},
     "gpt_124m": GPT_2 | {
-        "blocks": 12, "width": 768, "heads": 12, "hidden": 3072, "max_length": 1024},
+        "blocks": 12, "width": 768, "heads": 12, "hidden": 3072, "max_length": 1024,
+        "attention": "splash"},
     "llama_1b": LLAMA | {
-        "blocks": 24, "width": 2048, "heads": 16, "hidden": 5504, "checkpoint_blocks": True},
+        "blocks": 24, "width": 2048, "heads": 16, "hidden": 5504, "checkpoint_blocks": True,
+        "attention": "splash"},
 }
 PRESETS = {
     "bytes": {},

@@ -1,11 +1,11 @@
-"""Does every ImageNet preset fit on slices of Cloud TPU? The TPU compiler answers, without a TPU.
+"""Does every large preset fit on slices of Cloud TPU? The TPU compiler answers, without a TPU.
 
     make slices
 
 Plans each preset for each slice (`bigbatch.plan`), writes the plans into --output, and prints the
-table of launch/README.md. Where an update has become slower than --output says by more than 3 %, it
-says so, ends with status 1 and leaves the file as it was. Programs that were compiled before are
-not compiled again.
+table of launch/README.md, or with --family=language that of docs/language.md. Where an update has
+become slower than --output says by more than 3 %, it says so, ends with status 1 and leaves the
+file as it was. Programs that were compiled before are not compiled again.
 """
 
 import argparse
@@ -33,6 +33,9 @@ PRESETS = [
 ]
 # Half and all of the paper's pod, and a small slice of later generations.
 SLICES = ("v2-256", "v2-512", "v3-32", "v5litepod-32", "v6e-32")
+# Of a model that does not fit: the slice it does not fit on, and devices that have the memory.
+LANGUAGE = {"language:gpt_124m": ("v5litepod-8", "v5litepod-64"),
+            "language:llama_1b": ("v5litepod-8", "v5litepod-64", "v4-16")}
 # The paper's own run of this preset changes to the second slice at the first fall.
 ON_TWO = {"imagenet_resnet50:thirty_minutes": "v2-256,noise/10=v2-512"}
 
@@ -46,6 +49,14 @@ def table(plans: Sequence[dict[str, Any]]) -> str:
     lines = []
     for planned in plans:
         rows, compiled = planned["compiled"]["phases"], planned["compiled"]
+        memory = [f"{max(row['memory_bytes'] for row in rows) / chips.GIB:.1f}"]
+        if None in (row["seconds"] for row in rows):  # the compiler refused it
+            lines.append([
+                planned["config"].partition(":")[2], planned["topology"],
+                span([phase["microbatches"] for phase in planned["phases"]], "d"),
+                f"{memory[0]}: does not fit",
+                span([row["memory_limit_bytes"] / chips.GIB for row in rows], ".1f"), *[""] * 5])
+            continue
         sums = [row["collectives"]["all-reduce"] for row in rows]
         lines.append([
             planned["config"].partition(":")[2], planned["topology"],
@@ -75,6 +86,7 @@ def main() -> None:
     """Plans everything and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", required=True, help="file for the record, JSON")
+    parser.add_argument("--family", choices=("imagenet", "language"), default="imagenet")
     parser.add_argument("--accept", action="store_true", help="write the record whatever has grown")
     options = parser.parse_args()
     output = options.output
@@ -82,16 +94,17 @@ def main() -> None:
         Path(output).open("a").close()  # else a file that cannot be written is an error hours later
         before = json.loads(Path(output).read_text() or '{"plans": []}')["plans"]
         topology.compile_elsewhere()
-        plans = []
-        for preset in PRESETS:
+        plans, on = [], LANGUAGE if options.family == "language" else {
+            preset: [ON_TWO[preset]] * (preset in ON_TWO) + list(SLICES) for preset in PRESETS}
+        for preset, names in on.items():
             family, _, argument = preset.partition(":")
-            for name in [ON_TWO[preset]] * (preset in ON_TWO) + list(SLICES):
+            for name in names:
                 config = load_config(f"configs/{family}.py:{argument}")
                 plans.append({"config": preset, "topology": name,
                               **plan_for_slices(config, name)})
         if (lines := grown(seconds(before), seconds(plans))) and not options.accept:
             raise RuntimeError(f"{'; '.join(lines)} ({output} stays; --accept renews it)")
-        command = f"python -m experiments.slices --output={output}"
+        command = f"python -m experiments.slices --family={options.family} --output={output}"
         record = {"command": command, "jax": jax.__version__, "plans": plans}
         Path(output).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         print(table(plans))

@@ -1,12 +1,19 @@
-"""Kills a run at random moments, spoils checkpoints between, and compares the end with a whole run.
+"""Kills runs at random moments and damages checkpoints, and looks for what is lost by it.
 
-    make soak
+    python -m tests.soak --kills=30 --corruptions=200 [--run=language] [--record=FILE]
 
-Every kill is SIGKILL to a real process. The moments are drawn from a fixed seed; which instruction
-one hits is up to the machine.
+A run that nothing disturbs comes first. Then runs of the same config are killed up to ten times
+each, and between kills checkpoints are damaged. Each of them goes on to its end, and its state and
+metrics.jsonl are compared with those of the first. The damages that are left are done to copies of
+the first run's checkpoints, in which the newest whole one is then looked for as a start does it.
+
+Every kill is SIGKILL to a real process. The moments are drawn from the seed; which instruction one
+hits is up to the machine. With --record the counts are added to FILE after each run that was
+compared, so a soak may take many sittings, each with moments of its own, and may be interrupted.
 """
 
 import argparse
+import json
 import random
 import shutil
 import signal
@@ -16,211 +23,210 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from bigbatch.mistake import Mistake
 from bigbatch.storage import checkpoint
-from bigbatch.storage.logs import read_events
+from bigbatch.storage.logs import read_events, replace_text
+from experiments import provenance
 from tests.support import started
+from tests.support.moments import MOMENTS, first_compile
 
-# Three phases; evaluations and saves take about half of the time, so that kills hit them.
-DIGITS = {"config": (
-    "increase", "recipe.epochs=5", "recipe.falls=((2,3),(3.5,3))", "limits.max_batch_size=128",
-    "log_every_epochs=0.05", "eval_every_epochs=0.1", "checkpoint_every_epochs=0.2",
-    "eval_batch_size=20", "keep_checkpoints=3", "tensorboard=false",
-)}
-
-
-class Figures(NamedTuple):
-    """What a soak found."""
-
-    kills: Counter  # by moment
-    resumes: int  # starts that went on from a checkpoint
-    spoiled: int  # checkpoints damaged on purpose
-    detected: int  # of these, reported by name at the next start
-    bits_different: int
-    same_metrics: bool
-    half_lines: int  # that a start had to cut; the end has none
+# Of each run three phases or more; evaluations and saves take about half of the time, so that kills
+# hit them.
+RUNS = {
+    "digits": {"config": (
+        "increase", "recipe.epochs=5", "recipe.falls=((2,3),(3.5,3))", "limits.max_batch_size=128",
+        "log_every_epochs=0.05", "eval_every_epochs=0.1", "checkpoint_every_epochs=0.2",
+        "eval_batch_size=20", "keep_checkpoints=3", "tensorboard=false",
+    )},
+    "language": {"file": "tests/support/small_language.py", "config": (
+        "small", "recipe.epochs=6000 examples",
+        "recipe.falls=(('2000 examples',2),('4000 examples',2))",
+        "log_every_epochs=100 examples", "eval_every_epochs=250 examples",
+        "checkpoint_every_epochs=400 examples", "keep_checkpoints=3",
+    )},
+}
+KILLS_A_RUN = 10
+# Of what a soak counts, what must stay 0.
+LOSSES = ("undetected", "bits different", "logs different")
 
 
 def soak(
-    folder: Path, kills: int, seed: int, run: Mapping[str, Any] = DIGITS,
-    say: Callable[[str], None] = print,
-) -> Figures:
-    """Runs once undisturbed, once with `kills` kills, and compares.
+    folder: Path, kills: int, corruptions: int, seed: int, run: Mapping[str, Any],
+    say: Callable[[str], None] = print, after_each: Callable[[Counter], None] = lambda found: None,
+) -> Counter:
+    """Kills runs and damages checkpoints as often as is asked, and compares.
 
     Args:
-        folder: for both runs and their compiled programs.
+        folder: for the runs and their compiled programs.
         kills: how many.
-        seed: what the moments are drawn from.
+        corruptions: how many checkpoints to damage.
+        seed: what moments and damages are drawn from.
         run: `file` and `config` of `started.start`.
         say: is told of each kill.
+        after_each: is given the counts after each run that was compared, and at the end.
+
+    Returns:
+        Counts: `kills` and `kills: MOMENT`; `resumes`, starts that went on from a checkpoint;
+        `half lines` that kills left in a log; `corruptions` and `corruptions: KIND`; `undetected`
+        of these; `runs` that were compared; `bits different` in the state at their ends;
+        `logs different`, files metrics.jsonl.
     """
-    draw = random.Random(seed)
+    draw, found = random.Random(seed), Counter(dict.fromkeys(LOSSES, 0))
     began = time.monotonic()
     started.end(started.start(folder / "whole", **run, cache=folder / "cache"))
     seconds = time.monotonic() - began
     say(f"the undisturbed run took {seconds:.0f} s")
+    while found["kills"] < kills:
+        found.update(_killed(
+            folder, min(KILLS_A_RUN, kills - found["kills"]), corruptions - found["corruptions"],
+            draw, seconds, run, say))
+        after_each(found)
+    found.update(_damaged_copies(folder, corruptions - found["corruptions"], draw))
+    after_each(found)
+    return found
 
-    workdir, cache = folder / "killed", folder / "cache"
-    moments: Counter[str] = Counter()
-    spoiled = half_lines = detected = resumes = 0
-    faults: list[str] = []
-    while moments.total() < kills:
+
+def _killed(
+    folder: Path, kills: int, corruptions: int, draw: random.Random, seconds: float,
+    run: Mapping[str, Any], say: Callable[[str], None],
+) -> Counter:
+    """The counts of a run that is killed so often, or until its end comes first; see `soak`."""
+    workdir, cache, found = folder / "killed", folder / "cache", Counter()
+    shutil.rmtree(workdir, ignore_errors=True)
+    damaged: list[str] = []
+    ended = False
+    while found["kills"] < kills and not ended:
         moment = draw.choice(MOMENTS)
         if moment is first_compile:
             shutil.rmtree(cache, ignore_errors=True)
         running = started.start(workdir, **run, cache=cache)
-        reached = moment(running, workdir, draw, seconds)
+        moment(running, workdir, draw, seconds)
         running.send_signal(signal.SIGKILL)
         output, _ = running.communicate()
-        if not reached:
-            if running.returncode == 0:  # its end came first: begin anew, with the same bits due
-                detected += _detected(workdir, faults)
-                resumes += _resumes(workdir)
-                faults = []
-                shutil.rmtree(workdir)
-                continue
-            if running.returncode != -signal.SIGKILL:
-                raise AssertionError(f"ended by itself with {running.returncode}:\n{output}")
-        moments[moment.__name__.replace("_", " ")] += 1
+        ended = running.returncode == 0
+        if ended:
+            break
+        if running.returncode != -signal.SIGKILL:
+            raise AssertionError(f"ended by itself with {running.returncode}:\n{output}")
+        name = moment.__name__.replace("_", " ")
+        found.update(("kills", f"kills: {name}"))
         log = workdir / "metrics.jsonl"
-        half_lines += log.exists() and log.read_bytes()[-1:] not in (b"\n", b"")
-        say(f"kill {moments.total()}: {moment.__name__.replace('_', ' ')}")
-        if draw.random() < 0.4 and len(checkpoint.finished(workdir)) > 1:
-            faults.append(spoil(checkpoint.finished(workdir)[-1], draw))
-            spoiled += 1
-            say(f"  spoiled {faults[-1]}")
-    started.end(started.start(workdir, **run, cache=cache))
-    logs = [(ended / "metrics.jsonl").read_bytes() for ended in (workdir, folder / "whole")]
-    return Figures(
-        kills=moments,
-        resumes=resumes + _resumes(workdir),
-        spoiled=spoiled,
-        detected=detected + _detected(workdir, faults),
-        bits_different=started.bits_different(workdir, folder / "whole"),
-        same_metrics=logs[0] == logs[1],
-        half_lines=half_lines,
-    )
+        found["half lines"] += log.exists() and log.read_bytes()[-1:] not in (b"\n", b"")
+        say(f"kill: {name}")
+        whole = [path for path in checkpoint.finished(workdir) if not checkpoint.faults_of(path)]
+        if draw.random() < 0.4 and len(whole) > 1 and found["corruptions"] < corruptions:
+            file, kind = damage(whole[-1], draw)
+            damaged.append(str(file))
+            found.update(("corruptions", f"corruptions: {kind}"))
+            say(f"  {kind}: {file}")
+    if not ended:
+        started.end(started.start(workdir, **run, cache=cache))
+    events = read_events(workdir / "timing.jsonl")
+    told = "\n".join(event["text"] for event in events if event["event"] == "notice")
+    logs = [(one / "metrics.jsonl").read_bytes() for one in (workdir, folder / "whole")]
+    found.update({
+        "runs": 1,
+        "resumes": sum(event["event"] == "start" and event["examples_seen"] > 0
+                       for event in events),
+        "undetected": sum(file not in told for file in damaged),
+        "bits different": started.bits_different(workdir, folder / "whole"),
+        "logs different": logs[0] != logs[1],
+    })
+    return found
 
 
-def spoil(path: Path, draw: random.Random) -> str:
-    """Flips one bit of, cuts short or removes a file of a checkpoint; returns the file."""
+def _damaged_copies(folder: Path, corruptions: int, draw: random.Random) -> Counter:
+    """The counts of so many damages to copies of the checkpoints of `folder`/whole; see `soak`.
+
+    Most leave an older checkpoint whole, which must then be the one that is found, with its bits.
+    In the others no checkpoint is whole, and this must be said.
+    """
+    original, copy, found = folder / "whole", folder / "copy", Counter()
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(original, copy)
+    paths = checkpoint.finished(copy)
+    expected = [checkpoint.load(original, int(path.name)) for path in paths]
+    while found["corruptions"] < corruptions:
+        # The newest, and as many before it; all of them one time in ten.
+        spoiled = len(paths) if draw.random() < 0.1 else draw.randrange(1, len(paths))
+        spoiled = min(spoiled, corruptions - found["corruptions"])
+        damages = [damage(path, draw) for path in paths[-spoiled:]]
+        for _, kind in damages:
+            found.update(("corruptions", f"corruptions: {kind}"))
+        try:
+            newest = checkpoint.find_newest(copy)
+            told = "\n".join(newest.faults)
+        except Mistake as mistake:
+            told = str(mistake)
+        else:
+            if newest.path in paths[:-spoiled]:
+                found["bits different"] += started.bits_between(
+                    checkpoint.load(copy, int(newest.path.name)),
+                    expected[paths.index(newest.path)])
+            else:
+                found["undetected"] += 1  # a damaged one was taken
+        found["undetected"] += sum(str(file) not in told for file, _ in damages)
+        for file, _ in damages:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(original / file.relative_to(copy), file)
+    return found
+
+
+def damage(path: Path, draw: random.Random) -> tuple[Path, str]:
+    """Flips one bit of, cuts short or removes a file of a checkpoint; returns file and kind."""
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.stat().st_size)
     file = draw.choice(files)
-    kind = draw.choice(("flip", "truncate", "remove"))
+    kind = draw.choice(("bit flipped", "file cut short", "file removed"))
     content = bytearray(file.read_bytes())
-    if kind == "remove":
+    if kind == "file removed":
         file.unlink()
-    elif kind == "truncate":
+    elif kind == "file cut short":
         file.write_bytes(content[: draw.randrange(len(content))])
     else:
         content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
         file.write_bytes(content)
-    return str(file)
+    return file, kind
 
 
-def any_time(running, workdir, draw, seconds) -> bool:
-    """Anywhere from the first import to the end."""
-    return _survives(running, draw.uniform(0, seconds))
-
-
-def first_compile(running, workdir, draw, seconds) -> bool:
-    """With nothing compiled yet, and while the cache of programs is being filled."""
-    cache = workdir.parent / "cache"
-    return _reaches(running, lambda: any(cache.glob("*-cache")), draw.uniform(0, 3))
-
-
-def during_a_save(running, workdir, draw, seconds) -> bool:
-    """While a checkpoint has not got its name yet."""
-    saves = draw.randrange(1, 4)
-    seen: set[str] = set()
-
-    def saving() -> bool:
-        seen.update(path.name for path in (workdir / "checkpoints").glob("*.unfinished"))
-        return len(seen) >= saves
-
-    return _reaches(running, saving, draw.uniform(0, 0.1))
-
-
-def after_a_save(running, workdir, draw, seconds) -> bool:
-    """As soon as a new checkpoint has its name, where old ones are being removed."""
-    before = set(checkpoint.finished(workdir))
-    return _reaches(
-        running, lambda: bool(set(checkpoint.finished(workdir)) - before), draw.uniform(0, 0.05)
-    )
-
-
-def phase_change(running, workdir, draw, seconds) -> bool:
-    """As a phase begins, and not the one that the start itself begins with."""
-    before = _phases_begun(workdir)
-    return _reaches(
-        running, lambda: _phases_begun(workdir) > before + 1, draw.uniform(0, 0.05)
-    )
-
-
-def evaluation(running, workdir, draw, seconds) -> bool:
-    """Just after an evaluation was due, which is nearly always inside it or the next."""
-    before = _evaluations(workdir)
-    return _reaches(running, lambda: _evaluations(workdir) > before, draw.uniform(0, 0.1))
-
-
-MOMENTS = (any_time, first_compile, during_a_save, after_a_save, phase_change, evaluation)
-
-
-def _detected(workdir: Path, faults: list[str]) -> int:
-    """How many of these files a start has reported."""
-    events = read_events(workdir / "timing.jsonl")
-    notices = "\n".join(event["text"] for event in events if event["event"] == "notice")
-    return sum(fault in notices for fault in faults)
-
-
-def _resumes(workdir: Path) -> int:
-    events = read_events(workdir / "timing.jsonl")
-    return sum(event["event"] == "start" and event["examples_seen"] > 0 for event in events)
-
-
-def _phases_begun(workdir: Path) -> int:
-    return sum(line["event"] == "phase" for line in read_events(workdir / "timing.jsonl"))
-
-
-def _evaluations(workdir: Path) -> int:
-    return sum("test_loss" in line for line in read_events(workdir / "metrics.jsonl"))
-
-
-def _reaches(running, ready: Callable[[], bool], wait: float) -> bool:
-    while not ready():
-        if running.poll() is not None:
-            return False
-        time.sleep(0.002)
-    return _survives(running, wait)
-
-
-def _survives(running, seconds: float) -> bool:
-    until = time.monotonic() + seconds
-    while time.monotonic() < until:
-        if running.poll() is not None:
-            return False
-        time.sleep(0.002)
-    return True
+def add_to_record(path: Path, sittings: list[dict[str, Any]]) -> None:
+    """Writes all sittings, and before them the sum of their counts."""
+    total: Counter[str] = Counter()
+    for sitting in sittings:
+        total.update(sitting["counts"])
+    record = {"total": dict(sorted(total.items())), "sittings": sittings}
+    replace_text(path, json.dumps(record, indent=1) + "\n")
 
 
 def main() -> None:
-    """The long form, with its figures printed; status 1 unless nothing was lost."""
+    """Prints the counts; status 1 unless nothing was lost."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--corruptions", type=int, default=100)
+    parser.add_argument("--run", choices=RUNS, default="digits")
+    parser.add_argument("--record", type=Path, help="JSON file to add the counts to")
+    parser.add_argument("--seed", type=int, help="the number of sittings before, if not given")
     options = parser.parse_args()
+    before = []
+    if options.record and options.record.exists():
+        before = json.loads(options.record.read_text(encoding="utf-8"))["sittings"]
+    seed = len(before) if options.seed is None else options.seed
+    run = RUNS[options.run]
+    file, config = run.get("file", "configs/digits.py"), ",".join(run["config"])
+    sitting = provenance.describe(
+        provenance.command_line("tests.soak"), [f"{file}:{config}"]) | {"seed": seed}
+
+    def keep(found: Counter) -> None:
+        sitting["counts"] = dict(sorted(found.items()))
+        if options.record:
+            add_to_record(options.record, [*before, sitting])
+
     with tempfile.TemporaryDirectory() as folder:
-        found = soak(Path(folder), options.kills, options.seed)
-    by_moment = ", ".join(f"{count} {moment}" for moment, count in sorted(found.kills.items()))
-    print(f"kills: {found.kills.total()} ({by_moment})")
-    print(f"resumes from a checkpoint: {found.resumes}")
-    print(f"checkpoints spoiled: {found.spoiled}, detected: {found.detected}")
-    print(f"half lines left by kills: {found.half_lines}")
-    print(f"bits different at the end: {found.bits_different}")
-    print(f"metrics.jsonl identical: {'yes' if found.same_metrics else 'NO'}")
-    whole = not found.bits_different and found.same_metrics and found.detected == found.spoiled
-    sys.exit(0 if whole else 1)
+        found = soak(Path(folder), options.kills, options.corruptions, seed, run, after_each=keep)
+    for name, count in sorted(found.items()):
+        print(f"{name}: {count}")
+    sys.exit(any(found[loss] for loss in LOSSES))
 
 
 if __name__ == "__main__":

@@ -150,7 +150,8 @@ class World:
         phases = self.case.phases
         now = schedule.phase_at(phases, at.examples_seen)
         to_run = phases[now.index:] if now else ()
-        display = SimpleNamespace(line=lambda text: None, advance=lambda *_: None)
+        display = SimpleNamespace(
+            line=lambda text: None, advance=lambda *_: None, position=lambda examples_seen: "")
         log = Log(self.write, display, Clock(None, at.updates), N)
         nothing = SimpleNamespace(before=lambda *_: None, after=lambda *_: None)
         fed = SimpleNamespace(resident=None, update=lambda *_: iter(()))

@@ -17,7 +17,9 @@ from flax import nnx
 
 from bigbatch.mistake import Mistake
 
-IMPLEMENTATIONS = ("xla", "cudnn")  # of jax.nn.dot_product_attention
+IMPLEMENTATIONS = ("xla", "cudnn", "splash")  # see `attend`
+LANES = 128  # of a TPU's vectors: the kernels take blocks of so many tokens, or of multiples
+BLOCKS = (4 * LANES, 2 * LANES, LANES)
 
 
 class Attention(nnx.Module):
@@ -90,16 +92,22 @@ def attend(
         query_BxTxNxH: head n of them looks at head n // G of the keys and values.
         key_BxTxKxH: K divides N.
         value_BxTxKxH: as the keys.
-        implementation: "xla", or "cudnn" for the flash kernels of an NVIDIA GPU. Not read in
-            float64.
+        implementation: "xla" keeps the weights of all pairs of tokens in memory. "cudnn" are the
+            flash kernels of an NVIDIA GPU, which do not; "splash" are those for TPUs that come
+            with JAX, and on other devices this is "xla". Not read in float64.
 
     Returns:
         (B, T, N, H), in the inputs' type.
 
     Raises:
-        Mistake: if cuDNN is not there or has no kernel for these shapes and this type.
+        Mistake: if cuDNN is not there or has no kernel for these shapes and this type, or those for
+            TPUs do not take sequences of this length.
     """
     if query_BxTxNxH.dtype != jnp.float64:
+        if implementation == "splash":
+            _block(query_BxTxNxH.shape[1])  # so that a length is refused on any device
+            return jax.lax.platform_dependent(
+                query_BxTxNxH, key_BxTxKxH, value_BxTxKxH, tpu=splash, default=attend)
         try:
             return jax.nn.dot_product_attention(
                 query_BxTxNxH, key_BxTxKxH, value_BxTxKxH, is_causal=True,
@@ -119,3 +127,47 @@ def attend(
     weights_BxKxGxTxS = jax.nn.softmax(jnp.where(seen_TxS, scores, -jnp.inf))
     averaged = jnp.einsum("BKGTS,BSKH->BTKGH", weights_BxKxGxTxS, value_BxTxKxH)
     return averaged.reshape(batch, length, heads, size)
+
+
+def splash(
+    query_BxTxNxH: jax.Array, key_BxTxKxH: jax.Array, value_BxTxKxH: jax.Array,
+    interpret: bool = False,
+) -> jax.Array:
+    """`attend` by JAX's splash attention, kernels for TPUs that skip what is not looked at.
+
+    They never hold the weights of all pairs of tokens, forward or backward (Dao et al.,
+    "FlashAttention", NeurIPS 2022).
+
+    Args:
+        query_BxTxNxH: see `attend`.
+        key_BxTxKxH: see there.
+        value_BxTxKxH: see there.
+        interpret: whether the kernels are run by JAX step by step, on any device.
+
+    Raises:
+        Mistake: if T is no multiple of 128.
+    """
+    # Imported here, as only this needs it.
+    from jax.experimental.pallas.ops.tpu import splash_attention as library
+
+    _, length, heads, size = query_BxTxNxH.shape
+    kernel = library.make_splash_mha(
+        library.MultiHeadMask([library.CausalMask((length, length))] * heads),
+        block_sizes=library.BlockSizes(**dict.fromkeys(
+            ("block_q", "block_kv", "block_q_dkv", "block_kv_dkv", "block_q_dq", "block_kv_dq"),
+            _block(length))),
+        head_shards=1, q_seq_shards=1, interpret=interpret)
+    query_BxTxNxH = query_BxTxNxH * (1.0 / math.sqrt(size))
+    by_heads = (x.swapaxes(1, 2) for x in (query_BxTxNxH, key_BxTxKxH, value_BxTxKxH))
+    return jax.vmap(kernel)(*by_heads).swapaxes(1, 2)
+
+
+def _block(length: int) -> int:
+    """The tokens of a block of `splash`; raises Mistake if it takes no sequences of this length."""
+    for block in BLOCKS:
+        if length % block == 0:
+            return block
+    raise Mistake(
+        f"model.attention is 'splash', whose kernels take sequences of a multiple of {LANES} "
+        f"tokens, but these have {length}; 'xla' takes any."
+    )

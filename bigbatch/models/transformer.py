@@ -119,7 +119,8 @@ class Transformer(nnx.Module):
             not dropped, since no flash kernel takes a key an example.
         epsilon: added to the variance by the normalisations.
         rotary_base: of the angles: feature i turns by base^(-2i/H) a token.
-        attention: "xla", or "cudnn" for the flash kernels of an NVIDIA GPU, in bfloat16 only.
+        attention: "xla", or flash kernels: "cudnn" of an NVIDIA GPU, in bfloat16 only, or "splash"
+            of a TPU, for sequences of a multiple of 128 tokens (elsewhere this is "xla").
         checkpoint_blocks: whether a block's activations are computed again in the backward pass
             instead of kept.
 

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from bigbatch import schedule
 from bigbatch.config import evaluations, make_layouts, noise_layout
 from bigbatch.data import feed
+from bigbatch.job.chips import GIB, GPUS, TPUS
 from bigbatch.mistake import Mistake
 from bigbatch.planning import compiled, topology
 from bigbatch.planning.compiled import Measured
@@ -166,10 +167,8 @@ class _Compiler:
     def memory(self, program: Program) -> int:
         """The bytes on a device while a program runs: its own, and the other arrays of the run."""
         measured = self.measure(program)
-        if not measured.fits:
-            return measured.extra_bytes
         kind, beside = program.kind, 0
-        if kind in (Kind.EVALUATE, Kind.ACCUMULATE):  # which do not read it
+        if kind in (Kind.EVALUATE, Kind.ACCUMULATE):  # of the state they read the parameters only
             beside += _bytes((self.state.opt_state, self.state.average))
         if kind is Kind.EVALUATE:
             beside += _bytes(self.resident)
@@ -182,7 +181,7 @@ class _Compiler:
         if kind is Kind.MEASURE:
             beside += _bytes(self.state)
         if kind in (Kind.UPDATE, Kind.EVALUATE) and self.accumulates:
-            beside += _bytes(update.abstract_sums(self.config, self.net, self.mesh))
+            beside += self._bytes_of_sums()
         if kind in (Kind.UPDATE, Kind.ACCUMULATE):  # the next microbatch is on the device already
             shapes = feed.update_shapes(self.config, self.fields, self.mesh, program.slots)
             beside += _bytes(shapes)
@@ -221,7 +220,7 @@ class _Compiler:
         batches = -(-self.config.data.test_examples // rows)
         described = self._describe([EVALUATE], [batches])
         if not described["fits"]:
-            described["advice"] = (
+            described["advice"] = self._without_room() or (
                 f"a --config.eval_batch_size below {rows // self.mesh.size} needs less")
         return described
 
@@ -239,8 +238,8 @@ class _Compiler:
             `slice`, its `devices` and `chips`; `fits`, `memory_bytes` (the most at any time) and
             `memory_limit_bytes`; summed over all calls `flops`, `seconds` (the compiler's estimate,
             None if it made none; on GPUs a lower bound), `collectives` {kind: [how many, bytes]},
-            `kernels` (0 on TPUs) and `accessed_bytes`; `compile_seconds` of all programs, and their
-            names, `programs`.
+            `kernels` (see `compiled.Measured`) and `accessed_bytes`; `compile_seconds` of all
+            programs, and their names, `programs`.
         """
         calls = [(self.measure(program), count)
                  for program, count in zip(programs, times, strict=True)]
@@ -271,18 +270,17 @@ class _Compiler:
         """The smallest changes that make an update fit: more passes or a larger slice. Where these
         do not help, as where the state alone is too large: a split of it.
         """
-        changes = self._smaller_parts(layout) if self._holds_the_state else []
+        changes = [] if self._without_room() else self._smaller_parts(layout)
+        if found := ", or ".join(changes) or self._split_that_fits(layout):
+            return found
         ghost = self.config.ghost_size
-        return ", or ".join(changes) or self._split_that_fits(layout) or (
-            f"not even one ghost batch of {ghost} has room on a device: a kind of device with "
-            "more memory, or a smaller network, is needed"
-        )
-
-    @property
-    def _holds_the_state(self) -> bool:
-        """Whether there is room for the state and a gradient. If not, no number of passes helps."""
-        gradient = update.abstract_sums(self.config, self.net, self.mesh).gradient
-        return _bytes((self.state, gradient)) <= self.slice.kind.memory_bytes
+        none = f"not even one ghost batch of {ghost} has room on a device"
+        kinds = _kinds_with(max(map(self.memory, programs_of(layout))))
+        if said := self._without_room():
+            return f"{none}: {said}; {kinds}, or a smaller network, is needed"
+        return (f"{none} beside the arrays that a run always keeps there: a --config.ghost_size "
+                f"below {ghost} (batch statistics are then others), {kinds}, or a smaller network, "
+                "is needed")
 
     def _split_that_fits(self, layout: Layout) -> str:
         """The least split of the state with which an update fits, if need be in more passes."""
@@ -293,7 +291,7 @@ class _Compiler:
             other = _Compiler(_split(self.config, key), self.net, self.slice, self.folder,
                               self.show, self.accumulates)
             setting = f"--config.sharding.{key}=True"
-            if not other._holds_the_state:
+            if other._without_room():
                 continue
             if all(map(other.fits, programs_of(layout))):
                 return f"{setting} fits"
@@ -315,6 +313,24 @@ class _Compiler:
         if slots := self._most_slots(Kind.UPDATE, layout):
             changes.append(f"a slice of {-(-layout.ghosts // slots)} devices or more fits")
         return changes
+
+    def _without_room(self) -> str:
+        """What a run always keeps on a device, if that alone is too much for it; "" if not."""
+        state, rest = _bytes(self.state), _bytes((self.resident, self.test))
+        sums, limit = self._bytes_of_sums() * self.accumulates, self.slice.kind.memory_bytes
+        if state + rest + sums <= limit:
+            return ""
+        parts = [f"{what} {_gib(size)} GiB" for what, size in (
+            ("parameters and the optimizer's state take", state),
+            ("the gradients that passes add up", sums), ("the data set", rest)) if size >= GIB / 20]
+        if self.config.sharding.parameters:
+            return (f"{', '.join(parts)} of each device's {_gib(limit)} GiB, so a smaller batch "
+                    "does not help")
+        return (f"{', '.join(parts)}, whole on each device of {_gib(limit)} GiB, so neither a "
+                "smaller batch nor a larger slice of this kind helps")
+
+    def _bytes_of_sums(self) -> int:
+        return _bytes(update.abstract_sums(self.config, self.net, self.mesh))
 
     def _most_slots(self, kind: Kind, layout: Layout) -> int:
         """The most slots, fewer than those of `layout`, with which a program fits; 0 for none."""
@@ -343,6 +359,19 @@ def _split(config: ConfigDict, key: str) -> ConfigDict:
     own = config.copy_and_resolve_references()
     own.sharding.update({name: name == key for name in SPLITS})
     return own
+
+
+def _kinds_with(needed: int) -> str:
+    """The kinds of device that have so many bytes of memory."""
+    kinds = [f"{name} ({_gib(kind.memory_bytes)})" for name, kind in (TPUS | GPUS).items()
+             if kind.memory_bytes >= needed]
+    if not kinds:
+        return f"a device with {_gib(needed)} GiB, which no known kind has"
+    return f"a device with {_gib(needed)} GiB, as {', '.join(kinds)} have"
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f}"
 
 
 def _bytes(shapes: Mapping | Any) -> int:

@@ -9,7 +9,7 @@ import tabulate
 
 from bigbatch.job import chips
 from bigbatch.planning import compare
-from bigbatch.watching.progress import format_seconds
+from bigbatch.watching.progress import format_seconds, format_tokens
 
 
 def of_plan(planned: Mapping[str, Any]) -> str:
@@ -22,7 +22,7 @@ def of_plan(planned: Mapping[str, Any]) -> str:
         [
             phase["index"], phase["name"],
             f"{phase['start_epoch']:.2f} to {phase['end_epoch']:.2f}",
-            *([_short(phase["end_example"] * tokens)] if tokens else []),
+            *([format_tokens(phase["end_example"] * tokens)] if tokens else []),
             _grouped(phase["batch_size"]), _grouped(phase["updates"]), _rate(phase),
             f"{phase['momentum']:g}", *noise_of(phase), *([_scale(phase)] if measured else []),
             f"{phase['lost_epochs']:.3g}",
@@ -57,8 +57,8 @@ def of_plan(planned: Mapping[str, Any]) -> str:
         f"{_grouped(updates)} updates, {_grouped(planned['total_examples'])} examples, "
         f"{planned['total_epochs']:.2f} epochs of {_grouped(planned['train_examples'])}; "
         f"{_grouped(planned['parameters'])} parameters."
-        + (f"\n{_short(planned['total_examples'] * tokens)} tokens, {_grouped(tokens)} an example."
-           if tokens else ""),
+        + (f"\n{format_tokens(planned['total_examples'] * tokens)} tokens, {_grouped(tokens)} an "
+           "example." if tokens else ""),
     ]
     if updates < constant["updates"]:
         paragraphs.append(
@@ -115,12 +115,24 @@ def _compiled_paragraphs(compiled: Mapping[str, Any]) -> list[str]:
         _table(["", "slice", "devices", "compile s", "memory GiB", "of GiB", "Tflop", "collectives",
                 "MB reduced", "about ms", "fits"], rows),
     ]
-    lines += [textwrap.fill(f"{name} does not fit on {row['slice']}: {row['advice']}.", 100)
-              for name, row in named if not row["fits"]]
+    too_large: dict[tuple[str, str], list[str]] = {}
+    for name, row in named:
+        if not row["fits"]:
+            too_large.setdefault((row["slice"], row["advice"]), []).append(name)
+    lines += [
+        textwrap.fill(f"{', '.join(names)} {'do' if len(names) > 1 else 'does'} not fit on "
+                      f"{slice_name}: {advice}.", 100)
+        for (slice_name, advice), names in too_large.items()]
     lines += [textwrap.fill(_state_sentence(name, sizes), 100)
               for name, sizes in compiled["states"].items() if sizes["parameters"] < sizes[""]]
+    with_kernels = [(name, row) for name, row in named if row["kernels"]]
+    if unknown := [f"{name} {row['kernels']}" for name, row in with_kernels if not _on_gpu(row)]:
+        lines.append(textwrap.fill(
+            "Operations and times leave out kernels that were written by hand, such as those of "
+            f"model.attention='splash', into which the compiler does not look: {', '.join(unknown)}"
+            ". Plan with 'xla' for the whole of the work.", 100))
     if kernels := [f"{name} {row['kernels']} and {row['accessed_bytes'] / 1e9:.3g} GB"
-                   for name, row in named if row["kernels"]]:
+                   for name, row in with_kernels if _on_gpu(row)]:
         lines.append(textwrap.fill(
             f"Kernels, and what they read and write: {', '.join(kernels)}. No GPU was there to try "
             "algorithms on, and times are the least that memory or matrix units allow; real ones "
@@ -141,6 +153,10 @@ def _state_sentence(name: str, sizes: Mapping[str, int]) -> str:
     return (f"The state takes {whole} of each device of {name} if it is whole there, {optimizer} "
             f"with --config.sharding.optimizer=True and {parameters} with "
             "--config.sharding.parameters=True.")
+
+
+def _on_gpu(row: Mapping[str, Any]) -> bool:
+    return row["slice"].startswith(tuple(chips.GPUS))
 
 
 def of_strategies(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -185,11 +201,6 @@ def _scale(phase: Mapping[str, Any]) -> str:
 def _rate(phase: Mapping[str, Any]) -> str:
     start, end = phase["learning_rate"], phase["learning_rate_end"]
     return f"{start:.4g}" if start == end else f"{start:.4g} to {end:.4g}"
-
-
-def _short(tokens: int) -> str:
-    """A number of tokens in four digits: 512, 2.5e9."""
-    return f"{tokens:.4g}".replace("e+0", "e").replace("e+", "e")
 
 
 def _grouped(number: int) -> str:

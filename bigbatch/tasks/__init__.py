@@ -1,9 +1,9 @@
 """What is learned: the arrays of an example, what the network sees of them, and how it is judged.
 
-`config.task` is the dotted path of a task: of a module (or of an object) with these four functions.
-All are pure but `load`. B is the examples that one device takes in one pass: whole ghost batches,
-`config.ghost_size` neighbours each. So nothing may depend on how many there are, nor mix the
-examples of one ghost batch with those of another.
+`config.task` is the dotted path of a task: of a module (or of an object) with these functions, of
+which the first four must be there. All are pure but `load` and `about`. B is the examples that one
+device takes in one pass: whole ghost batches, `config.ghost_size` neighbours each. So nothing may
+depend on how many there are, nor mix the examples of one ghost batch with those of another.
 
     fields(config) -> {name: Field(shape, dtype)}
         The arrays of one example as `load` has them, such as images uint8 (H, W, C) and labels
@@ -32,6 +32,14 @@ examples of one ghost batch with those of another.
     derived(config, means) -> {name: number}
         May be left out. Numbers that follow from the means of a batch or of the test set, such as
         a perplexity from the "loss", to be reported beside them; `means` are floats by name.
+
+    tokens(config) -> int
+        May be left out. The tokens of an example. Lengths may then be stated in tokens, and
+        positions are shown in tokens beside epochs.
+
+    about(config) -> {name: JSON value}
+        May be left out. What tells the data from other data of the same config, such as a version
+        or a checksum; each start of a run writes it into timing.jsonl.
 
 Keys of a task's own are in `config.task_options`. `config.data.num_classes` is what the network
 function gets as its first argument: the width of its output, whatever the task makes of it.

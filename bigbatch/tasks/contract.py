@@ -4,6 +4,7 @@ Everything here is told from shapes, before anything is compiled. What each func
 and returns stands in `bigbatch.tasks`.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ class Task(NamedTuple):
     losses: Callable
     load: Callable
     derived: Callable  # returns {} where the task has none
+    about: Callable  # the same
 
 
 def task_of(config: ConfigDict) -> Task:
@@ -45,7 +47,9 @@ def task_of(config: ConfigDict) -> Task:
             f"has {', '.join(FUNCTIONS)} (docs/tasks.md)."
         )
     functions = (getattr(found, one) for one in FUNCTIONS)
-    return Task(name, *functions, getattr(found, "derived", lambda config, means: {}))
+    return Task(
+        name, *functions, getattr(found, "derived", lambda config, means: {}),
+        getattr(found, "about", lambda config: {}))
 
 
 def fields_of(config: ConfigDict, task: Task) -> dict[str, Field]:
@@ -102,6 +106,24 @@ def load(config: ConfigDict, task: Task) -> InMemory | Streamed:
                 f"{len(split)}."
             )
     return data
+
+
+def about(config: ConfigDict, task: Task) -> dict[str, Any]:
+    """What a record of a run says of its data; see `bigbatch.tasks`.
+
+    Raises:
+        Mistake: what the task raises, or if its `about` returns no dict of JSON values.
+    """
+    found = task.about(config)
+    try:
+        if not isinstance(found, Mapping):
+            raise TypeError(f"it is {_kind(found)}")
+        return json.loads(json.dumps(dict(found)))
+    except (TypeError, ValueError) as error:
+        raise Mistake(
+            f"{task.name}.about must return a dict of JSON values (texts, numbers, lists, dicts), "
+            f"which a log can hold: {error}."
+        ) from None
 
 
 def _check_arrays(

@@ -58,8 +58,9 @@ def losses(
     logits = outputs_BxTxV.astype(jnp.promote_types(outputs_BxTxV.dtype, jnp.float32))
     counts_BxT = targets["counts"]
     whole = jax.nn.logsumexp(logits, axis=-1)
-    wanted = jnp.take_along_axis(logits, targets["tokens"][..., None], axis=-1)[..., 0]
-    losses_BxT = whole - wanted
+    # Not `take_along_axis`, whose derivative is a scatter: this one is fused with the others.
+    is_wanted = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2) == targets["tokens"][..., None]
+    losses_BxT = whole - jnp.sum(jnp.where(is_wanted, logits, 0.0), axis=-1)
     weights_B = jnp.sum(counts_BxT, axis=1).astype(logits.dtype)
 
     def summed(values_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:

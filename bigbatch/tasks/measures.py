@@ -40,14 +40,15 @@ def add_up(
     """
     examples = len(counts_B)
 
-    def masked(array: jax.Array) -> jax.Array:
-        return jnp.where(counts_B.reshape(-1, *[1] * (array.ndim - 1)), array, 0)
+    def masked(array: jax.Array, elsewhere: jax.Array | float = 0) -> jax.Array:
+        return jnp.where(counts_B.reshape(-1, *[1] * (array.ndim - 1)), array, elsewhere)
 
     # To mask the values alone is not enough: if one is not finite in a padding slot, 0 times its
-    # derivative is nan.
+    # derivative is nan. So derivatives by the outputs are masked too. The outputs themselves are
+    # not: where they are many, as the logits of tokens, another pass over them takes time.
     outputs_B = jax.tree.map(
-        lambda leaf: masked(leaf) if getattr(leaf, "shape", ())[:1] == (examples,) else leaf,
-        outputs_B)
+        lambda leaf: masked(leaf, jax.lax.stop_gradient(leaf))
+        if getattr(leaf, "shape", ())[:1] == (examples,) else leaf, outputs_B)
     found = contract.losses(config, task, outputs_B, targets_B, examples)
     weights_B = masked(found.get("objective", found["loss"])[1])
     sums = {name: (jnp.sum(masked(values)), jnp.sum(masked(weights)))

@@ -47,6 +47,10 @@ class Log:
         """Shows a line, which no file keeps."""
         self._display.line(text)
 
+    def position(self, examples_seen: int) -> str:
+        """A position as it is shown; see `progress.position`."""
+        return self._display.position(examples_seen)
+
     def timing(self, event: str, examples_seen: int, **fields: Any) -> None:
         """Adds an event to timing.jsonl."""
         self._write("timing", {"event": event, "examples_seen": examples_seen, **fields})
@@ -101,7 +105,7 @@ class Log:
         if f"test_{shown}" in event:
             averaged = event.get(f"test_{shown}_average")
             self.line(
-                f"epoch {event['epoch']:.2f}, update {event['updates']}: train loss "
+                f"{self.position(event['examples_seen'])}, update {event['updates']}: train loss "
                 f"{event['train_loss']:.4f}, test {shown} {event[f'test_{shown}']:.4f}"
                 + (f" (of the averaged weights {averaged:.4f})" if averaged is not None else "")
                 + _noise(event)

@@ -44,6 +44,23 @@ def format_seconds(seconds: float | None) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes:02}:{rest:02}"
 
 
+def position(examples_seen: int, examples: int, tokens: int | None) -> str:
+    """Where a run is: "epoch 1.50", or "epoch 1.50, 2.5e9 tokens".
+
+    Args:
+        examples_seen: the position.
+        examples: N, the examples of an epoch.
+        tokens: of an example; None if the task has none.
+    """
+    epoch = f"epoch {examples_seen / examples:.2f}"
+    return f"{epoch}, {format_tokens(examples_seen * tokens)} tokens" if tokens else epoch
+
+
+def format_tokens(tokens: int) -> str:
+    """A number of tokens in four digits: 512, 2.5e9."""
+    return f"{tokens:.4g}".replace("e+0", "e").replace("e+", "e")
+
+
 def describe(phase: Phase, phases: Sequence[Phase]) -> str:
     """One line that is shown when a phase begins."""
     rate = f"{phase.learning_rate:g}"
@@ -64,9 +81,11 @@ def describe_shares(shares: Mapping[str, float], seconds: float) -> str:
 class Display:
     """Shows lines on stderr, and a bar if that is a terminal; nothing if `shown` is False."""
 
-    def __init__(self, phases: Sequence[Phase], examples: int, shown: bool = True):
-        """`examples` is N, the examples of an epoch; positions are shown in epochs."""
-        self._phases, self._examples = phases, examples
+    def __init__(
+        self, phases: Sequence[Phase], examples: int, tokens: int | None = None, shown: bool = True
+    ):
+        """`examples` and `tokens` say in what positions are shown; see `position`."""
+        self._phases, self._examples, self._tokens = phases, examples, tokens
         self._console = Console(file=unbreakable(sys.stderr), quiet=not shown, soft_wrap=True)
         self._bar = Progress(
             BarColumn(), TaskProgressColumn(), TextColumn("{task.description}"),
@@ -79,13 +98,16 @@ class Display:
         """Prints a line, above the bar if there is one."""
         self._console.print(text, highlight=False, markup=False)
 
+    def position(self, examples_seen: int) -> str:
+        """A position as it is shown; see the function of this name."""
+        return position(examples_seen, self._examples, self._tokens)
+
     def advance(self, examples_seen: int, seconds_per_update: Mapping[int, float]) -> None:
         """Moves the bar to a position; see `seconds_to_go` for the arguments."""
         left = seconds_to_go(self._phases, examples_seen, seconds_per_update)
         self._bar.update(
             self._task, completed=examples_seen,
-            description=f"epoch {examples_seen / self._examples:.2f}, "
-            f"{format_seconds(left)} to go",
+            description=f"{self.position(examples_seen)}, {format_seconds(left)} to go",
         )
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from bigbatch.config import make_recipe
-from bigbatch.data import augment, sources
+from bigbatch.data import augment
 from bigbatch.data.resident import lay_out
 from bigbatch.job.devices import compiler_options, cut, make_mesh, place, replicated
 from bigbatch.programs.compilation import programs_of
@@ -16,6 +16,7 @@ from bigbatch.programs.dispatch import as_rates, room_for_sums, take_update
 from bigbatch.programs.lowering import lower_update
 from bigbatch.schedule import order, rates_at
 from bigbatch.schedule.layout import lay_out_examples, make_layout
+from bigbatch.tasks import contract
 from bigbatch.update import network, update
 from experiments.figures import load_config
 
@@ -78,15 +79,16 @@ class BareUpdate:
         """Args:
         config: of a run; `recipe.batch_size` and `microbatches` are read.
         net: replaces the network that the config names.
-        augmented: whether images lie on the device as uint8 and each update augments them.
-            Otherwise they lie there as the network gets them, without augmentation.
+        augmented: whether the training set lies on the device as a run has it, and each update
+            takes its examples from there and prepares them. Otherwise images lie there as the
+            network gets them, without augmentation.
         """
         self.mesh = mesh = make_mesh(jax.devices()[:1])
         net = net or network.build(config)
         self.functions = update.make_update(config, net, mesh, None if augmented else given)
         state = update.init_state(config, net)
         self.state = place(jax.tree.map(np.asarray, state), replicated(mesh))
-        dataset = sources.load(config.data)
+        train = contract.load(config, contract.task_of(config)).train
         records_Bx3 = order.records(
             config.seed, 0, config.recipe.batch_size, config.data.train_examples)
         layout = make_layout(
@@ -94,8 +96,7 @@ class BareUpdate:
             config.microbatches)
         resident: dict[str, Any] = {"seed": np.uint32(config.seed)}
         if augmented:
-            resident |= {
-                "images": lay_out(dataset.train_images), "labels": lay_out(dataset.train_labels)}
+            resident |= {name: lay_out(arrays) for name, arrays in train.items()}
         self.resident = place(resident, replicated(mesh))
         self.batches = []
         for examples in lay_out_examples(records_Bx3, layout, config.ghost_size):
@@ -103,9 +104,9 @@ class BareUpdate:
             if not augmented:
                 record = examples[:, 0]
                 batch |= {"images": augment.normalise(
-                              dataset.train_images[record], config.data.mean, config.data.std,
+                              train["images"][record], config.data.mean, config.data.std,
                               config.dtype),
-                          "labels": dataset.train_labels[record]}
+                          "labels": train["labels"][record]}
             self.batches.append(place(batch, cut(mesh)))
         dtype = jax.tree.leaves(self.state.params)[0].dtype
         recipe = make_recipe(config)

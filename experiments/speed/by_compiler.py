@@ -4,11 +4,12 @@
 
 Compiles each network's update for one host of each kind, with all it does from uint8 to new
 parameters; on some also with images that lie ready on the device (what the input costs), and for
-ResNet-50 Flax's ImageNet example, whose images lie ready too. Writes the record and prints the
-table of docs/speed.md. Where an update has become slower or larger than the record says by more
-than 3 %, it says so and ends with status 1, and the record stays; with --accept it is written
-anyway. --only takes the rows whose text has all of these words, such as ResNet-50,v5litepod-8.
-Programs that were compiled before are not compiled again.
+ResNet-50 Flax's ImageNet example, whose images lie ready too. GPT-2 small's is beside a plain step
+of Flax and Optax; its attention is XLA's, since the compiler estimates no time for kernels. Writes
+the record and prints the table of docs/speed.md. Where an update has become slower or larger than
+the record says by more than 3 %, it says so and ends with status 1, and the record stays; with
+--accept it is written anyway. --only takes the rows whose text has all of these words, such as
+ResNet-50,v5litepod-8. Programs that were compiled before are not compiled again.
 
 The times are estimates: cycles of all instructions, without reductions between devices. For the
 GPU they are the least that launches, memory or matrix units allow.
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -31,6 +33,7 @@ from bigbatch.data import feed
 from bigbatch.job import chips
 from bigbatch.job.devices import AXIS, cut, replicated
 from bigbatch.mistake import Mistake
+from bigbatch.models.transformer import Transformer
 from bigbatch.planning import compiled, topology
 from bigbatch.programs.compilation import Kind, Program
 from bigbatch.programs.lowering import lower_update, lowering
@@ -42,7 +45,7 @@ from experiments.command_line import one_line_errors
 from experiments.figures import REPOSITORY, load_config
 from experiments.growth import grown
 from experiments.markdown_table import markdown_table
-from experiments.speed import flax_resnet
+from experiments.speed import flax_resnet, plain_transformer
 from experiments.speed.bare import given
 
 RECORD = REPOSITORY / "experiments/records/updates_by_compiler.json"
@@ -50,9 +53,12 @@ CONFIGS = {
     "ResNet-50": "configs/imagenet_resnet50.py:batch_8k",
     "Inception-ResNet-V2": "configs/imagenet_inception_resnet_v2.py:figure6_decay",
     "WRN-16-4": "configs/cifar10.py:decay,dtype=bfloat16",
+    "GPT-2 small": "configs/language.py:gpt_124m,model.attention=xla",
 }
-# Images a device: what a core of the paper's pods takes, and the most that the config allows.
+# Images a device: what a core of the paper's pods takes, and the most that the config allows. Of
+# GPT-2 sequences of 1024 tokens.
 IMAGES = {"ResNet-50": (32, 128), "Inception-ResNet-V2": (32, 64), "WRN-16-4": (128, 640)}
+SEQUENCES = 16
 SLICES = ("v2-8", "v5litepod-8", "v6e-8", "v3-8", "h100-1")
 WHOLE, FED, FLAX = "whole", "fed", "flax"
 # A case takes minutes, so not each is on each slice: with the most images, beside Flax's example,
@@ -62,13 +68,15 @@ BESIDE_FLAX = ("v2-8", "v5litepod-8", "v6e-8")
 FED_ON = ("v2-8", "v5litepod-8")
 
 
+
+
 class Case(NamedTuple):
     """An update to compile."""
 
     network: str  # a key of CONFIGS
     slice: str
     images: int  # on each device
-    work: str  # WHOLE, with FED images, or that of FLAX's example
+    work: str  # WHOLE, with FED images, or FLAX: that of the example, or a plain step
 
 
 def _cases() -> Iterator[Case]:
@@ -83,6 +91,8 @@ def _cases() -> Iterator[Case]:
     for slice_name in BESIDE_FLAX:
         yield Case("ResNet-50", slice_name, IMAGES["ResNet-50"][0], FLAX)
     yield Case("ResNet-50", "v5litepod-8", IMAGES["ResNet-50"][1], FLAX)
+    for work in (WHOLE, FLAX):
+        yield Case("GPT-2 small", "v5litepod-8", SEQUENCES, work)
 
 
 CASES = list(_cases())
@@ -96,6 +106,8 @@ def lower(case: Case, mesh: Mesh) -> jax.stages.Lowered:
     def shape(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=cut(mesh))
 
+    if case.work == FLAX and case.network == "GPT-2 small":
+        return _lower_plain(config, mesh, shape((count, config.data.options.length + 1), np.int32))
     images, labels = shape((count, size, size, 3), config.dtype), shape((count,), np.int32)
     if case.work == FLAX:
         return _lower_flax(config, mesh, images, labels)
@@ -129,6 +141,23 @@ def _lower_flax(
     return jax.jit(mapped, donate_argnums=0).lower(state, images, labels)
 
 
+def _lower_plain(
+    config: ConfigDict, mesh: Mesh, tokens: jax.ShapeDtypeStruct
+) -> jax.stages.Lowered:
+    """Lowers the plain step of a language model, one part of the batch on each device."""
+    module = nnx.eval_shape(lambda: Transformer(
+        config.data.num_classes, jnp.dtype(config.dtype), nnx.Rngs(0), **config.model.to_dict()))
+    init, step = plain_transformer.make_step(
+        module, config.recipe.learning_rate, config.recipe.momentum, config.optimizer.beta2,
+        config.optimizer.weight_decay, AXIS)
+    state = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
+        jax.eval_shape(init, nnx.to_pure_dict(nnx.state(module, nnx.Param))))
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(),
+                           check_vma=False)
+    return jax.jit(mapped, donate_argnums=0).lower(state, tokens)
+
+
 def measure(case: Case, folder: Path) -> dict[str, Any]:
     """The case's row of the record: its fields, the compiler and what `compiled.Measured` has."""
     found = topology.parse(case.slice)
@@ -157,7 +186,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A line of Markdown for each network, slice and number of images."""
     known = {_case(row): row for row in rows}
     return markdown_table(
-        ["network", "slice", "images a device", "ms", "of the peak", "GiB", "GB accessed",
+        ["network", "slice", "examples a device", "ms", "of the peak", "GiB", "GB accessed",
          "kernels", "over fed ready", "Flax, ms", "over Flax's time", "Flax, GiB",
          "over Flax's memory", "operations, ours / Flax", "instructions, ours / Flax"],
         [_line(case, row, *(known.get(case._replace(work=work)) for work in (FED, FLAX)))

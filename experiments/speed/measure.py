@@ -46,10 +46,11 @@ def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
 
 
 def beside(
-    name: str, setting: str, target: str, rows: Mapping[str, Callable[[], None]], repeats: int
+    name: str, setting: str, target: str, rows: Mapping[str, Callable[[], None]], repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Measurement:
     """The seconds of the first of two rows over those of the second; see `paired`."""
-    seconds = paired(rows, repeats)
+    seconds = paired(rows, repeats, clock)
     return Measurement(name, setting, target, "x", ratios(*seconds.values()), seconds=seconds)
 
 

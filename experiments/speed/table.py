@@ -17,7 +17,15 @@ import time
 from pathlib import Path
 
 from experiments import provenance
-from experiments.speed import new_machine, peers, seeds_together, starts, updates, whole_runs
+from experiments.speed import (
+    language,
+    new_machine,
+    peers,
+    seeds_together,
+    starts,
+    updates,
+    whole_runs,
+)
 from experiments.speed.measure import Measurement, markdown
 
 # Each is a function of (repeats, short) that gives measurements.
@@ -31,6 +39,7 @@ BENCHMARKS = {
     "flax_example": peers.flax_example,
     "flax_norm": peers.flax_norm,
     "pytorch": peers.pytorch,
+    "language": language.language,
     "accumulation": updates.accumulation,
     "resident_input": updates.resident_input,
     "dispatch": updates.several_a_dispatch,

@@ -7,6 +7,7 @@ import pytest
 
 from experiments import curves, demo, figures, logs, provenance, records, reproduce
 from experiments.speed import measure
+from tests import soak
 from tests.support.started import REPOSITORY
 from tests.support.tables import rows_of
 
@@ -24,6 +25,18 @@ def test_every_record_that_is_named_is_there():
     assert len(named) > 3
     missing = [name for name in named if not (REPOSITORY / name).exists()]
     assert not missing
+
+
+def test_no_sitting_of_the_soak_has_lost_anything(tmp_path):
+    """And what stands at its top is the sum."""
+    record = json.loads((RECORDS / "soak.json").read_text(encoding="utf-8"))
+    for sitting in record["sittings"]:
+        assert {sitting["counts"][loss] for loss in soak.LOSSES} == {0}
+        assert sitting["counts"]["kills"] == sum(
+            count for name, count in sitting["counts"].items() if name.startswith("kills: "))
+    soak.add_to_record(tmp_path / "again.json", record["sittings"])
+    assert json.loads((tmp_path / "again.json").read_text(encoding="utf-8")) == record
+    assert record["total"]["kills"] >= 60 and record["total"]["corruptions"] >= 207
 
 
 def test_the_small_scales_tables_are_drawn_again_from_its_logs(tmp_path):
@@ -65,6 +78,11 @@ def test_the_page_on_speed_has_the_table_of_its_record():
     page = rows_of((REPOSITORY / "docs" / "speed.md").read_text(encoding="utf-8"))
     made = rows_of(measure.markdown(found, record["hardware"]))
     assert len(made) > 20 and [row for row in made if row not in page] == []
+    record = json.loads((RECORDS / "2026-11-26_language_speed.json").read_text(encoding="utf-8"))
+    found = [measure.Measurement(*(row[name] for name in measure.Measurement._fields))
+             for row in record["measurements"]]
+    made = rows_of(measure.markdown(found, record["hardware"]))
+    assert len(made) == 4 and [row for row in made if row not in page] == []
 
 
 def test_the_language_models_table_is_drawn_again_and_is_that_of_the_page(tmp_path):

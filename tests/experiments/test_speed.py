@@ -16,9 +16,10 @@ from bigbatch import train
 from bigbatch.models.resnet import ResNet
 from bigbatch.update import network
 from bigbatch.update.update import init_state
-from experiments.speed import flax_resnet, measure, whole_runs
+from experiments.speed import flax_resnet, language, measure, whole_runs
 from experiments.speed.bare import BareUpdate
 from experiments.speed.peers import with_flax_norm
+from tests.models import test_transformer
 from tests.support.configs import load, tiny
 from tests.support.tables import rows_of
 from tests.support.updates import NO_AUGMENTATION, conv_net, distance, inputs, prepare, training_set
@@ -81,6 +82,33 @@ def test_the_pytorch_network_is_the_same_function():
     with torch.no_grad():
         expected = theirs(torch.tensor(images.transpose(0, 3, 1, 2))).numpy()
     np.testing.assert_allclose(ours, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_the_pytorch_llama_is_the_same_function():
+    torch = pytest.importorskip("torch")
+    from experiments.speed import torch_llama
+
+    jax.config.update("jax_enable_x64", True)
+    run, params = test_transformer.of_parameters("float64")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        theirs = torch_llama.Llama(
+            test_transformer.VOCABULARY, test_transformer.LENGTH, **test_transformer.SMALL)
+    finally:
+        torch.set_default_dtype(before)
+    torch_llama.fill(theirs, params)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(test_transformer.TOKENS).long()).numpy()
+    np.testing.assert_allclose(jax.jit(run)(params), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.slow
+def test_a_plain_step_and_pytorchs_learn_what_the_update_does():
+    """The benchmark fails where the losses of two updates are not equal."""
+    *plain, torchs = language.language(1, short=True)
+    assert [len(row.values) for row in plain] == [1, 1]
+    assert len(torchs.values) == (1 if torchs.seconds else 0)
 
 
 def test_fixed_tensors_are_what_the_network_gets_unaugmented():

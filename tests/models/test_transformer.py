@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from bigbatch.mistake import Mistake
-from bigbatch.models.attention import attend, rotary_angles, rotate
+from bigbatch.models.attention import attend, rotary_angles, rotate, splash
 from bigbatch.models.transformer import Transformer
 from bigbatch.update import dependence_rules, independence, noise
 from tests.support.network_checks import count, keys, random_state
@@ -186,6 +186,36 @@ def test_the_library_attention_is_the_one_that_is_written_out(float64):
     np.testing.assert_allclose(found, attend(query, key, value), rtol=1e-5, atol=1e-5)
 
 
+def test_the_kernels_for_tpus_are_the_librarys_attention():
+    """Interpreted, with their gradients, over three blocks and in groups of heads."""
+    random = np.random.default_rng(1)
+    arrays = [jnp.float32(random.normal(size=(1, 384, heads, 8))) for heads in (4, 2, 2, 4)]
+
+    def computed(function):
+        def both(*given):
+            result, pull = jax.vjp(function, *given[:3])
+            return result, *pull(given[3])
+
+        return jax.jit(both)(*arrays)
+
+    pairs = zip(computed(partial(splash, interpret=True)), computed(attend), strict=True)
+    for found, expected in pairs:
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    here = jax.jit(lambda *given: attend(*given, "splash"))  # where there is no TPU
+    np.testing.assert_array_equal(here(*arrays[:3]), jax.jit(attend)(*arrays[:3]))
+    with pytest.raises(Mistake, match="'splash', whose kernels take sequences of a multiple of 128 "
+                                      "tokens, but these have 100; 'xla' takes any"):
+        attend(*(x[:, :100] for x in arrays[:3]), "splash")
+
+
+def test_that_the_kernels_for_tpus_keep_examples_apart_is_seen():
+    array = jax.ShapeDtypeStruct((4, 128, 2, 8), jnp.float32)
+    for keys_from, apart in ((lambda x: x, True), (lambda x: jnp.roll(x, 1, axis=0), False)):
+        shape, found = independence.trace(
+            lambda _, x, keys_from=keys_from: attend(x, keys_from(x), x, "splash"), {}, array)
+        assert independence.is_apart(found, shape.shape) is apart
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_token_changes_no_logits_before_it(kind):
     run, params = of_parameters(**KINDS[kind])
@@ -356,7 +386,7 @@ def test_parameters_have_names_by_block_and_begin_as_gpt_2s():
     ({"norm": "batch"}, "model.norm is 'batch'; it must be rms or layer"),
     ({"positions": "alibi"}, "model.positions is 'alibi'; it must be rotary or learned"),
     ({"activation": "relu"}, "model.activation is 'relu'; it must be swiglu or gelu"),
-    ({"attention": "flash"}, "model.attention is 'flash'; it must be xla or cudnn"),
+    ({"attention": "flash"}, "model.attention is 'flash'; it must be xla or cudnn or splash"),
     ({"positions": "learned"}, "model.max_length is None; learned positions need the longest"),
     ({"attention": "cudnn"}, "is 'cudnn', .* config.dtype is float32; set model.attention='xla'"),
 ])

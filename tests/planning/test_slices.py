@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 
@@ -23,7 +24,7 @@ from bigbatch.planning import compare, compiled, slices, tables, topology
 from bigbatch.update import network
 from experiments.slices import PRESETS, SLICES, table
 from tests.conftest import REPOSITORY
-from tests.support import configs
+from tests.support import configs, small_language
 from tests.support.tables import rows_of
 
 
@@ -238,11 +239,32 @@ def test_a_plan_that_does_not_fit_ends_with_status_1(libtpu, tmp_path):
         "    return config\n", encoding="utf-8")
     status, output, _ = run_plan(f"--config={config}", "--topology=v2:1x1", "--plan_cache=")
     assert status == 1
-    assert "0 does not fit on v2:1x1: not even one ghost batch of 16 has room" in (
-        " ".join(output.split()))
+    gib = 65 * 4 * classes / chips.GIB  # of the parameters, and as much of momentum
+    said = ("0 does not fit on v2:1x1: not even one ghost batch of 16 has room on a device: "
+            f"parameters and the optimizer's state take {2 * gib:.1f} GiB, whole on each device of "
+            "7.5 GiB, so neither a smaller batch nor a larger slice of this kind helps; a device "
+            "with ")
+    told = " ".join(output.split())
+    assert said in told
+    assert re.search(r"with [\d.]+ GiB, as .*h200 \(104.8\) have, or a smaller network, is n", told)
     (row,) = [line.split() for line in output.splitlines() if line.split()[:2] == ["0", "v2:1x1"]]
-    assert float(row[4]) > 2 * 65 * 4 * classes / chips.GIB > float(row[5])
+    assert float(row[4]) > 2 * gib > float(row[5])
     assert row[-1] == "no"
+
+
+def test_flash_attention_is_three_kernels_a_block_and_a_plan_says_what_it_leaves_out(
+    libtpu, tmp_path
+):
+    """Forward, and backward for queries, and for keys with values; `test_transformer` runs them."""
+    config = small_language.get_config("small,dtype=bfloat16,recipe.falls=()")
+    config.data.options.length = 128
+    with config.unlocked():
+        config.model.attention = "splash"
+    phases = make_phases(config)
+    told = slices.compile_for(config, phases, slices.parse("v5litepod:1x1", phases), tmp_path)
+    assert told["fits"] and [row["kernels"] for row in told["phases"]] == [3 * config.model.blocks]
+    text = " ".join(tables._compiled_paragraphs(told))
+    assert "leave out kernels that were written by hand" in text and "No GPU" not in text
 
 
 def test_strategies_are_compared_by_what_the_compiler_says(libtpu, tmp_path):

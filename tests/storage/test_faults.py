@@ -45,13 +45,14 @@ def whole(tmp_path_factory):
 
 
 def test_a_soak_of_kills_and_spoiled_checkpoints_loses_no_bit(tmp_path):
-    """The short form of `make soak`: a kill after a save, and one and a damage at a new phase."""
-    found = soak.soak(tmp_path, kills=2, seed=64, run=SOAKED)
-    assert found.kills.total() == 2
-    assert found.resumes > 0 and found.spoiled > 0, found
-    assert found.bits_different == 0
-    assert found.same_metrics, "metrics.jsonl differs from that of a run never killed"
-    assert found.detected == found.spoiled
+    """The short form of `make soak`, and its record of two sittings."""
+    found = soak.soak(tmp_path, kills=2, corruptions=20, seed=64, run=SOAKED)
+    assert (found["kills"], found["corruptions"], found["runs"]) == (2, 20, 1)
+    assert found["resumes"] > 0, found
+    assert {loss: found[loss] for loss in soak.LOSSES} == dict.fromkeys(soak.LOSSES, 0)
+    soak.add_to_record(tmp_path / "record.json", [{"counts": found}, {"counts": {"kills": 3}}])
+    total = json.loads((tmp_path / "record.json").read_text())["total"]
+    assert total == found | {"kills": 5}
 
 
 def test_a_cut_cache_entry_costs_one_recompile(tmp_path):

@@ -129,6 +129,12 @@ class Words:
         found = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         return {"loss": ((found * counts).sum(axis=1), counts.sum(axis=1))}
 
+    def tokens(config):
+        return 8
+
+    def about(config):
+        return {"letters": "made up", "lengths": (2, 9)}
+
     def load(config):
         train, test = (letters(examples) for examples in (
             config.data.train_examples, config.data.test_examples))

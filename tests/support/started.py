@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -115,7 +116,11 @@ def wait_until(
 
 def bits_different(workdir: Path, other: Path) -> int:
     """How many bits of parameters, statistics and optimizer state differ between two runs' ends."""
-    first, second = (checkpoint.load(folder) for folder in (workdir, other))
+    return bits_between(*(checkpoint.load(folder) for folder in (workdir, other)))
+
+
+def bits_between(first: Any, second: Any) -> int:
+    """How many bits differ between two trees of the same arrays."""
     assert jax.tree.structure(first) == jax.tree.structure(second)
     count = 0
     for leaf, twin in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):

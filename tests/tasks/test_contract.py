@@ -106,6 +106,12 @@ REFUSED = {
     "fewer_examples": (
         arrays(images=np.zeros((9, 8, 8, 1), np.uint8), labels=np.zeros(9, np.int32)),
         "has 9 examples for train, but config.data.train_examples is 1437: set --config.data.trai"),
+    "about_as_a_list": (
+        task(about=lambda config: ["3.13"]),
+        r"about must return a dict of JSON values \(texts, .* a log can hold: it is a list of 1"),
+    "about_arrays": (
+        task(about=lambda config: {"tokens": np.arange(3)}),
+        "about must return a dict .*: Object of type ndarray is not JSON"),
     "no_array": (arrays(labels=[0] * EXAMPLES), "has a list of 1437 for labels of train; it must"),
 }
 globals().update({name: kind for name, (kind, _) in REFUSED.items()})

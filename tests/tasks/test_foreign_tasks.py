@@ -68,15 +68,21 @@ def test_a_task_of_a_users_own_is_trained_evaluated_and_continued(name, tmp_path
     assert found["test_loss"] == pytest.approx(last["test_loss"], rel=1e-6)
     (board,) = list((tmp_path / "tensorboard").iterdir())[-1:]
     assert b"test_loss" in board.read_bytes()
+    starts = [event.get("data") for event in read_events(tmp_path / "timing.jsonl")
+              if event["event"] == "start"]
+    about = {"letters": "made up", "lengths": [2, 9]} if name == "Words" else None
+    assert starts == [about, about]
     if name == "Regression":
         assert last["test_deviation"] == pytest.approx(last["test_loss"] ** 0.5)
 
 
 def test_what_is_shown_is_the_accuracy_or_else_the_loss(tmp_path, capsys):
-    for name, shown in (("Words", "test loss"), ("ClassWeights", "test accuracy")):
+    for name, at, shown in (("Words", "epoch 0.50, 1920 tokens", "test loss"),
+                            ("ClassWeights", "epoch 0.50", "test accuracy")):
         train.train_and_evaluate(
             task_config(name, "recipe.epochs=0.5", "recipe.falls=()"), tmp_path / name)
-        assert re.search(rf"train loss \d\.\d+, {shown} \d\.\d+\n", capsys.readouterr().err)
+        assert re.search(rf"{at}, update \d+: train loss \d\.\d+, {shown} \d\.\d+\n",
+                         capsys.readouterr().err)
 
 
 # --- means are over weights, however the batch is cut --------------------------------------------

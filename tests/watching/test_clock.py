@@ -76,7 +76,8 @@ def run(monkeypatch, passes, input_seconds=0.0, every=None):
     calls = [accumulate] if passes > 1 else []
     calls.append(lambda *_: (None, measured()))
     clock = Clock(None, 0)
-    display = SimpleNamespace(line=lambda text: None, advance=lambda *_: None)
+    display = SimpleNamespace(
+        line=lambda text: None, advance=lambda *_: None, position=lambda examples_seen: "")
     nothing = SimpleNamespace(
         before=lambda *_: None, after=lambda *_: None, wait=lambda: None, newest=0,
         raise_failures=lambda: None, start=lambda *_: 0.0, begin=lambda *_: (None, None),

@@ -25,6 +25,12 @@ def test_the_time_to_go_knows_the_phases():
     assert [progress.format_seconds(s) for s in (None, 59.6, 3723)] == ["--:--", "01:00", "1:02:03"]
 
 
+def test_a_position_is_in_epochs_and_in_tokens_where_there_are_some():
+    assert progress.position(150, 100, None) == "epoch 1.50"
+    assert progress.position(150, 100, 8) == "epoch 1.50, 1200 tokens"
+    assert progress.position(2_441_406, 9_765_625, 1024) == "epoch 0.25, 2.5e9 tokens"
+
+
 def test_a_terminal_that_breaks_ends_no_run(monkeypatch):
     """With the bar, too, which a thread of its own draws."""
     phases = make_phases(configs.tiny())
