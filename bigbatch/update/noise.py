@@ -75,12 +75,14 @@ def squared_norm(arrays: Iterable[jax.Array]) -> jax.Array:
 
 
 def _apart(gradient: Tree) -> Tree:
-    """The gradient, such that no compiler makes what follows a part of its computation.
+    """The gradient, such that a TPU's compiler makes what follows no part of its computation.
 
-    A TPU's compiler would do so with the squares, and the convolutions and products that the
-    gradients come from would then take longer: an update of a Wide ResNet 16-4 on v5e by 2.4 %.
+    It would do so with the squares, and the convolutions and products that the gradients come from
+    would then take longer: an update of a Wide ResNet 16-4 on v5e by 2.4 %, of a small transformer
+    by 2.3 %.
     """
-    return jax.lax.optimization_barrier(gradient)
+    return jax.lax.platform_dependent(
+        gradient, tpu=jax.lax.optimization_barrier, default=lambda tree: tree)
 
 
 def one_group(gradient: Tree, weight: jax.Array) -> Groups:
