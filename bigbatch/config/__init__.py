@@ -6,6 +6,7 @@ from bigbatch.config.meaning import (
     epochs_of,
     evaluations,
     exchange,
+    in_examples,
     make_due,
     make_layouts,
     make_limits,
@@ -18,7 +19,7 @@ from bigbatch.config.meaning import (
 from bigbatch.config.texts import from_argument, refusal, set_from_text
 
 __all__ = [
-    "base_config", "check", "epochs_of", "evaluations", "exchange", "from_argument", "make_due",
-    "make_layouts", "make_limits", "make_phases", "make_recipe", "make_strategy", "refusal",
-    "saved_config", "set_from_text", "tokens_per_example",
+    "base_config", "check", "epochs_of", "evaluations", "exchange", "from_argument", "in_examples",
+    "make_due", "make_layouts", "make_limits", "make_phases", "make_recipe", "make_strategy",
+    "refusal", "saved_config", "set_from_text", "tokens_per_example",
 ]

@@ -34,6 +34,7 @@ RANGES = {
         ("data.read_threads", 1))},
     **{key: ("be a finite number over 0", TINY, math.inf) for key in (
         "log_every_epochs", "eval_every_epochs", "checkpoint_every_epochs", "optimizer.epsilon")},
+    "intervals_from": ("be a finite number, 0 or more", 0, math.inf),
     "seed": ("be 0 or more and below 2**32", 0, 2**32),
     **{key: ("be 1 or more and below 2**31", 1, 2**31) for key in (
         "data.train_examples", "data.test_examples")},

@@ -26,7 +26,7 @@ MAY_BE_NONE = ("scale_up.momentum", "limits.max_batch_size", "limits.granularity
 # These take a number of epochs, or a text with a unit: see `lengths`. So do the epochs in the pairs
 # of recipe.falls, by_hand and ramp.
 LENGTHS = ("recipe.epochs", "recipe.warmup_epochs", "log_every_epochs", "eval_every_epochs",
-           "checkpoint_every_epochs")
+           "checkpoint_every_epochs", "intervals_from")
 
 
 def base_config() -> ConfigDict:
@@ -101,6 +101,7 @@ def base_config() -> ConfigDict:
     config.log_every_epochs = Length(0.1)
     config.eval_every_epochs = Length(1.0)
     config.checkpoint_every_epochs = Length(10.0)
+    config.intervals_from = Length(0.0)  # the position from which these three are counted
     config.keep_checkpoints = 2  # the newest ones; those at phase boundaries are kept too
     config.tensorboard = True
     config.lock()  # so that a misspelt key in a config file is an error and not a new key

@@ -98,6 +98,28 @@ def epochs_of(config: ConfigDict, key: str) -> float:
     return _in_epochs(config, value, f"config.{key}")
 
 
+def in_examples(config: ConfigDict, length: str, where: str) -> int:
+    """A length that a command line asks for, such as "2 epochs" or "5000 examples", in examples.
+
+    Args:
+        config: of the run that it is a part of.
+        length: see `lengths`; a number alone is one of epochs.
+        where: the flag that has the length, for messages.
+
+    Raises:
+        Mistake: if it is no length, or not a finite one.
+    """
+    try:
+        length = float(length)
+    except ValueError:
+        length = lengths.in_epochs(
+            length, config.data.train_examples, tokens_per_example(config),
+            config.recipe.batch_size, where)
+    if not 0 <= length * config.data.train_examples <= schedule.MOST_EXAMPLES:
+        raise Mistake(f"{where} is {length:g} epochs; it must be a finite number, 0 or more.")
+    return round(length * config.data.train_examples)
+
+
 def tokens_per_example(config: ConfigDict) -> int | None:
     """The tokens of an example, by the function `tokens` of the config's task; None without one.
 
@@ -195,13 +217,21 @@ def make_limits(config: ConfigDict) -> schedule.Limits:
     return schedule.Limits(**config.limits.to_dict(), ghost_size=config.ghost_size)
 
 
-def make_phases(config: ConfigDict) -> tuple[schedule.Phase, ...]:
+def make_phases(
+    config: ConfigDict, decisions: schedule.Decisions = ()
+) -> tuple[schedule.Phase, ...]:
     """The phases of a config, by its recipe, strategy and limits.
+
+    Args:
+        config: of the run.
+        decisions: of the run so far, which the strategy "measured" makes. The phases before the
+            last decision stay what they are, whatever is decided later.
 
     Raises:
         Mistake: if there is no schedule for these.
     """
-    return schedule.plan_phases(make_recipe(config), make_strategy(config), make_limits(config))
+    strategy = make_strategy(config)._replace(decisions=decisions)
+    return schedule.plan_phases(make_recipe(config), strategy, make_limits(config))
 
 
 def make_layouts(
@@ -228,7 +258,7 @@ def make_due(config: ConfigDict, total: int) -> Callable[[str, int, int], bool]:
     """
     every = {what: epochs_of(config, f"{what}_every_epochs")
              for what in ("log", "eval", "checkpoint")}
-    return due.make_due(every, config.data.train_examples, total)
+    return due.make_due(every, config.data.train_examples, total, _intervals_from(config))
 
 
 def evaluations(
@@ -245,4 +275,10 @@ def evaluations(
     every = due.interval(epochs_of(config, "eval_every_epochs"), config.data.train_examples)
     for phase in phases:
         start = max(phase.start_example, examples_seen)
-        yield from due.ends_due(every, start, phase.end_example, phase.batch_size, total)
+        yield from due.ends_due(every, start, phase.end_example, phase.batch_size, total,
+                                _intervals_from(config))
+
+
+def _intervals_from(config: ConfigDict) -> int:
+    """The example from which the intervals of a config are counted."""
+    return round(epochs_of(config, "intervals_from") * config.data.train_examples)

@@ -16,13 +16,13 @@ from ml_collections import ConfigDict
 
 from bigbatch import __version__
 from bigbatch.config import make_recipe, saved_config
-from bigbatch.schedule import Phase, Rates, Recipe, rates_at, reference_rate
+from bigbatch.schedule import Decisions, Phase, Rates, Recipe, rates_at, reference_rate
 
 # These keys do not change what is learned.
 FREE = (
     "max_per_device_batch", "microbatches", "eval_batch_size", "log_every_epochs",
-    "eval_every_epochs", "checkpoint_every_epochs", "keep_checkpoints", "tensorboard", "data.dir",
-    "data.workers", "data.read_threads",
+    "eval_every_epochs", "checkpoint_every_epochs", "intervals_from", "keep_checkpoints",
+    "tensorboard", "data.dir", "data.workers", "data.read_threads",
     "data.on_bad_image",  # affects only images read from now on
 )
 # These keys affect training only through the phases and the rates, which are compared themselves.
@@ -43,6 +43,7 @@ class Position(NamedTuple):
     # Not None: the run was stopped during the evaluation after its last update. The next start
     # evaluates first, then writes this line of metrics.jsonl together with the results.
     pending_evaluation: dict[str, Any] | None = None
+    decisions: Decisions = ()  # of the strategy "measured"
 
 
 def position_of(run: Mapping[str, Any]) -> Position:
@@ -52,7 +53,8 @@ def position_of(run: Mapping[str, Any]) -> Position:
     pending = run.get("pending_evaluation", run.get("owed"))  # version 0.1 called it `owed`
     if pending is not None:
         pending = {key: value for key, value in pending.items() if key != "evaluate"}
-    return Position(run["examples_seen"], run["updates"], pending)
+    decisions = tuple((example, batch) for example, batch in run.get("decisions", ()))
+    return Position(run["examples_seen"], run["updates"], pending, decisions)
 
 
 def describe_run(config: ConfigDict, phases: Sequence[Phase], at: Position) -> dict[str, Any]:
@@ -62,8 +64,10 @@ def describe_run(config: ConfigDict, phases: Sequence[Phase], at: Position) -> d
     it.
     """
     recipe = make_recipe(config)
+    decided = {"decisions": at.decisions} if at.decisions else {}
     return {
-        **at._asdict(),
+        "examples_seen": at.examples_seen, "updates": at.updates,
+        "pending_evaluation": at.pending_evaluation, **decided,
         "version": __version__,
         "config": json.loads(config.to_json()),
         "phases": [dataclasses.asdict(phase) for phase in phases],
