@@ -61,6 +61,13 @@ PICTURE = flags.DEFINE_string("picture", "", "File for a picture of rate, batch 
 FORMAT = flags.DEFINE_enum("format", "table", ["table", "json"], "What to print.")
 
 
+MEASURED = (
+    "with the strategy measured a run decides when its batch grows. These are the phases of one "
+    "that grows as soon as it may: the same batches in the same order, each as early as can be. A "
+    "run that never grows is that of the strategy decay."
+)
+
+
 def plan(config: ConfigDict, devices: int | Sequence[int]) -> dict[str, Any]:
     """The phases of a config, the layout of their updates, and the totals, as JSON values.
 
@@ -129,7 +136,9 @@ def plan(config: ConfigDict, devices: int | Sequence[int]) -> dict[str, Any]:
             "batch_size": recipe.batch_size,
             "share": 1 - updates * recipe.batch_size / last.nominal_end_example,
         },
-        "notes": schedule.notes(recipe, phases, make_strategy(config), limits=make_limits(config)),
+        "notes": [
+            *([MEASURED] if config.strategy == "measured" else []),
+            *schedule.notes(recipe, phases, make_strategy(config), limits=make_limits(config))],
         "picture": picture.in_terminal(recipe, phases),
     }
 

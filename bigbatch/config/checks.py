@@ -13,6 +13,7 @@ from bigbatch.config.keys import (
     CROP_STYLES,
     DTYPES,
     LENGTHS,
+    MEASURED_BY,
     ON_BAD_IMAGE,
     OPTIMIZERS,
     RESAMPLE,
@@ -26,6 +27,8 @@ from bigbatch.mistake import Mistake
 TINY = math.ulp(0.0)  # the smallest number over 0
 # Allowed values by key: (the text of the error, the least value, and the bound that is excluded).
 RANGES = {
+    **{key: ("be 1 or more and below 2**31", 1, 2**31) for key in (
+        "data.train_examples", "data.test_examples")},
     **{key: (f"be {least} or more", least, math.inf) for key, least in (
         ("ghost_size", 1), ("max_per_device_batch", 1), ("microbatches", 0),
         ("eval_batch_size", 1), ("keep_checkpoints", 1), ("data.num_classes", 1),
@@ -33,11 +36,11 @@ RANGES = {
         ("data.augment.pad", 0), ("data.augment.crop", 0), ("data.workers", 0),
         ("data.read_threads", 1))},
     **{key: ("be a finite number over 0", TINY, math.inf) for key in (
-        "log_every_epochs", "eval_every_epochs", "checkpoint_every_epochs", "optimizer.epsilon")},
+        "log_every_epochs", "eval_every_epochs", "checkpoint_every_epochs", "optimizer.epsilon",
+        "measured.every_epochs")},
+    "measured.stay_epochs": ("be a finite number, 0 or more", 0, math.inf),
     "intervals_from": ("be a finite number, 0 or more", 0, math.inf),
     "seed": ("be 0 or more and below 2**32", 0, 2**32),
-    **{key: ("be 1 or more and below 2**31", 1, 2**31) for key in (
-        "data.train_examples", "data.test_examples")},
     "data.eval_share": ("lie in (0, 1]", TINY, math.nextafter(1.0, 2.0)),
     **{key: ("be a finite number, 0 or more", 0, math.inf) for key in (
         "optimizer.weight_decay", "optimizer.clip_norm")},
@@ -64,6 +67,7 @@ def check(config: ConfigDict) -> None:
     for key, allowed in (
         ("dtype", DTYPES),
         ("strategy", schedule.STRATEGIES),
+        ("measured.by", MEASURED_BY),
         ("exchange", (BY_OPTIMIZER, *schedule.EXCHANGES)),
         ("optimizer.weight_decay_on", WEIGHT_DECAY_ON),
         ("data.crop_style", CROP_STYLES),

@@ -18,15 +18,17 @@ BY_OPTIMIZER = "by_optimizer"
 WEIGHT_DECAY_ON = ("all", "no_norms", "no_norms_or_biases")
 CROP_STYLES = ("goyal", "inception", "none")
 RESAMPLE = ("bicubic", "bilinear")
+MEASURED_BY = ("norms", "all")
 ON_BAD_IMAGE = ("stop", "skip")
 # The groups whose keys need not be known.
 FREE = (["data", "options"], ["optimizer", "options"], ["task_options"])
-MAY_BE_NONE = ("scale_up.momentum", "limits.max_batch_size", "limits.granularity", "limits.growth",
+MAY_BE_NONE = ("measured.threshold", "scale_up.momentum", "limits.max_batch_size", "limits.granularity", "limits.growth",
                "per_example.momentum")
 # These take a number of epochs, or a text with a unit: see `lengths`. So do the epochs in the pairs
 # of recipe.falls, by_hand and ramp.
 LENGTHS = ("recipe.epochs", "recipe.warmup_epochs", "log_every_epochs", "eval_every_epochs",
-           "checkpoint_every_epochs", "intervals_from")
+           "checkpoint_every_epochs", "intervals_from", "measured.every_epochs",
+           "measured.stay_epochs")
 
 
 def base_config() -> ConfigDict:
@@ -112,11 +114,22 @@ def base_config() -> ConfigDict:
 def _add_schedule(config: ConfigDict) -> None:
     """Adds the keys that decide the batches and the rates; see `bigbatch.schedule`."""
     # How the noise falls: by the rate (decay), by the batch (increase), first by the batch and then
-    # by the rate (hybrid), with batches given by hand (by_hand), or not at all (constant).
+    # by the rate (hybrid), with batches given by hand (by_hand), or not at all (constant). measured:
+    # when the batch grows the run decides, by what it measures of the gradient (docs/branches.md).
     # See schedule.plan_phases.
     config.strategy = "increase"
     config.hybrid_falls = 1  # for hybrid: how many falls, or growths of the batch, are the batch's
     config.by_hand = ()  # for by_hand: ((epoch, batch), ...), each batch from its epoch on
+    config.measured = ConfigDict({
+        "rule": "noise",  # noise, norm_test, adascale, cabs, loss: see bigbatch.schedule.measured
+        "threshold": config_dict.placeholder(float),  # of the rule; None: its default
+        "losses": (),  # of loss: ((training loss, batch that it allows), ...)
+        # What the rule reads of the noise: by the scales and biases of the norms, in every update
+        # (norms), or by all parameters, whenever config.noise.every_epochs has it measured (all).
+        "by": "norms",
+        "every_epochs": Length("50 updates"),  # between two decisions
+        "stay_epochs": Length("200 updates"),  # how long a batch stays at least
+    })
     # ((epoch, factor), ...), with any strategy: the run begins with a batch that is smaller by all
     # factors, and multiplies it by each at its epoch. The noise does not change.
     config.ramp = ()

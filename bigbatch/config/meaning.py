@@ -11,7 +11,7 @@ from bigbatch import dotted, schedule
 from bigbatch.config import lengths
 from bigbatch.config.keys import BY_OPTIMIZER, OPTIMIZERS, base_config
 from bigbatch.mistake import Mistake
-from bigbatch.schedule import due
+from bigbatch.schedule import due, measured
 from bigbatch.schedule.layout import Layout, make_layout
 
 # What version 0.1 had in configs/small.py: {its dotted path: the one of now}.
@@ -218,20 +218,41 @@ def make_limits(config: ConfigDict) -> schedule.Limits:
 
 
 def make_phases(
-    config: ConfigDict, decisions: schedule.Decisions = ()
+    config: ConfigDict, decisions: schedule.Decisions | None = None
 ) -> tuple[schedule.Phase, ...]:
     """The phases of a config, by its recipe, strategy and limits.
 
     Args:
         config: of the run.
         decisions: of the run so far, which the strategy "measured" makes. The phases before the
-            last decision stay what they are, whatever is decided later.
+            last decision stay what they are, whatever is decided later. None: those of a run that
+            grows as soon as it may, in which every batch comes that can come.
 
     Raises:
         Mistake: if there is no schedule for these.
     """
-    strategy = make_strategy(config)._replace(decisions=decisions)
-    return schedule.plan_phases(make_recipe(config), strategy, make_limits(config))
+    recipe, limits, strategy = make_recipe(config), make_limits(config), make_strategy(config)
+    if strategy.name == "measured":
+        if decisions is None:
+            rungs = measured.ladder(recipe, limits)
+            decisions = measured.soonest(recipe, make_rule(config), rungs)
+        strategy = strategy._replace(decisions=decisions)
+    return schedule.plan_phases(recipe, strategy, limits)
+
+
+def make_rule(config: ConfigDict) -> measured.Rule:
+    """How the strategy "measured" of a config decides.
+
+    Raises:
+        Mistake: if a value of `config.measured` is not allowed.
+    """
+    keys, n = config.measured, config.data.train_examples
+    rule = measured.Rule(
+        keys.rule, keys.threshold, _pairs(config, "measured.losses", keys.losses),
+        due.interval(epochs_of(config, "measured.every_epochs"), n),
+        round(epochs_of(config, "measured.stay_epochs") * n))
+    measured.check(rule)
+    return rule
 
 
 def make_layouts(

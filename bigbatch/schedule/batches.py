@@ -61,6 +61,13 @@ def marks(
         marks += _at_growths(stated, strategy, limits, granularity)
     if strategy.name == "by_hand":
         marks = _by_hand(stated, strategy.by_hand, limits, granularity, marks)
+    if strategy.name == "measured":
+        if strategy.ramp:
+            raise Mistake("the strategy measured takes no ramp: when its batch grows it decides.")
+        if strategy.decisions:
+            at_epochs = [(example / stated.examples, batch)
+                         for example, batch in strategy.decisions]
+            marks = _by_hand(stated, at_epochs, limits, granularity, marks)
     return _with_ramp(stated, strategy, granularity, marks) if strategy.ramp else marks
 
 
