@@ -207,11 +207,11 @@ def plan_branches(
         Mistake: see `plan_stretch`; or if a branch's batch is not allowed.
     """
     own, at = saved_config(run), continuing.position_of(run)
-    stretch = plan_stretch(own, at.decisions, at.examples_seen, length, factors)
+    stretch = plan_stretch(own, at.growth.decisions, at.examples_seen, length, factors)
     found = []
     for order in range(orders):
         for factor in factors:
-            config = branch_config(own, at.decisions, stretch, factor)
+            config = branch_config(own, at.growth.decisions, stretch, factor)
             config.seed = (own.seed + order * SEEDS_APART) % 2**32
             last = next(phase for phase in make_phases(config)
                         if phase.end_example == stretch.end)

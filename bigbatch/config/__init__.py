@@ -14,6 +14,8 @@ from bigbatch.config.meaning import (
     make_recipe,
     make_rule,
     make_strategy,
+    noise_layout,
+    noise_window,
     saved_config,
     tokens_per_example,
 )
@@ -22,5 +24,6 @@ from bigbatch.config.texts import from_argument, refusal, set_from_text
 __all__ = [
     "base_config", "check", "epochs_of", "evaluations", "exchange", "from_argument", "in_examples",
     "make_due", "make_layouts", "make_limits", "make_phases", "make_recipe", "make_rule",
-    "make_strategy", "refusal", "saved_config", "set_from_text", "tokens_per_example",
+    "make_strategy", "noise_layout", "noise_window", "refusal", "saved_config", "set_from_text",
+    "tokens_per_example",
 ]

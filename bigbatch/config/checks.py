@@ -34,16 +34,16 @@ RANGES = {
         ("eval_batch_size", 1), ("keep_checkpoints", 1), ("data.num_classes", 1),
         ("data.image_size", 1),
         ("data.augment.pad", 0), ("data.augment.crop", 0), ("data.workers", 0),
-        ("data.read_threads", 1))},
+        ("data.read_threads", 1), ("noise.ghosts", 2))},
     **{key: ("be a finite number over 0", TINY, math.inf) for key in (
-        "log_every_epochs", "eval_every_epochs", "checkpoint_every_epochs", "optimizer.epsilon",
-        "measured.every_epochs")},
-    "measured.stay_epochs": ("be a finite number, 0 or more", 0, math.inf),
-    "intervals_from": ("be a finite number, 0 or more", 0, math.inf),
+        "log_every_epochs", "eval_every_epochs", "checkpoint_every_epochs", "noise.window_epochs",
+        "measured.every_epochs", "optimizer.epsilon")},
+    **{key: ("be a finite number, 0 or more", 0, math.inf) for key in (
+        "measured.stay_epochs", "intervals_from")},
     "seed": ("be 0 or more and below 2**32", 0, 2**32),
     "data.eval_share": ("lie in (0, 1]", TINY, math.nextafter(1.0, 2.0)),
     **{key: ("be a finite number, 0 or more", 0, math.inf) for key in (
-        "optimizer.weight_decay", "optimizer.clip_norm")},
+        "optimizer.weight_decay", "optimizer.clip_norm", "noise.every_epochs")},
     "label_smoothing": ("lie in [0, 1)", 0, 1),
     "optimizer.beta2": ("lie in [0, 1)", 0, 1),
     "per_example.momentum_floor": ("lie in [0, 1)", 0, 1),

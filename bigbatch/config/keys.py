@@ -22,13 +22,13 @@ MEASURED_BY = ("norms", "all")
 ON_BAD_IMAGE = ("stop", "skip")
 # The groups whose keys need not be known.
 FREE = (["data", "options"], ["optimizer", "options"], ["task_options"])
-MAY_BE_NONE = ("measured.threshold", "scale_up.momentum", "limits.max_batch_size", "limits.granularity", "limits.growth",
-               "per_example.momentum")
+MAY_BE_NONE = ("scale_up.momentum", "limits.max_batch_size", "limits.granularity", "limits.growth",
+               "per_example.momentum", "measured.threshold")
 # These take a number of epochs, or a text with a unit: see `lengths`. So do the epochs in the pairs
 # of recipe.falls, by_hand and ramp.
 LENGTHS = ("recipe.epochs", "recipe.warmup_epochs", "log_every_epochs", "eval_every_epochs",
            "checkpoint_every_epochs", "intervals_from", "measured.every_epochs",
-           "measured.stay_epochs")
+           "measured.stay_epochs", "noise.every_epochs", "noise.window_epochs")
 
 
 def base_config() -> ConfigDict:
@@ -103,7 +103,15 @@ def base_config() -> ConfigDict:
     config.log_every_epochs = Length(0.1)
     config.eval_every_epochs = Length(1.0)
     config.checkpoint_every_epochs = Length(10.0)
-    config.intervals_from = Length(0.0)  # the position from which these three are counted
+    config.intervals_from = Length(0.0)  # the position from which intervals are counted
+    # How the noise scale of the gradient is measured: see docs/noise.md.
+    config.noise = ConfigDict({
+        # Over how much of the run that of every update, by the norms, is averaged.
+        "window_epochs": Length("200 updates"),
+        # How often it is measured by all parameters, which takes passes of its own; 0: never.
+        "every_epochs": Length(0.0),
+        "ghosts": 32,  # the coming ghost batches that are then measured, one by one
+    })
     config.keep_checkpoints = 2  # the newest ones; those at phase boundaries are kept too
     config.tensorboard = True
     config.lock()  # so that a misspelt key in a config file is an error and not a new key
@@ -114,9 +122,8 @@ def base_config() -> ConfigDict:
 def _add_schedule(config: ConfigDict) -> None:
     """Adds the keys that decide the batches and the rates; see `bigbatch.schedule`."""
     # How the noise falls: by the rate (decay), by the batch (increase), first by the batch and then
-    # by the rate (hybrid), with batches given by hand (by_hand), or not at all (constant). measured:
-    # when the batch grows the run decides, by what it measures of the gradient (docs/branches.md).
-    # See schedule.plan_phases.
+    # by the rate (hybrid), with batches given by hand (by_hand), or not at all (constant). See
+    # schedule.plan_phases. With measured, the run itself decides when its batch grows.
     config.strategy = "increase"
     config.hybrid_falls = 1  # for hybrid: how many falls, or growths of the batch, are the batch's
     config.by_hand = ()  # for by_hand: ((epoch, batch), ...), each batch from its epoch on

@@ -50,16 +50,16 @@ def lower_update(
     functions: update.Update, net: network.Network, kind: Kind, mesh: Mesh, state: update.State,
     resident: Mapping, batch: Mapping,
 ) -> jax.stages.Lowered:
-    """Lowers one of the three programs of an update.
+    """Lowers one of the three programs of an update, or that which measures its noise.
 
     Args:
         functions: see `update.make_update`.
         net: the network that they train.
-        kind: UPDATE, ACCUMULATE or APPLY.
+        kind: UPDATE, ACCUMULATE, APPLY or MEASURE.
         mesh: the devices.
         state: shapes of the state, or arrays.
         resident: the same of `feed.Feed.resident`.
-        batch: the same of a microbatch; not read for APPLY.
+        batch: the same of a microbatch; not read for APPLY and MEASURE.
     """
     def scalar(dtype: np.dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((), dtype, sharding=replicated(mesh))
@@ -69,6 +69,8 @@ def lower_update(
     if kind is Kind.UPDATE:
         return functions.update.lower(state, resident, batch, rates)
     sums = update.abstract_sums(net, mesh)
+    if kind is Kind.MEASURE:
+        return functions.measure.lower(sums)
     if kind is Kind.APPLY:
         return functions.apply.lower(state, sums, rates)
     return functions.accumulate.lower(state, sums, resident, batch, scalar(np.bool_))

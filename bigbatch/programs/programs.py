@@ -34,6 +34,7 @@ class Programs:
     def __init__(
         self, config: ConfigDict, net: network.Network, mesh: Mesh, layouts: Sequence[Layout],
         resident: Mapping, test: Mapping, counted: bool, begin_with: Mapping | None = None,
+        measured: Layout | None = None,
     ):
         """Args:
         config: of the run.
@@ -44,10 +45,12 @@ class Programs:
         test: see there.
         counted: whether to count floating-point operations.
         begin_with: the weights of a new run, see `initial_weights.read`; none if not given.
+        measured: see `compilation.compile_order`.
         """
         self._config, self._net, self._mesh = config, net, mesh
         self._layouts, self._resident, self._test = layouts, resident, test
         self._counted, self._begin_with = counted, begin_with or {}
+        self._measured = measured
         self._futures: dict[Program, Future] = {}
 
     def begin(
@@ -60,7 +63,7 @@ class Programs:
             watch: polled while waiting.
 
         Returns:
-            The state, and `dispatch.room_for_sums`, which is None if no phase has several passes.
+            The state, and `dispatch.room_for_sums`, which is None if nothing takes several passes.
 
         Raises:
             preemption.Stop: see `Watch.poll`.
@@ -68,7 +71,7 @@ class Programs:
         is_new = isinstance(jax.tree.leaves(state)[0], jax.ShapeDtypeStruct)
         shapes = jax.tree.map(shape_of, (state, self._resident, self._test))
         lower = lowering(self._config, self._net, self._mesh, *shapes)
-        first, later = compilation.compile_order(self._layouts, is_new)
+        first, later = compilation.compile_order(self._layouts, is_new, self._measured)
         self._futures = compilation.compile_ahead(
             lower, first + later, self._counted, watch.poll)
         if is_new:
@@ -76,7 +79,7 @@ class Programs:
             initial = self._futures[INIT].result().call(np.uint32(self._config.seed))
             initial = initial_weights.put(jax.tree.map(np.asarray, initial), self._begin_with)
             state = place(initial, replicated(self._mesh))
-        several = any(layout.microbatches > 1 for layout in self._layouts)
+        several = any(layout.microbatches > 1 for layout in self._layouts) or self._measured
         sums = dispatch.room_for_sums(self._net, self._mesh) if several else None
         watch.wait(lambda: all(self._futures[program].done() for program in first))
         for program in first:
@@ -108,6 +111,11 @@ class Programs:
             round(time.perf_counter() - began, 3),
             compilation.update_flops(compiled, layout),
         )
+
+    def measure(self) -> list[Callable]:
+        """The compiled programs that measure the noise scale, for `dispatch.measure`."""
+        wanted = compilation.measuring_programs(self._measured)
+        return [self._futures[program].result().call for program in wanted]
 
     def evaluate(self) -> Callable:
         """The compiled program for `evaluation.whole_test_set`; call `begin` first."""

@@ -21,11 +21,14 @@ def make_due(
 
     Returns:
         is_due(name, start, end): whether the update from position `start` to `end` (examples seen)
-        reaches or passes a whole number of intervals `name` from the origin, or ends the run.
+        reaches or passes a whole number of intervals `name` from the origin, or ends the run. What
+        has no interval never is due.
     """
     every = {name: interval(epochs, examples) for name, epochs in every_epochs.items()}
 
     def is_due(name: str, start: int, end: int) -> bool:
+        if name not in every:
+            return False
         before, after = ((position - origin) // every[name] for position in (start, end))
         return after > before or end == total
 

@@ -13,13 +13,15 @@ rules are thresholds of one statistic.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from bigbatch.mistake import Mistake
-from bigbatch.schedule import batches, due, recipe
+from bigbatch.schedule import batches, due, rates, recipe
 from bigbatch.schedule.batches import Decisions
 from bigbatch.schedule.recipe import Limits, Recipe
+from bigbatch.schedule.smoothing import Parts, Smoothed
 
 
 class Seen(NamedTuple):
@@ -42,6 +44,65 @@ class Rule(NamedTuple):
     every: int = 1  # examples between two decisions
     stay: int = 0  # examples for which a batch stays at least
     trusted: float = 0.5  # the weight of an average, from 0 to 1, from which it is believed
+
+
+class Growth(NamedTuple):
+    """What a run has seen and decided so far. A checkpoint holds it; empty where nothing decides.
+
+    The noise scale by the norms is not in it, since every run has that.
+    """
+
+    decisions: Decisions = ()
+    loss: float = 0.0  # of training, summed with weights that fall over a window of examples
+    loss_weight: float = 0.0  # the sum of these weights, from 0 towards 1
+    by_all: Smoothed = Smoothed()  # the noise scale by all parameters
+
+    def after_update(self, loss: float, examples: int, window: float) -> "Growth":
+        """After one more update, of so many examples."""
+        keep = math.exp(-examples / window)
+        return self._replace(loss=keep * self.loss + (1 - keep) * loss,
+                             loss_weight=keep * self.loss_weight + 1 - keep)
+
+    def after_measurement(self, parts: Parts | None, examples: int, window: float) -> "Growth":
+        """After one more measurement by all parameters, so many examples after the one before."""
+        return self._replace(by_all=self.by_all.after(parts, examples, window))
+
+
+class Steering(NamedTuple):
+    """All that decides, beside what is measured. It follows from the config."""
+
+    rule: Rule
+    rungs: tuple[int, ...]  # see `ladder`
+    stated: Recipe
+    by_all: bool  # whether the rule reads the noise scale by all parameters, or by the norms
+    window: int  # examples over which averages run
+
+    def is_due(self, start: int, end: int) -> bool:
+        """Whether the update between two positions is followed by a decision."""
+        return end // self.rule.every > start // self.rule.every
+
+    def look(self, growth: Growth, noise: Smoothed, example: int) -> tuple[Growth, float | None]:
+        """Decides after the update that ends at `example`.
+
+        Args:
+            growth: so far.
+            noise: by the norms.
+            example: the examples seen.
+
+        Returns:
+            The growth with this decision, and the batch that the rule names (None: none).
+        """
+        parts = growth.by_all if self.by_all else noise
+        weight = growth.loss_weight if self.rule.name == "loss" else parts.weight
+        asked_for = None
+        if weight >= self.rule.trusted:
+            batch = growth.decisions[-1][1] if growth.decisions else self.rungs[0]
+            asked_for = wanted(self.rule, Seen(
+                parts.gradient_square / weight, parts.trace / weight,
+                growth.loss / growth.loss_weight, batch, self.rungs[0],
+                rates.reference_rate(self.stated, example)))
+        decided = decide(self.rule, self.rungs, growth.decisions, example, asked_for)
+        return growth._replace(decisions=decided), asked_for
 
 
 def noise(seen: Seen, factor: float) -> float | None:
@@ -145,7 +206,7 @@ def soonest(stated: Recipe, rule: Rule, rungs: Sequence[int]) -> Decisions:
         if end >= last:
             break
         assert is_due("decision", end - batch, end)
-        decisions = decide(rule, rungs, decisions, end, float("inf"))
+        decisions = decide(rule, rungs, decisions, end, math.inf)
         example, batch = end, decisions[-1][1] if decisions else batch
     return decisions
 
@@ -158,7 +219,7 @@ def check(rule: Rule) -> None:
     """
     if rule.name not in NAMES:
         raise Mistake(f"measured.rule is {rule.name!r}; allowed are {', '.join(NAMES)}.")
-    if rule.threshold is not None and not 0 < rule.threshold < float("inf"):
+    if rule.threshold is not None and not 0 < rule.threshold < math.inf:
         raise Mistake(f"measured.threshold is {rule.threshold}; it must be a finite number over 0.")
     if rule.name in ("norm_test", "adascale") and (rule.threshold or 0) >= 1:
         raise Mistake(

@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 
 from bigbatch import dotted
 from bigbatch.mistake import Mistake
+from bigbatch.models.layer_norms import LayerNorm, RMSNorm
+from bigbatch.models.normalization import GhostBatchNorm
 from bigbatch.tasks import contract
 from bigbatch.update import independence, module_checks, task_checks
 
@@ -33,6 +35,8 @@ class Network(NamedTuple):
     decays: Tree  # like the statistics: the share of each that remains after one ghost batch
     in_norm: Tree  # like the parameters: True for the parameters of normalisation layers
     measured: tuple[str, ...]  # what the task's losses measure of it
+    copied: Tree  # like the parameters: True for those that may come in copies; see `_copied`
+    copied_for: int  # the neighbouring examples that share a copy; 0 if no parameter is copied
 
 
 def build(config: ConfigDict, may_mix: bool = False) -> Network:
@@ -123,7 +127,7 @@ def build(config: ConfigDict, may_mix: bool = False) -> Network:
     )
     return Network(
         init, *shapes, apply, nnx.to_pure_dict(decays), _in_norm(abstract, params, linen_layers),
-        measured,
+        measured, *_copied(abstract, params, batch_stats, config.ghost_size),
     )
 
 
@@ -166,6 +170,23 @@ def _in_norm(
         path: layers.get(path[:-1], "").endswith("Norm") for path, _ in nnx.to_flat_state(params)
     }
     return nnx.traversals.unflatten_mapping(flat)
+
+
+def _copied(
+    module: nnx.Module, params: nnx.State, batch_stats: nnx.State, ghost_size: int
+) -> tuple[Tree, int]:
+    """Which parameters may come in copies on a leading axis in training, and for how many examples.
+
+    A GhostBatchNorm takes a copy of its scale and bias for each ghost batch, and the layers of
+    `layer_norms` take one for each example. Where ghost batches are normalised, the gradients of
+    the examples in one of them depend on each other, so that a ghost batch is the least that can
+    have copies. Inside of a Linen module no layer is found.
+    """
+    kinds, examples = ((GhostBatchNorm,), ghost_size) if jax.tree.leaves(batch_stats) else (
+        (LayerNorm, RMSNorm), 1)
+    own = {path for path, part in nnx.iter_modules(module) if type(part) in kinds}
+    flat = {path: path[:-1] in own for path, _ in nnx.to_flat_state(params)}
+    return nnx.traversals.unflatten_mapping(flat), examples if any(flat.values()) else 0
 
 
 def _trace(

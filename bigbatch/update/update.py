@@ -27,6 +27,7 @@ from bigbatch.job.devices import AXIS, compiler_options, cut, replicated
 from bigbatch.models.normalization import fold_weights
 from bigbatch.schedule.rates import Rates
 from bigbatch.tasks import contract, measures
+from bigbatch.update import noise
 from bigbatch.update.network import AUGMENTATION, DROPOUT, Network
 from bigbatch.update.optimizer import init_optimizer, make_optimizer
 
@@ -52,6 +53,9 @@ class Sums(NamedTuple):
     measured: measures.Measured  # what the task reports, by name
     weight: jax.Array  # of the objective
     ghosts: jax.Array  # number of ghost batches
+    examples: jax.Array  # those that count
+    groups: noise.Groups  # each device and each pass is one
+    copies: noise.Groups | None  # each copy of the norms is one; None if there are no copies
 
 
 class Metrics(NamedTuple):
@@ -60,6 +64,7 @@ class Metrics(NamedTuple):
     means: dict[str, jax.Array]  # of what the task reports, by name; the "loss" is there
     weight: jax.Array  # of the objective over the whole batch; 0 if no example counted
     finite: jax.Array  # False if the loss, or a parameter after the update, is not finite
+    noise: noise.Measured
 
     @property
     def loss(self) -> jax.Array:
@@ -75,6 +80,8 @@ class Update(NamedTuple):
     # numbers, since the sums are donated to the next pass and cannot be waited for.
     accumulate: Callable
     apply: Callable  # (state, sums, rates) -> state, metrics
+    # sums -> noise.Measured. Of sums that no update is made of; its groups are those of any update.
+    measure: Callable
 
 
 def make_init(config: ConfigDict, network: Network) -> Callable:
@@ -152,7 +159,7 @@ def make_update(
     def update(state: State, resident: Mapping, batch: Mapping,
                rates: Rates) -> tuple[State, Metrics]:
         sums = microbatch_sums(state, resident, batch)
-        return _apply_sums(config, network, state, sums, rates)
+        return _apply_sums(config, network, state, sums, rates, mesh.size > 1)
 
     def accumulate(state: State, sums: Sums, resident: Mapping, batch: Mapping,
                    first: jax.Array) -> tuple[Sums, jax.Array]:
@@ -161,9 +168,14 @@ def make_update(
         sums = jax.tree.map(lambda old, new: jnp.where(first, 0, old) + new[None], sums, new)
         return sums, sums.ghosts + 0
 
+    def own(sums: Sums) -> Sums:
+        return jax.tree.map(lambda leaf: leaf[0], sums)
+
     def apply(state: State, sums: Sums, rates: Rates) -> tuple[State, Metrics]:
-        own = jax.tree.map(lambda leaf: leaf[0], sums)
-        return _apply_sums(config, network, state, own, rates)
+        return _apply_sums(config, network, state, own(sums), rates, True)
+
+    def measure(sums: Sums) -> noise.Measured:
+        return _noise(network, _reduce(own(sums)), True)
 
     jitted = partial(jax.jit, compiler_options=compiler_options(mesh))
     return Update(
@@ -179,6 +191,7 @@ def make_update(
             mapped(apply, (whole, parts, whole), whole),
             donate_argnums=0,
         ),
+        measure=jitted(mapped(measure, (parts,), whole)),
     )
 
 
@@ -187,7 +200,9 @@ def abstract_sums(network: Network, mesh: Mesh) -> Sums:
     leaf = jax.tree.leaves(network.params)[0]
     scalar = jax.ShapeDtypeStruct((), leaf.dtype)
     measured = dict.fromkeys(network.measured, (scalar, scalar))
-    one = Sums(network.params, network.batch_stats, measured, scalar, scalar)
+    groups = noise.Groups(scalar, scalar, scalar)
+    one = Sums(network.params, network.batch_stats, measured, scalar, scalar, scalar, groups,
+               groups if network.copied_for else None)
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((mesh.size, *leaf.shape), leaf.dtype, sharding=cut(mesh)),
         one,
@@ -216,7 +231,13 @@ def _microbatch_sums(
         added = measures.add_up(config, task, outputs, targets, counts)
         return added.objective, (added, rows)
 
-    gradient, (added, rows) = jax.grad(objective, has_aux=True)(state.params)
+    params, copies = state.params, None
+    if network.copied_for:
+        params = noise.with_copies(params, network.copied, len(counts) // network.copied_for)
+    gradient, (added, rows) = jax.grad(objective, has_aux=True)(params)
+    if network.copied_for:
+        gradient, copies = noise.without_copies(
+            gradient, network.copied, added.weights_B, network.copied_for)
     fold = partial(_fold_ghosts, ghosts_after_G)
     dtype = jnp.promote_types(config.dtype, jnp.float32)
     return Sums(
@@ -225,6 +246,9 @@ def _microbatch_sums(
         measured=added.measured,
         weight=added.weight,
         ghosts=jnp.sum(ghosts_after_G >= 0).astype(dtype),
+        examples=jnp.sum(counts).astype(dtype),
+        groups=noise.one_group(gradient, added.weight),
+        copies=copies,
     )
 
 
@@ -256,9 +280,12 @@ def _reduce(sums: Sums) -> Sums:
 
 
 def _apply_sums(
-    config: ConfigDict, network: Network, state: State, sums: Sums, rates: Rates
+    config: ConfigDict, network: Network, state: State, sums: Sums, rates: Rates, grouped: bool
 ) -> tuple[State, Metrics]:
-    """Does the one all-reduce, then applies the optimizer and updates the running statistics."""
+    """Does the one all-reduce, then applies the optimizer and updates the running statistics.
+
+    `grouped`: whether there are several devices or passes.
+    """
     sums = _reduce(sums)
     gradient = jax.tree.map(lambda leaf: leaf / sums.weight, sums.gradient)
     optimizer = make_optimizer(config, network.in_norm, rates)
@@ -279,5 +306,17 @@ def _apply_sums(
     for leaf in jax.tree.leaves(params):
         by_shape[leaf.shape] = by_shape.get(leaf.shape, 0) + leaf
     total = sum(map(jnp.sum, by_shape.values()), means["loss"])
-    metrics = Metrics(means, sums.weight, jnp.isfinite(total))
+    metrics = Metrics(
+        means, sums.weight, jnp.isfinite(total), _noise(network, sums, grouped))
     return State(params, batch_stats, opt_state, average), metrics
+
+
+def _noise(network: Network, sums: Sums, grouped: bool) -> noise.Measured:
+    """The noise scale of the gradient, by the reduced sums; see `noise`."""
+    of = partial(noise.estimate, weight=sums.weight, examples=sums.examples)
+    return noise.Measured(
+        None if sums.copies is None else of(
+            noise.only(sums.gradient, network.copied), groups=sums.copies),
+        of(jax.tree.leaves(sums.gradient), groups=sums.groups) if grouped else None,
+        sums.groups.count if grouped else None,
+    )
