@@ -94,6 +94,15 @@ def check(config: ConfigDict) -> None:
             "gradients with its first beta, so a larger one does not lengthen the steps and the "
             "batch cannot grow with it; set it to None, or use optimizer.name=momentum."
         )
+    by_all = config.measured.by == "all"
+    if config.strategy == "measured" and by_all and not epochs_of(config, "noise.every_epochs"):
+        raise Mistake(
+            "config.measured.by is 'all', but config.noise.every_epochs is 0, so the noise is "
+            "never measured by all parameters; set it to how often, or measured.by to 'norms'.")
+    if config.strategy == "measured" and config.measured.rule == "cabs" and not by_all:
+        raise Mistake(
+            "config.measured.rule is 'cabs', which reads the noise itself and no quotient: set "
+            "measured.by to 'all', and noise.every_epochs to how often it is measured.")
     momentum = make_recipe(config).momentum
     if config.optimizer.name == "sgd" and momentum:
         raise Mistake(

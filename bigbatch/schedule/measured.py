@@ -76,6 +76,7 @@ class Steering(NamedTuple):
     stated: Recipe
     by_all: bool  # whether the rule reads the noise scale by all parameters, or by the norms
     window: int  # examples over which averages run
+    measured_every: int  # examples between two measurements by all parameters
 
     def is_due(self, start: int, end: int) -> bool:
         """Whether the update between two positions is followed by a decision."""

@@ -3,9 +3,10 @@
 `storage.logs` says what the two files hold.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from bigbatch.schedule import Phase
 from bigbatch.schedule.smoothing import Parts, Smoothed
 from bigbatch.storage.continuing import Position
 from bigbatch.watching import progress
@@ -46,6 +47,10 @@ class Log:
     def line(self, text: str) -> None:
         """Shows a line, which no file keeps."""
         self._display.line(text)
+
+    def follow(self, phases: Sequence[Phase]) -> None:
+        """Counts the time to go over other phases from now on."""
+        self._display.follow(phases)
 
     def timing(self, event: str, examples_seen: int, **fields: Any) -> None:
         """Adds an event to timing.jsonl."""
