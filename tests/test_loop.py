@@ -1,8 +1,11 @@
 """The loop of a run on stand-ins: random schedules of lines, evaluations, saves, stops, divergence.
 
-Nothing is computed: a state is the number of updates in it. What is held is the order of effects.
+Nothing is computed: a state is the number of updates in it. What is held is the order of effects,
+and where the run decides when its batch grows, that it decides what the definition says.
 """
 
+import json
+import math
 import random
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -10,31 +13,49 @@ from typing import NamedTuple
 import pytest
 
 from bigbatch import schedule, train
+from bigbatch.config.course import Course
 from bigbatch.job import preemption
 from bigbatch.mistake import Mistake
 from bigbatch.programs.programs import Ready
+from bigbatch.schedule import measured
 from bigbatch.schedule.due import make_due
+from bigbatch.schedule.measured import Rule, Steering
 from bigbatch.schedule.rates import Rates
-from bigbatch.storage.continuing import Position
+from bigbatch.storage.continuing import Position, position_of
+from bigbatch.update import noise
 from bigbatch.watching.clock import Clock
 from bigbatch.watching.log import Log
 
 N = 40  # examples of an epoch
 TOKENS = 3  # of an example
 CASES = 1500
+LIMITS = schedule.Limits(30, ghost_size=1)
+WINDOW = 25  # examples over which the noise scale is averaged
 
 
 class Case(NamedTuple):
     """A schedule, and where it is told to stop or breaks down."""
 
-    phases: tuple[schedule.Phase, ...]
+    seed: str
+    recipe: schedule.Recipe
+    strategy: str
+    steering: Steering | None
     every: dict[str, float]  # intervals in epochs
     stops: list[int]  # of each start: at which poll it is told to stop
     diverges: int | None  # the update
 
-    @property
-    def is_due(self):
-        return make_due(self.every, N, self.phases[-1].end_example)
+    def course(self, decisions=()):
+        strategy = schedule.Strategy(self.strategy, decisions=decisions)
+        phases = schedule.plan_phases(self.recipe, strategy, LIMITS)
+        return Course(
+            phases, len(phases) - 1, (None,) * len(phases),
+            lambda phase, *_: Rates(phase.learning_rate, phase.momentum, 0, 0, 0),
+            make_due(self.every, N, phases[-1].end_example))
+
+    def parts(self, number):
+        """What update `number` measures of the noise: a quotient that rises, under noise."""
+        draw = random.Random(f"{self.seed} {number}")
+        return noise.Parts(draw.gauss(1, 0.7), 8 * draw.random() + number / 4)
 
 
 def draw_case(seed):
@@ -44,16 +65,20 @@ def draw_case(seed):
     recipe = schedule.Recipe(
         0.1, draw.choice((2, 4, 5)), 0.9, N, epochs,
         falls=tuple((epoch, draw.choice((2.0, 3.0))) for epoch in falls))
+    strategy, steering = draw.choice(("decay", "increase", "measured")), None
     try:
-        phases = schedule.plan_phases(
-            recipe, draw.choice(("decay", "increase")), schedule.Limits(ghost_size=1))
+        phases = schedule.plan_phases(recipe, strategy, LIMITS)
     except Mistake:  # of two falls within one update
         return draw_case(f"{seed}, once more")
     every = {what: draw.choice((0.05, 0.2, 0.35, 0.5, 1.0, 3.0))
              for what in ("log", "eval", "checkpoint")}
+    if strategy == "measured":
+        rule = Rule(every=draw.choice((1, 7, 30)), stay=draw.choice((0, 10, 50)))
+        steering = Steering(rule, measured.ladder(recipe, LIMITS), recipe, False, WINDOW, 1)
     updates = sum(phase.updates for phase in phases)
     return Case(
-        phases, every, [draw.randrange(3 * updates) for _ in range(draw.randrange(6))],
+        str(seed), recipe, strategy, steering, every,
+        [draw.randrange(3 * updates) for _ in range(draw.randrange(6))],
         draw.randrange(1, updates + 1) if draw.random() < 0.3 else None)
 
 
@@ -63,6 +88,7 @@ class Measured:
     def __init__(self, number, case, effects):
         self.number, self.loss, self.weight = number, float(number), 1.0
         self.means = {"loss": self.loss}
+        self.noise = noise.Measured(case.parts(number), None, None)
         self._finite, self._effects = number != case.diverges, effects
 
     @property
@@ -109,6 +135,8 @@ class World:
     # The checkpoints: begun here, on the disk when they are waited for or by the next one.
     def start(self, state, at):
         self.wait()
+        saved = at._asdict() | {"growth": at.growth._asdict()}
+        assert position_of(json.loads(json.dumps(saved))) == at  # as it is read from run.json
         self.effects.append(("save", state))
         self.pending.append((state, at))
         self.newest = at.examples_seen
@@ -136,31 +164,56 @@ class World:
         last = at.examples_seen - (at.pending_evaluation is not None)
         self.disk["metrics"] = [
             event for event in self.disk["metrics"] if event["examples_seen"] <= last]
-        phases = self.case.phases
-        now = schedule.phase_at(phases, at.examples_seen)
-        to_run = phases[now.index:] if now else ()
         display = SimpleNamespace(line=lambda text: None, advance=lambda *_: None)
         log = Log(self.write, display, Clock(None, at.updates), N)
         nothing = SimpleNamespace(before=lambda *_: None, after=lambda *_: None)
         fed = SimpleNamespace(resident=None, update=lambda *_: iter(()))
         return train.loop(
             train.Run(
-                phases, to_run, (None,) * len(to_run), self, self.take_update, self.evaluate,
-                lambda means: {"train_loss": means["loss"]}, fed,
-                lambda phase, *_: Rates(phase.learning_rate, phase.momentum, 0, 0, 0),
-                lambda rates: rates, self.case.is_due, N, TOKENS, log, self, self, nothing),
+                self.case.course(at.growth.decisions), self.case.steering,
+                lambda at: self.case.course(at.growth.decisions), self, self.take_update,
+                self.evaluate, lambda means: {"train_loss": means["loss"]}, None, WINDOW, fed,
+                lambda rates: rates, N, TOKENS, log, self, self, nothing),
             at, state)
 
 
+def asked_for(case, batches):
+    """The batch of the rule "noise" after updates of these batches, from its definition."""
+    ends = [sum(batches[: number + 1]) for number in range(len(batches))]
+    weights = [(1 - math.exp(-batch / WINDOW)) * math.exp((end - ends[-1]) / WINDOW)
+               for batch, end in zip(batches, ends, strict=True)]
+    parts = [case.parts(number + 1) for number in range(len(batches))]
+    square, trace = (sum(weight * part[of] for weight, part in zip(weights, parts, strict=True))
+                     for of in (0, 1))
+    return trace / square if sum(weights) >= 0.5 and square > 0 else None
+
+
 def expected_lines(case):
-    """(updates, examples, evaluated) of every line of metrics.jsonl, from the definition alone."""
-    lines, updates = [], 0
-    for phase in case.phases:
-        for start in range(phase.start_example, phase.end_example, phase.batch_size):
-            end, updates = start + phase.batch_size, updates + 1
-            evaluated = case.is_due("eval", start, end)
-            if evaluated or end == phase.end_example or case.is_due("log", start, end):
-                lines.append((updates, end, evaluated))
+    """(updates, examples, evaluated, batch asked for, batch grown to) of every line of
+    metrics.jsonl, from the definition alone."""
+    lines, decisions, batches, start = [], (), [], 0
+    course = case.course()
+    while phase := course.phase_at(start):
+        end = start + phase.batch_size
+        batches.append(phase.batch_size)
+        asked = grown = None
+        over = end == course.phases[-1].end_example
+        decides = case.steering and not over and (
+            end // case.steering.rule.every > start // case.steering.rule.every)
+        if decides:
+            asked = asked_for(case, batches)
+            since = decisions[-1][0] if decisions else 0
+            above = [rung for rung in case.steering.rungs if rung > phase.batch_size]
+            if asked and above and asked >= above[0] and end - since >= case.steering.rule.stay:
+                grown = above[0]
+                decisions = (*decisions, (end, grown))
+        evaluated = course.is_due("eval", start, end)
+        if (evaluated or decides or end == phase.end_example
+                or course.is_due("log", start, end)):
+            lines.append((len(batches), end, evaluated, asked and pytest.approx(asked), grown))
+        start = end
+        if grown:
+            course = case.course(decisions)
     return lines
 
 
@@ -221,19 +274,23 @@ def run_to_the_end(case, stops):
 
 @pytest.mark.parametrize("part", range(3))
 def test_every_schedule_leaves_what_its_definition_says(part):
-    stopped = inside = diverged = 0
+    stopped = inside = diverged = grown = 0
     for seed in range(part * CASES // 3, (part + 1) * CASES // 3):
         case = draw_case(seed)
         lines = expected_lines(case)
+        if case.diverges and case.diverges > lines[-1][0]:  # one that grew is over before
+            case = case._replace(diverges=None)
         if case.diverges:
             lines = [line for line in lines if line[0] < case.diverges]
         alone, broke = run_to_the_end(case, [])
         assert all(event["tokens_seen"] == TOKENS * event["examples_seen"]
                    for event in alone["metrics"])
-        found = [(event["updates"], event["examples_seen"], "test_accuracy" in event)
+        found = [(event["updates"], event["examples_seen"], "test_accuracy" in event,
+                  event.get("batch_asked_for"), event.get("grows_to"))
                  for event in alone["metrics"]]
         assert found == lines, f"seed {seed}"
         assert broke == (case.diverges is not None)
+        grown += any("grows_to" in event for event in alone["metrics"])
         for event in alone["metrics"]:
             assert event["train_loss"] == event["updates"]
             if "test_accuracy" in event:
@@ -251,3 +308,4 @@ def test_every_schedule_leaves_what_its_definition_says(part):
         except train.NotFinite:
             diverged += 1
     assert stopped > 200 and inside > 20 and diverged > 50, (stopped, inside, diverged)
+    assert grown > 50, grown
