@@ -4,6 +4,7 @@ Nothing is computed: a state is the number of updates in it. What is held is the
 and where the run decides when its batch grows, that it decides what the definition says.
 """
 
+import functools
 import json
 import math
 import random
@@ -28,7 +29,7 @@ from bigbatch.watching.log import Log
 
 N = 40  # examples of an epoch
 TOKENS = 3  # of an example
-CASES = 1500
+CASES = 1350
 LIMITS = schedule.Limits(30, ghost_size=1)
 WINDOW = 25  # examples over which the noise scale is averaged
 
@@ -54,8 +55,13 @@ class Case(NamedTuple):
 
     def parts(self, number):
         """What update `number` measures of the noise: a quotient that rises, under noise."""
-        draw = random.Random(f"{self.seed} {number}")
-        return noise.Parts(draw.gauss(1, 0.7), 8 * draw.random() + number / 4)
+        return draw_parts(self.seed, number)
+
+
+@functools.lru_cache(maxsize=1000)
+def draw_parts(seed, number):
+    draw = random.Random(f"{seed} {number}")
+    return noise.Parts(draw.gauss(1, 0.7), 8 * draw.random() + number / 4)
 
 
 def draw_case(seed):
