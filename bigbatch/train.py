@@ -32,7 +32,7 @@ from bigbatch.mistake import Mistake
 from bigbatch.programs.dispatch import as_rates, measure, take_update
 from bigbatch.programs.programs import Programs, Ready
 from bigbatch.schedule import Phase
-from bigbatch.schedule.measured import Steering
+from bigbatch.schedule.deciding import Steering
 from bigbatch.schedule.rates import Rates
 from bigbatch.storage import bucket, checkpoint, continuing, logs, workdir
 from bigbatch.storage.continuing import Position

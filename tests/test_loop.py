@@ -18,9 +18,9 @@ from bigbatch.config.course import Course
 from bigbatch.job import preemption
 from bigbatch.mistake import Mistake
 from bigbatch.programs.programs import Ready
-from bigbatch.schedule import measured
+from bigbatch.schedule import deciding
+from bigbatch.schedule.deciding import Rule, Steering
 from bigbatch.schedule.due import make_due
-from bigbatch.schedule.measured import Rule, Steering
 from bigbatch.schedule.rates import Rates
 from bigbatch.storage.continuing import Position, position_of
 from bigbatch.update import noise
@@ -80,7 +80,7 @@ def draw_case(seed):
              for what in ("log", "eval", "checkpoint")}
     if strategy == "measured":
         rule = Rule(every=draw.choice((1, 7, 30)), stay=draw.choice((0, 10, 50)))
-        steering = Steering(rule, measured.ladder(recipe, LIMITS), recipe, False, WINDOW, 1)
+        steering = Steering(rule, deciding.ladder(recipe, LIMITS), recipe, False, WINDOW, 1)
     updates = sum(phase.updates for phase in phases)
     return Case(
         str(seed), recipe, strategy, steering, every,

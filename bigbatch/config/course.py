@@ -23,7 +23,7 @@ from bigbatch.config.meaning import (
     make_rule,
     noise_window,
 )
-from bigbatch.schedule import Phase, due, measured
+from bigbatch.schedule import Phase, deciding, due
 from bigbatch.schedule.layout import Layout
 from bigbatch.schedule.rates import Rates
 
@@ -86,7 +86,7 @@ def due_ends(config: ConfigDict, course: Course, examples_seen: int, key: str) -
     return evaluations(config, phases, examples_seen, course.phases[-1].end_example, key)
 
 
-def make_steering(config: ConfigDict) -> measured.Steering | None:
+def make_steering(config: ConfigDict) -> deciding.Steering | None:
     """What decides when the batch of a run grows; None where that is stated in advance.
 
     Raises:
@@ -96,6 +96,6 @@ def make_steering(config: ConfigDict) -> measured.Steering | None:
         return None
     stated, by_all = make_recipe(config), config.measured.by == "all"
     every = due.interval(epochs_of(config, "noise.every_epochs"), config.data.train_examples)
-    return measured.Steering(
-        make_rule(config), measured.ladder(stated, make_limits(config)), stated, by_all,
+    return deciding.Steering(
+        make_rule(config), deciding.ladder(stated, make_limits(config)), stated, by_all,
         noise_window(config), every)

@@ -128,7 +128,7 @@ def _add_schedule(config: ConfigDict) -> None:
     config.hybrid_falls = 1  # for hybrid: how many falls, or growths of the batch, are the batch's
     config.by_hand = ()  # for by_hand: ((epoch, batch), ...), each batch from its epoch on
     config.measured = ConfigDict({
-        "rule": "noise",  # noise, norm_test, adascale, cabs, loss: see bigbatch.schedule.measured
+        "rule": "noise",  # noise, norm_test, adascale, cabs, loss: see bigbatch.schedule.deciding
         "threshold": config_dict.placeholder(float),  # of the rule; None: its default
         "losses": (),  # of loss: ((training loss, batch that it allows), ...)
         # What the rule reads of the noise: by the scales and biases of the norms, in every update

@@ -11,7 +11,7 @@ from bigbatch import dotted, schedule
 from bigbatch.config import lengths
 from bigbatch.config.keys import BY_OPTIMIZER, OPTIMIZERS, base_config
 from bigbatch.mistake import Mistake
-from bigbatch.schedule import due, measured
+from bigbatch.schedule import deciding, due
 from bigbatch.schedule.layout import Layout, make_layout
 
 # What version 0.1 had in configs/small.py: {its dotted path: the one of now}.
@@ -234,24 +234,24 @@ def make_phases(
     recipe, limits, strategy = make_recipe(config), make_limits(config), make_strategy(config)
     if strategy.name == "measured":
         if decisions is None:
-            rungs = measured.ladder(recipe, limits)
-            decisions = measured.soonest(recipe, make_rule(config), rungs)
+            rungs = deciding.ladder(recipe, limits)
+            decisions = deciding.soonest(recipe, make_rule(config), rungs)
         strategy = strategy._replace(decisions=decisions)
     return schedule.plan_phases(recipe, strategy, limits)
 
 
-def make_rule(config: ConfigDict) -> measured.Rule:
+def make_rule(config: ConfigDict) -> deciding.Rule:
     """How the strategy "measured" of a config decides.
 
     Raises:
         Mistake: if a value of `config.measured` is not allowed.
     """
     keys, n = config.measured, config.data.train_examples
-    rule = measured.Rule(
+    rule = deciding.Rule(
         keys.rule, keys.threshold, _pairs(config, "measured.losses", keys.losses),
         due.interval(epochs_of(config, "measured.every_epochs"), n),
         round(epochs_of(config, "measured.stay_epochs") * n))
-    measured.check(rule)
+    deciding.check(rule)
     return rule
 
 

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from bigbatch import __version__
 from bigbatch.config import make_recipe, saved_config
 from bigbatch.schedule import Phase, Rates, Recipe, rates_at, reference_rate
-from bigbatch.schedule.measured import Growth
+from bigbatch.schedule.deciding import Growth
 from bigbatch.schedule.smoothing import Smoothed
 
 # These keys do not change what is learned.

@@ -8,8 +8,8 @@ import pytest
 
 from bigbatch import schedule
 from bigbatch.mistake import Mistake
-from bigbatch.schedule import Limits, Recipe, Strategy, measured
-from bigbatch.schedule.measured import Rule, Seen
+from bigbatch.schedule import Limits, Recipe, Strategy, deciding
+from bigbatch.schedule.deciding import Rule, Seen
 
 STATED = Recipe(0.1, 48, 0.9, 1437, 6, falls=((2, 5), (4, 5)))
 LIMITS = Limits(400, ghost_size=16)
@@ -19,29 +19,29 @@ SEEN = Seen(gradient_square=0.02, trace=3.0, loss=0.6, batch_size=96, first_batc
 
 
 def test_each_rule_names_the_batch_that_its_source_says():
-    assert measured.wanted(Rule("noise"), SEEN) == pytest.approx(150)
-    assert measured.wanted(Rule("noise", 0.5), SEEN) == pytest.approx(75)
+    assert deciding.wanted(Rule("noise"), SEEN) == pytest.approx(150)
+    assert deciding.wanted(Rule("noise", 0.5), SEEN) == pytest.approx(75)
     # Byrd et al.: the variance tr/B of a batch of that size is theta^2 |g|^2.
-    batch = measured.wanted(Rule("norm_test", 0.7), SEEN)
+    batch = deciding.wanted(Rule("norm_test", 0.7), SEEN)
     assert 3.0 / batch == pytest.approx(0.7**2 * (0.02 + 3.0 / 96))
     # AdaScale: the gain of S times the batch is a share of S.
-    scale = measured.wanted(Rule("adascale", 0.6), SEEN) / 48
+    scale = deciding.wanted(Rule("adascale", 0.6), SEEN) / 48
     variance = 3.0 / 48
     assert (variance + 0.02) / (variance / scale + 0.02) == pytest.approx(0.6 * scale)
-    assert measured.wanted(Rule("cabs"), SEEN) == pytest.approx(0.1 * 3.0 / 0.6)
+    assert deciding.wanted(Rule("cabs"), SEEN) == pytest.approx(0.1 * 3.0 / 0.6)
     losses = Rule("loss", losses=((2.0, 96), (0.7, 192), (0.5, 384)))
-    assert measured.wanted(losses, SEEN) == 192
-    assert measured.wanted(losses, SEEN._replace(loss=9.0)) is None
+    assert deciding.wanted(losses, SEEN) == 192
+    assert deciding.wanted(losses, SEEN._replace(loss=9.0)) is None
     lost = SEEN._replace(gradient_square=-0.001)  # in its error: no gradient is seen at all
-    assert measured.wanted(Rule("noise"), lost) is measured.wanted(Rule("adascale"), lost) is None
-    assert measured.wanted(Rule("norm_test"), lost) == pytest.approx(
+    assert deciding.wanted(Rule("noise"), lost) is deciding.wanted(Rule("adascale"), lost) is None
+    assert deciding.wanted(Rule("norm_test"), lost) == pytest.approx(
         3.0 / (0.25 * (3.0 / 96 - 0.001)))
 
 
 def test_the_norm_test_with_1_never_asks_for_more_than_there_is_and_is_refused():
-    assert measured.norm_test(SEEN, 1.0) < SEEN.batch_size
+    assert deciding.norm_test(SEEN, 1.0) < SEEN.batch_size
     with pytest.raises(Mistake, match=r"measured.threshold is 1; of the rule norm_test .* below 1"):
-        measured.check(Rule("norm_test", 1.0))
+        deciding.check(Rule("norm_test", 1.0))
 
 
 @pytest.mark.parametrize(("rule", "told"), (
@@ -52,23 +52,23 @@ def test_the_norm_test_with_1_never_asks_for_more_than_there_is_and_is_refused()
 ))
 def test_a_rule_that_is_none_is_told(rule, told):
     with pytest.raises(Mistake, match=told):
-        measured.check(rule)
+        deciding.check(rule)
 
 
 def test_the_ladder_is_that_of_growing_batches_and_needs_an_end():
-    assert measured.ladder(STATED, LIMITS) == (48, 96, 192, 384)
-    assert measured.ladder(STATED, dataclasses.replace(LIMITS, growth=3.0)) == (48, 144)
+    assert deciding.ladder(STATED, LIMITS) == (48, 96, 192, 384)
+    assert deciding.ladder(STATED, dataclasses.replace(LIMITS, growth=3.0)) == (48, 144)
     with pytest.raises(Mistake, match="measured has no largest batch: set limits.max_batch_size"):
-        measured.ladder(STATED, Limits(ghost_size=16))
+        deciding.ladder(STATED, Limits(ghost_size=16))
     with pytest.raises(Mistake, match="takes no ramp"):
         schedule.plan_phases(STATED, Strategy("measured", ramp=((1, 3),)), LIMITS)
 
 
 def test_it_grows_by_one_rung_after_a_stay_and_never_back():
-    rungs, rule = measured.ladder(STATED, LIMITS), Rule(every=100, stay=500)
+    rungs, rule = deciding.ladder(STATED, LIMITS), Rule(every=100, stay=500)
 
     def decide(decisions, example, asked_for):
-        return measured.decide(rule, rungs, decisions, example, asked_for)
+        return deciding.decide(rule, rungs, decisions, example, asked_for)
 
     assert decide((), 480, 1e9) == ()  # not long enough on the first batch
     assert decide((), 528, 95) == decide((), 528, None) == ()
@@ -104,14 +104,14 @@ def test_the_phases_before_a_decision_stay_and_the_noise_is_the_references_throu
 
 @pytest.mark.parametrize(("every", "stay"), list(itertools.product((1, 100, 700), (0, 333, 2000))))
 def test_the_soonest_decisions_are_those_of_a_run_that_always_asks_for_more(every, stay):
-    rungs, rule = measured.ladder(STATED, LIMITS), Rule(every=every, stay=stay)
+    rungs, rule = deciding.ladder(STATED, LIMITS), Rule(every=every, stay=stay)
     decisions, example, last = (), 0, round(STATED.epochs * STATED.examples)
     while example < last:
         batch = decisions[-1][1] if decisions else 48
         due = (example + batch) // every > example // every
         example += batch
         if due and example < last:
-            decisions = measured.decide(rule, rungs, decisions, example, math.inf)
-    assert measured.soonest(STATED, rule, rungs) == decisions
+            decisions = deciding.decide(rule, rungs, decisions, example, math.inf)
+    assert deciding.soonest(STATED, rule, rungs) == decisions
     phases, _ = every_update(decisions)
     assert {phase.batch_size for phase in phases} == {48, *(batch for _, batch in decisions)}
