@@ -1,14 +1,20 @@
 """The noise scale of a gradient: without bias, and averaged as a run does."""
 
 import math
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bigbatch import train
 from bigbatch.schedule.smoothing import Smoothed
+from bigbatch.storage.logs import read_events
 from bigbatch.update import noise
+from bigbatch.watching.clock import Clock
+from bigbatch.watching.log import Log
+from tests.support import small_config
 
 DRAWS, FEATURES = 10_000, 3
 
@@ -70,3 +76,40 @@ def test_an_average_is_over_examples_and_its_parts_are_divided_last():
         (30 * first + 50 * second) / (2 * first - second))
     assert large.weight == pytest.approx(1 - math.exp(-0.5))
     assert Smoothed().after(parts[1], 10, 10.0).scale is None and Smoothed().scale is None
+
+
+# --- runs ----------------------------------------------------------------------------------------
+def test_a_measurement_between_two_updates_changes_nothing(tmp_path):
+    """The same bits, and the same lines besides those that it adds."""
+    states, lines = [], []
+    for every in (0.0, 0.6):
+        config = small_config.get_config(f"resident,noise.every_epochs={every},noise.ghosts=3")
+        states.append(jax.device_get(
+            train.train_and_evaluate(config, tmp_path / str(every), show=False)))
+        lines.append(read_events(tmp_path / str(every) / "metrics.jsonl"))
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    plain, measuring = lines
+    added = {key for line in measuring for key in line} - {key for line in plain for key in line}
+    assert {key.rpartition("_")[0] for key in added} >= {"noise_full", "noise_norms"}
+    at = {line["updates"] for line in plain}
+    assert plain == [{key: value for key, value in line.items() if key not in added}
+                     for line in measuring if line["updates"] in at]
+    assert [line["examples_seen"] for line in measuring if "noise_full" in line] == [
+        96, 192, 288, 432, 528]  # at or after multiples of 96 examples, and at the end
+    timing = read_events(tmp_path / "0.6" / "timing.jsonl")
+    assert {event["groups"] for event in timing if event["event"] == "noise"} == {6}
+
+
+def test_a_batch_far_beyond_the_measured_scale_is_warned_of_once_a_phase():
+    told, written = [], []
+    display = SimpleNamespace(line=told.append)
+    log = Log(lambda kind, event: written.append(event), display, Clock(None, 0), 100)
+    for phase, batch, scale, weight in (
+            ("a", 64, 20.0, 0.4), ("a", 64, 40.0, 0.9), ("a", 64, None, 0.9), ("a", 64, 20.0, 0.9),
+            ("a", 64, 10.0, 0.9), ("b", 128, 20.0, 0.9)):
+        log.warn_of_noise({"phase": phase, "batch_size": batch, "noise_measured": scale,
+                           "examples_seen": len(told)}, weight)
+    assert [text.partition(":")[0] for text in told] == [
+        f"the batch of {batch} is over 2 times the measured noise scale, 20 examples"
+        for batch in (64, 128)]
+    assert [event["event"] for event in written] == ["notice"] * 2
