@@ -167,7 +167,14 @@ def _check_steering(
         raise Mistake(
             f"--stop_after_phase={stop_after_phase}: with the strategy measured a run decides on "
             "its way where its phases end; stop it by a signal.")
-    if not steering.by_all and steering.rule.name != "loss" and not net.copied_for:
+    if steering.by_all or steering.rule.name == "loss":
+        return
+    if 0 < steering.rungs[0] <= net.copied_for:
+        raise Mistake(
+            f"recipe.batch_size is {steering.rungs[0]}, a single ghost batch, in which no noise is "
+            "measured by the norms: take a larger batch or a smaller ghost_size, or set "
+            "config.measured.by to 'all' and config.noise.every_epochs to how often.")
+    if not net.copied_for:
         raise Mistake(
             "config.measured.by is 'norms', but the network has no layers of normalisation by "
             "which the noise is measured (docs/noise.md); set it to 'all', and "
