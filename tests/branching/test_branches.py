@@ -14,7 +14,7 @@ from bigbatch.mistake import Mistake
 from bigbatch.storage import checkpoint, continuing
 from bigbatch.storage.logs import read_events
 from tests.storage.test_continuing import terminate_at
-from tests.support import quadratic
+from tests.support import quadratic, started
 from tests.support.configs import tiny
 
 # The batch of the quadratic beyond which its loss is higher by half of what it is.
@@ -34,16 +34,23 @@ def train_quadratic(seed, folder):
 def branched(folder, factors, **options):
     """The run's branches, trained to their end, and what they say."""
     found = branch.make_branches([str(folder)], "1024 examples", factors, STRETCH, **options)
-    branch.train_branches(found)
+    branch.train_branches(found)  # those that are not at their end
     return found, branch.compare(found, MARGIN)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of the quadratic, its branches and what they say."""
+    """A run of the quadratic, its branches by the command, and what it says."""
     folder = tmp_path_factory.mktemp("run")
     train_quadratic(0, folder)
-    return folder, *branched(folder, (4, 8, 16))
+    shown = started.end(started.start_python(
+        "-m", "bigbatch.branch", f"--workdir={folder}", "--at=1024 examples", "--factors=4,8,16",
+        f"--for={STRETCH}", f"--margin={MARGIN}", f"--compilation_cache={started.CACHE}",
+        devices=len(jax.devices())))
+    judged = json.loads((folder / "branches/1024/branches.json").read_text())
+    assert results.table(judged) in shown
+    assert (folder / "branches/1024/branches.png").read_bytes().startswith(b"\x89PNG")
+    return folder, branched(folder, (4, 8, 16))[0], judged
 
 
 def assert_same_bits(folder, other, examples_seen):
@@ -69,7 +76,8 @@ def test_the_critical_batch_of_a_quadratic_is_found_within_a_factor_of_2(run):
     assert rows[4]["verdict"] == "as good" and rows[16]["verdict"] == "worse"
     exact = quadratic.mean_loss(4) - quadratic.mean_loss(1)
     assert abs(rows[4]["difference"] - exact) < 0.05 * quadratic.mean_loss(1)
-    assert f"up to a batch of {judged['critical_batch']}" in results.table(judged)
+    assert f"up to a batch of {judged['critical_batch']}" in judged["verdict"]
+    assert [row["command"] for row in judged["branches"]] == [one.command for one in found]
     for one in found:  # all see the same examples, and are evaluated after as many of them
         events = read_events(one.folder / "metrics.jsonl")
         seen = [event["examples_seen"] for event in events if "test_loss" in event]
