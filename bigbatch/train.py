@@ -34,7 +34,7 @@ from bigbatch.programs.programs import Programs, Ready
 from bigbatch.schedule import Phase
 from bigbatch.schedule.deciding import Steering
 from bigbatch.schedule.rates import Rates
-from bigbatch.storage import bucket, checkpoint, continuing, logs, workdir
+from bigbatch.storage import bucket, bucket_programs, checkpoint, continuing, logs, workdir
 from bigbatch.storage.continuing import Position
 from bigbatch.storage.saves import Saves
 from bigbatch.tasks import contract, measures
@@ -248,8 +248,8 @@ def begin(
             layout for phase, layout in zip(goal.course.phases, goal.course.layouts, strict=True)
             if phase.batch_size > phases[-1].batch_size)
     programs = Programs(
-        config, goal.net, mesh, layouts, feed.resident, feed.test, peak is not None,
-        begin_with, measured)
+        config, goal.net, mesh, layouts, feed.resident, feed.test, peak is not None, begin_with,
+        at_end.enter_context(bucket_programs.opened(mirror, jax.process_index() == 0)), measured)
     run = Run(
         course, goal.steering, partial(
             _replan, goal, feed, saves, log, partial(_write_config, config, folder, mirror)),
@@ -408,6 +408,7 @@ class InFlight(NamedTuple):
         """
         with run.log.clock.spent_on("update"):
             finite, measured = jax.device_get((self.measured.finite, self.measured.noise))
+            finite = bool(finite)
         if not finite:
             if not self.measured.weight:  # of no example: no divergence
                 raise run.feed.none_of_use(f"the update from example {self.start}")
@@ -536,7 +537,8 @@ def _time_alone(run: Run, phase: Phase, ready: Ready, flight: InFlight) -> None:
         jax.block_until_ready(flight.measured.finite)
     run.log.timing(
         "phase", flight.start, phase=phase.name, compile_seconds=ready.compile_seconds,
-        waited_seconds=ready.waited_seconds, **run.log.clock.first_update())
+        waited_seconds=ready.waited_seconds, programs=ready.obtained,
+        **run.log.clock.first_update())
 
 
 class _Due(NamedTuple):

@@ -201,14 +201,14 @@ LANGUAGE_CURVES = (
     Curve("growing: linear", f"{GROWING},exchange=linear"),
     Curve("growing: none", f"{GROWING},exchange=none"),
 )
-# How often the noise is measured, in examples that are about as many of each run.
-MEASURED = ",noise.every_epochs={},noise.ghosts=64"
+# How often the noise is measured, and over how many ghost batches.
+MEASURED = ",noise.every_epochs={},noise.ghosts={}"
 NOISE = tuple(
-    Curve(label, preset + MEASURED.format(0.512))
+    Curve(label, preset + MEASURED.format(0.512, 64))
     for label, preset in (("decaying learning rate", "decay"),
                           ("increasing batch size", "increase")))
 LANGUAGE_NOISE = tuple(
-    Curve(label, f"bytes,strategy={strategy}" + MEASURED.format(0.04))
+    Curve(label, f"bytes,strategy={strategy}" + MEASURED.format(0.02, 32))
     for label, strategy in (("decaying learning rate", "decay"),
                             ("growing: sqrt, all per example", "increase")))
 

@@ -13,9 +13,11 @@ from typing import NamedTuple
 import numpy as np
 from matplotlib.figure import Figure as Picture
 
+from bigbatch import schedule
+from bigbatch.config import make_recipe
 from experiments.drawing import COLOURS
 from experiments.figures import Figure
-from experiments.logs import Logs, finished
+from experiments.logs import Logs, filled, finished
 from experiments.tables import Results, Table
 
 STRETCHES = 10  # of a run
@@ -28,6 +30,7 @@ class Scales(NamedTuple):
 
     epoch: np.ndarray  # the middle of each stretch
     batch: np.ndarray  # of the schedule, there
+    predicted: np.ndarray  # the noise that the schedule states there, of that at its peak
     full: np.ndarray  # by all parameters
     norms: np.ndarray  # by scales and biases of the norms, of the same ghost batches
     updates: np.ndarray  # the same of the updates of which a line was logged
@@ -39,7 +42,12 @@ def scales(run: Logs) -> Scales:
     middles = (np.arange(STRETCHES) + 0.5) / STRETCHES * end
     batches = [next(phase["batch_size"] for phase in run.phases if middle < phase["end_example"])
                for middle in middles]
-    return Scales(middles / run.examples, np.array(batches), *(
+    recipe = make_recipe(filled(run))
+    at = [next(event for event in run.events if event["examples_seen"] >= middle)
+          for middle in middles]
+    predicted = [schedule.noise(recipe, event["learning_rate"], event["batch_size"])
+                 for event in at]
+    return Scales(middles / run.examples, np.array(batches), np.array(predicted), *(
         np.array([_scale(run, name, stretch / STRETCHES * end, (stretch + 1) / STRETCHES * end)
                   for stretch in range(STRETCHES)])
         for name in ("noise_full", "noise_norms", "noise")))
@@ -110,6 +118,11 @@ def draw(figure: Figure, scale: str, results: Results) -> Picture:
             if name == "full":
                 for value in values:
                     along.plot(found[0].epoch, value, "o", color=colour, alpha=0.35, markersize=3)
+        level = _means([one.full for one in found])
+        if len(known := np.flatnonzero(np.isfinite(level))):
+            growth = found[0].predicted[known[0]] / found[0].predicted
+            along.plot(found[0].epoch, level[known[0]] * growth, ":", color=colour, linewidth=1,
+                       label=f"{curve.label}: as 1/(predicted noise)")
         phases = runs[0].phases
         along.stairs([phase["batch_size"] for phase in phases],
                      [end / runs[0].examples for end in
@@ -119,7 +132,7 @@ def draw(figure: Figure, scale: str, results: Results) -> Picture:
         for one in found:
             beside.plot(one.norms, one.full, "o", color=colour, markersize=4, alpha=0.7)
     along.set(yscale="log", xlabel="epochs", ylabel="examples", xlim=(0, None))
-    along.legend(frameon=False, fontsize=7)
+    along.legend(frameon=False, fontsize=7, loc="upper left")
     known = np.concatenate([np.concatenate([one.norms, one.full]) for one in everything])
     ends = np.array([np.nanmin(known) / 1.5, np.nanmax(known) * 1.5])
     beside.plot(ends, ends, color="black", linewidth=0.8, label="equal")
@@ -161,10 +174,12 @@ def tables(figure: Figure, scale: str, results: Results) -> list[Table]:
             middle = _means(measured[:, None])[0]
             cells.append([
                 curve.label, f"{first.epoch[inside[0]]:.3g} to {first.epoch[inside[-1]]:.3g}",
-                f"{key[0]:,}", _told(lowest) + f" to {_told(highest)}" * (highest > lowest),
+                _between(*first.predicted[[inside[0], inside[-1]]]),
+                f"{key[0]:,}", _between(lowest, highest),
                 _told(key[0] / middle), _told(by)])
     fitted = fit(everything)
-    note = "Geometric means over seeds."
+    note = ("Predicted noise: of that at the recipe's peak. Scales are in examples, as geometric "
+            "means over seeds.")
     if fitted:
         low, median, high = fitted.ratios
         note += (
@@ -174,7 +189,7 @@ def tables(figure: Figure, scale: str, results: Results) -> list[Table]:
             f"known. The fit: full = {fitted.factor:.2g} x (by the norms)^{fitted.power:.2f}, off "
             f"by a factor of {fitted.spread:.2f}; the logarithms' correlation is "
             f"{fitted.correlation:.3f}.")
-    return [Table(panel.name, ["curve", "epochs (middles of stretches)", "batch",
+    return [Table(panel.name, ["curve", "epochs (middles of stretches)", "predicted noise", "batch",
                                "measured noise scale", "batch / scale", "by the norms / full"],
                   cells, note)]
 
@@ -186,3 +201,7 @@ def _of(function: Callable[[np.ndarray], float], values: np.ndarray) -> float:
 
 def _told(number: float) -> str:
     return f"{number:.3g}" if math.isfinite(number) else "not known"
+
+
+def _between(first: float, last: float) -> str:
+    return _told(first) + f" to {_told(last)}" * (_told(first) != _told(last))

@@ -36,14 +36,15 @@ RANGES = {
         ("data.augment.pad", 0), ("data.augment.crop", 0), ("data.workers", 0),
         ("data.read_threads", 1), ("noise.ghosts", 2))},
     **{key: ("be a finite number over 0", TINY, math.inf) for key in (
-        "log_every_epochs", "eval_every_epochs", "checkpoint_every_epochs", "noise.window_epochs",
-        "measured.every_epochs", "optimizer.epsilon")},
+        "log_every_epochs", "eval_every_epochs", "checkpoint_every_epochs", "measured.every_epochs",
+        "optimizer.epsilon")},
     **{key: ("be a finite number, 0 or more", 0, math.inf) for key in (
         "measured.stay_epochs", "intervals_from")},
     "seed": ("be 0 or more and below 2**32", 0, 2**32),
     "data.eval_share": ("lie in (0, 1]", TINY, math.nextafter(1.0, 2.0)),
     **{key: ("be a finite number, 0 or more", 0, math.inf) for key in (
-        "optimizer.weight_decay", "optimizer.clip_norm", "noise.every_epochs")},
+        "optimizer.weight_decay", "optimizer.clip_norm", "noise.every_epochs",
+        "noise.window_epochs")},
     "label_smoothing": ("lie in [0, 1)", 0, 1),
     "optimizer.beta2": ("lie in [0, 1)", 0, 1),
     "per_example.momentum_floor": ("lie in [0, 1)", 0, 1),
@@ -84,7 +85,8 @@ def check(config: ConfigDict) -> None:
         numbers = _value(config, key)
         if not all(_is_number(number) and least <= number <= most for number in numbers):
             raise Mistake(f"config.{key} is {tuple(numbers)}; its values must {allowed}.")
-    for key, (allowed, least, below) in RANGES.items():
+    # Lengths last, since a length in another unit is computed from other keys.
+    for key, (allowed, least, below) in sorted(RANGES.items(), key=lambda row: row[0] in LENGTHS):
         value = epochs_of(config, key) if key in LENGTHS else _value(config, key)
         if not least <= value < below:
             raise Mistake(f"config.{key} is {_value(config, key)}; it must {allowed}.")

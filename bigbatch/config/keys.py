@@ -106,7 +106,7 @@ def base_config() -> ConfigDict:
     config.intervals_from = Length(0.0)  # the position from which intervals are counted
     # How the noise scale of the gradient is measured: see docs/noise.md.
     config.noise = ConfigDict({
-        # Over how much of the run that of every update, by the norms, is averaged.
+        # Over how much of the run that of every update, by the norms, is averaged; 0: not at all.
         "window_epochs": Length("200 updates"),
         # How often it is measured by all parameters, which takes passes of its own; 0: never.
         "every_epochs": Length(0.0),

@@ -14,7 +14,7 @@ from bigbatch.mistake import Mistake
 from bigbatch.models.layer_norms import LayerNorm, RMSNorm
 from bigbatch.models.normalization import GhostBatchNorm
 from bigbatch.tasks import contract
-from bigbatch.update import dependence, independence, module_checks, task_checks
+from bigbatch.update import dependence, independence, module_checks, noise, task_checks
 
 Tree = Mapping[str, Any]
 
@@ -110,8 +110,15 @@ def build(config: ConfigDict, may_mix: bool = False) -> Network:
         shapes = nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
         task, examples = contract.task_of(config), config.ghost_size * dependence.GHOSTS
         inputs, targets = task_checks.prepared(config, task, examples)
+        copied, copied_for = _copied(abstract, params, batch_stats, config.ghost_size)
         with module_checks.naming_the_layer(name, task_checks.described(task, inputs)):
-            found, results = _trace(apply, *shapes, inputs, name)
+            try:
+                found, results = _trace(_copying(apply, copied, copied_for), *shapes, inputs, name)
+            except Exception:
+                # It may read a scale or bias outside of its layer, where copies do not fit. What
+                # else is wrong is told by the trace without them.
+                copied, copied_for = jax.tree.map(lambda _: False, copied), 0
+                found, results = _trace(apply, *shapes, inputs, name)
         measured = task_checks.measured(config, task, results[0], targets, examples, may_mix)
         if not may_mix:
             independence.refuse_mixing(
@@ -127,7 +134,7 @@ def build(config: ConfigDict, may_mix: bool = False) -> Network:
     )
     return Network(
         init, *shapes, apply, nnx.to_pure_dict(decays), _in_norm(abstract, params, linen_layers),
-        measured, *_copied(abstract, params, batch_stats, config.ghost_size),
+        measured, copied, copied_for,
     )
 
 
@@ -187,6 +194,18 @@ def _copied(
     own = {path for path, part in nnx.iter_modules(module) if type(part) in kinds}
     flat = {path: path[:-1] in own for path, _ in nnx.to_flat_state(params)}
     return nnx.traversals.unflatten_mapping(flat), examples if any(flat.values()) else 0
+
+
+def _copying(apply: Callable, copied: Tree, copied_for: int) -> Callable:
+    """`apply` with copies of the parameters that may have them, as an update calls it."""
+    if not copied_for:
+        return apply
+
+    def call(params: Tree, stats: Tree, inputs: Any, train: bool, keys: jax.Array) -> Any:
+        copies = noise.with_copies(params, copied, len(keys) // copied_for)
+        return apply(copies, stats, inputs, train, keys)
+
+    return call
 
 
 def _trace(

@@ -76,6 +76,9 @@ def squared_norm(arrays: Iterable[jax.Array]) -> jax.Array:
 
 def one_group(gradient: Tree, weight: jax.Array) -> Groups:
     """A group by itself: its summed gradient and its weight."""
+    # Or a TPU's compiler makes the squares a part of the convolutions that the gradients come from,
+    # which then take longer: an update of a Wide ResNet 16-4 on v5e by 2.4 %.
+    gradient = jax.lax.optimization_barrier(gradient)
     return Groups(squared_norm(jax.tree.leaves(gradient)), jnp.square(weight),
                   (weight != 0).astype(weight.dtype))
 

@@ -140,7 +140,11 @@ class Log:
 
 
 def _noise(event: Mapping[str, Any]) -> str:
-    """The measured noise scale beside the batch, for a line; "" where it is not known."""
+    """The noise as it is predicted, and the batch beside what is measured, for a line.
+
+    "" where nothing is measured.
+    """
     measured = event.get("noise_full") or event.get("noise_measured")
     return "" if measured is None else (
-        f", batch {event['batch_size']} of a noise scale of {measured:.3g} examples")
+        f"; noise g = {event['noise_scale']:.3g}, batch {event['batch_size']} beside a measured "
+        f"scale of {measured:.3g} examples")

@@ -30,11 +30,9 @@ from experiments.speed.bare import NOISE, BareUpdate, on_gpu
 from experiments.speed.measure import Measurement, paired, ratios
 
 CONFIGS = ("configs/small.py:decay,recipe.batch_size=80", "configs/cifar10.py:decay,model.width=1")
-COMPILED = {  # with the ghost batches, or examples, that a device takes
-    "configs/small.py:decay,dtype=bfloat16": 40,
-    "configs/language.py:bytes,dtype=bfloat16,model.width=256": 4,
+COMPILED = {  # with the ghost batches that a device takes
     "configs/cifar10.py:decay,dtype=bfloat16": 5,
-    "configs/imagenet_resnet50.py:batch_8k": 1,
+    "configs/language.py:bytes,dtype=bfloat16,model.width=256,data.options.length=512": 4,
 }
 
 

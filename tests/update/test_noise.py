@@ -7,14 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from bigbatch import train
+from bigbatch.models.normalization import GhostBatchNorm
 from bigbatch.schedule.smoothing import Smoothed
 from bigbatch.storage.logs import read_events
-from bigbatch.update import noise
+from bigbatch.update import network, noise
 from bigbatch.watching.clock import Clock
 from bigbatch.watching.log import Log
 from tests.support import small_config
+from tests.support.updates import with_model
 
 DRAWS, FEATURES = 10_000, 3
 
@@ -113,3 +116,25 @@ def test_a_batch_far_beyond_the_measured_scale_is_warned_of_once_a_phase():
         f"the batch of {batch} is over 2 times the measured noise scale, 20 examples"
         for batch in (64, 128)]
     assert [event["event"] for event in written] == ["notice"] * 2
+
+
+class ReadsItsScale(nnx.Module):
+    """Uses a norm's scale in another place too."""
+
+    def __init__(self, num_classes, dtype, rngs, *, elsewhere):
+        self.norm = GhostBatchNorm(64, ghost_size=16, rngs=rngs)
+        self.head = nnx.Linear(64, num_classes, rngs=rngs)
+        self.elsewhere = elsewhere
+
+    def __call__(self, images, train, keys):
+        x = self.norm(images.reshape(len(images), 64), train)
+        return self.head(x * self.norm.scale[...] if self.elsewhere else x)
+
+
+@pytest.mark.parametrize(("elsewhere", "examples"), [(False, 16), (True, 0)])
+def test_a_scale_that_is_read_outside_of_its_layer_gets_no_copies(elsewhere, examples):
+    net = network.build(with_model(
+        "update.test_noise.ReadsItsScale", {"elsewhere": elsewhere}))
+    assert net.copied_for == examples
+    assert net.copied["norm"] == {"scale": not elsewhere, "bias": not elsewhere}
+    assert net.copied["head"] == {"kernel": False, "bias": False}
