@@ -3,10 +3,11 @@
     python -m experiments.deciding --output=runs/deciding
 
 Digits, with the strategy `measured` and several seeds. Each of its runs is set beside schedules
-that are fixed in advance and take as many updates: the batch grows once, by each factor that the
-ladder has, at the one example at which the number of updates comes out the same. Which of these is
-best is chosen with hindsight, so that what is compared with is better than what one could have
-known. The same command again continues what is there.
+that are fixed in advance and take as many updates, as exactly as whole batches allow: one batch
+from the start; one that grows once to the largest, or twice, at the place at which the number of
+updates comes out the same; and what another seed has decided. Which of these is best is chosen with
+hindsight, so that what is compared with is better than what one could have known. The same command
+again continues what is there.
 """
 
 import argparse
@@ -15,11 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bigbatch.branching.verdicts import compare
-from bigbatch.config import make_limits, make_recipe
-from bigbatch.schedule import deciding
 from experiments import logs, records, runs
 from experiments.command_line import one_line_errors
-from experiments.figures import REPOSITORY, planned
+from experiments.figures import REPOSITORY
 from experiments.logs import Logs
 from experiments.markdown_table import markdown_table
 
@@ -31,16 +30,36 @@ DECIDES = ("strategy=measured,measured.rule=noise,measured.threshold=1,noise.win
 MARGIN = 0.01  # nats of test loss that are called the same; stated before any of these runs
 
 
-def fixed(run: Logs, factor: int) -> str:
-    """The settings of a run whose batch grows once, by `factor`, with as many updates as `run`."""
+def fixed(run: Logs, other: Logs) -> dict[str, str]:
+    """The settings of schedules with as many updates as `run`, by name.
+
+    Args:
+        run: one that has decided.
+        other: one of another seed.
+    """
     first, examples = run.phases[0]["batch_size"], run.phases[-1]["nominal_end_example"]
-    grown = first * factor
-    # start/first + (examples - start)/grown = updates
-    start = (run.updates - examples / grown) / (1 / first - 1 / grown)
-    if not first <= start < examples - grown:
-        return ""  # no place gives as many
-    start = round(start / first) * first
-    return f"strategy=by_hand,by_hand=(('{start} examples',{grown}),)"
+    largest, ghost = run.config["limits"]["max_batch_size"], run.config["ghost_size"]
+    middle = 2 * first
+    # start/first + (examples - start)/largest = updates; and with `start` more in `middle`
+    left = run.updates - examples / largest
+    once = left / (1 / first - 1 / largest)
+    twice = left / (1 / first + 1 / middle - 2 / largest)
+    once, twice = (round(start / middle) * middle for start in (once, twice))
+    constant = round(examples / run.updates / ghost) * ghost
+    growths = [(event["examples_seen"], event["grows_to"])
+               for event in other.events if "grows_to" in event]
+    return {
+        "one batch": f"scale_up.learning_rate={constant / first}",
+        "grows once": by_hand([(once, largest)]),
+        "grows twice": by_hand([(twice, middle), (2 * twice, largest)]),
+        "another seed's decisions": by_hand(growths),
+    }
+
+
+def by_hand(pairs: Sequence[tuple[int, int]]) -> str:
+    """The settings of a run with batches by hand, (example, batch from there on)."""
+    listed = ",".join(f"('{example} examples',{batch})" for example, batch in pairs)
+    return f"strategy=by_hand,by_hand=({listed},)"
 
 
 def train(configs: Sequence[tuple[str, str]], output: Path) -> list[Logs]:
@@ -56,10 +75,10 @@ def final(found: Sequence[Logs], quantity: str) -> list[float]:
 
 
 def table(results: dict[str, list[Logs]]) -> str:
-    """Each schedule's updates and ends, and how the deciding runs compare with the best of them."""
+    """Each schedule's updates and ends, and how the deciding runs compare with it."""
     rows, losses = [], {name: final(found, "test_loss") for name, found in results.items()}
-    same = {name: found for name, found in losses.items() if name.startswith("grows")}
-    best = min(same, key=lambda name: statistics.mean(same[name]))
+    best = min((name for name in losses if name not in ("measured", "decay")),
+               key=lambda name: statistics.mean(losses[name]))
     for name, found in results.items():
         told = ""
         if name != "measured":
@@ -68,7 +87,7 @@ def table(results: dict[str, list[Logs]]) -> str:
                     f"{against.verdict}")
         updates = [run.updates for run in found]
         rows.append([
-            name + ", the best" * (name == best), str(len(found)),
+            name + ", the best of these" * (name == best), str(len(found)),
             f"{statistics.mean(updates):.0f} ({min(updates)} to {max(updates)})",
             f"{statistics.mean(losses[name]):.4f}",
             f"{statistics.mean(final(found, 'test_accuracy')):.2%}", told])
@@ -91,15 +110,14 @@ def main() -> None:
         configs += [(f"decay-{seed}", f"{SETTING},seed={seed}") for seed in range(options.seeds)]
         found = train(configs, output)
         results = {"measured": found[: options.seeds], "decay": found[options.seeds :]}
-        config, _ = planned(configs[0][1])
-        rungs = deciding.ladder(make_recipe(config), make_limits(config))
-        for factor in (rung // rungs[0] for rung in rungs[1:]):
-            settings = [fixed(run, factor) for run in results["measured"]]
-            if all(settings):
-                configs += (own := [
-                    (f"grows-{factor}-{seed}", f"{SETTING},{setting},seed={seed}")
-                    for seed, setting in enumerate(settings)])
-                results[f"grows once, by {factor}"] = train(own, output)
+        decided = results["measured"]
+        beside = [fixed(run, decided[seed - 1]) for seed, run in enumerate(decided)]
+        for name in beside[0]:
+            own = [(f"{''.join(filter(str.isalpha, name))}-{seed}",
+                    f"{SETTING},{settings[name]},seed={seed}")
+                   for seed, settings in enumerate(beside)]
+            configs += own
+            results[name] = train(own, output)
         text = table(results)
         output.joinpath("table.md").write_text(text + "\n", encoding="utf-8")
         if options.record:
