@@ -27,11 +27,16 @@ SETTING = ("configs/digits.py:decay,recipe.batch_size=32,ghost_size=8,recipe.epo
            "recipe.falls=((3.6,3),(7.2,3),(9.6,3)),tensorboard=false,checkpoint_every_epochs=100")
 DECIDES = ("strategy=measured,measured.rule=noise,measured.threshold=1,noise.window_epochs=1,"
            "measured.every_epochs=0.25,measured.stay_epochs=1")
+# The schedules, by what the folders of their runs are called.
+SCHEDULES = {
+    "measured": "measured", "decay": "decay", "onebatch": "one batch", "growsonce": "grows once",
+    "growstwice": "grows twice", "anotherseed": "another seed's decisions",
+}
 MARGIN = 0.01  # nats of test loss that are called the same; stated before any of these runs
 
 
 def fixed(run: Logs, other: Logs) -> dict[str, str]:
-    """The settings of schedules with as many updates as `run`, by name.
+    """The settings of schedules with as many updates as `run`, by their keys in SCHEDULES.
 
     Args:
         run: one that has decided.
@@ -49,10 +54,10 @@ def fixed(run: Logs, other: Logs) -> dict[str, str]:
     growths = [(event["examples_seen"], event["grows_to"])
                for event in other.events if "grows_to" in event]
     return {
-        "one batch": f"scale_up.learning_rate={constant / first}",
-        "grows once": by_hand([(once, largest)]),
-        "grows twice": by_hand([(twice, middle), (2 * twice, largest)]),
-        "another seed's decisions": by_hand(growths),
+        "onebatch": f"scale_up.learning_rate={constant / first}",
+        "growsonce": by_hand([(once, largest)]),
+        "growstwice": by_hand([(twice, middle), (2 * twice, largest)]),
+        "anotherseed": by_hand(growths),
     }
 
 
@@ -62,11 +67,19 @@ def by_hand(pairs: Sequence[tuple[int, int]]) -> str:
     return f"strategy=by_hand,by_hand=({listed},)"
 
 
-def train(configs: Sequence[tuple[str, str]], output: Path) -> list[Logs]:
-    """Trains the configs, (name of the folder, text as of --config), and reads their logs."""
-    wanted = [runs.Run(text, output / "runs" / name) for name, text in configs]
-    runs.train_missing(wanted, output, "experiments.deciding", at_once=1)
-    return [logs.read_run(run.workdir) for run in wanted]
+def train(name: str, settings: Sequence[str], output: Path) -> None:
+    """Trains a schedule with its settings for each seed, where that is not done."""
+    runs.train_missing(
+        [runs.Run(f"{SETTING},{text + ',' * bool(text)}seed={seed}",
+                  output / "runs" / f"{name}-{seed}") for seed, text in enumerate(settings)],
+        output, "experiments.deciding", at_once=1)
+
+
+def read(folder: Path) -> dict[str, list[Logs]]:
+    """The runs of each schedule, from a workdir or a record; of those that are there."""
+    with records.opened(folder) as opened:
+        found = {name: sorted((opened / "runs").glob(f"{name}-*")) for name in SCHEDULES}
+        return {name: list(map(logs.read_run, paths)) for name, paths in found.items() if paths}
 
 
 def final(found: Sequence[Logs], quantity: str) -> list[float]:
@@ -87,7 +100,7 @@ def table(results: dict[str, list[Logs]]) -> str:
                     f"{against.verdict}")
         updates = [run.updates for run in found]
         rows.append([
-            name + ", the best of these" * (name == best), str(len(found)),
+            SCHEDULES[name] + ", the best of these" * (name == best), str(len(found)),
             f"{statistics.mean(updates):.0f} ({min(updates)} to {max(updates)})",
             f"{statistics.mean(losses[name]):.4f}",
             f"{statistics.mean(final(found, 'test_accuracy')):.2%}", told])
@@ -105,23 +118,16 @@ def main() -> None:
     options = parser.parse_args()
     output = options.output.resolve()
     with one_line_errors("experiments.deciding"):
-        configs = [(f"measured-{seed}", f"{SETTING},{DECIDES},seed={seed}")
-                   for seed in range(options.seeds)]
-        configs += [(f"decay-{seed}", f"{SETTING},seed={seed}") for seed in range(options.seeds)]
-        found = train(configs, output)
-        results = {"measured": found[: options.seeds], "decay": found[options.seeds :]}
-        decided = results["measured"]
+        train("measured", [DECIDES] * options.seeds, output)
+        train("decay", [""] * options.seeds, output)
+        decided = read(output)["measured"]
         beside = [fixed(run, decided[seed - 1]) for seed, run in enumerate(decided)]
         for name in beside[0]:
-            own = [(f"{''.join(filter(str.isalpha, name))}-{seed}",
-                    f"{SETTING},{settings[name]},seed={seed}")
-                   for seed, settings in enumerate(beside)]
-            configs += own
-            results[name] = train(own, output)
-        text = table(results)
+            train(name, [settings[name] for settings in beside], output)
+        text = table(read(output))
         output.joinpath("table.md").write_text(text + "\n", encoding="utf-8")
         if options.record:
-            records.keep(output, [output / "runs" / name for name, _ in configs], options.record)
+            records.keep(output, sorted((output / "runs").iterdir()), options.record)
             options.record.joinpath("table.md").write_text(text + "\n", encoding="utf-8")
     print(text)
 

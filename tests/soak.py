@@ -30,6 +30,13 @@ DIGITS = {"config": (
 )}
 
 
+# A run that decides on its way when its batch grows.
+DECIDES = {"config": (
+    *DIGITS["config"], "strategy=measured", "ghost_size=8", "noise.window_epochs=0.3",
+    "measured.every_epochs=0.1", "measured.stay_epochs=0.4",
+)}
+
+
 class Figures(NamedTuple):
     """What a soak found."""
 
@@ -209,9 +216,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--decides", action="store_true", help="with the strategy measured")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = soak(Path(folder), options.kills, options.seed)
+        found = soak(Path(folder), options.kills, options.seed,
+                     DECIDES if options.decides else DIGITS)
     by_moment = ", ".join(f"{count} {moment}" for moment, count in sorted(found.kills.items()))
     print(f"kills: {found.kills.total()} ({by_moment})")
     print(f"resumes from a checkpoint: {found.resumes}")

@@ -5,13 +5,14 @@ import re
 
 import pytest
 
-from experiments import curves, demo, figures, logs, provenance, records, reproduce
+from experiments import curves, deciding, demo, figures, logs, provenance, records, reproduce
 from experiments.speed import measure
 from tests.support.started import REPOSITORY
 from tests.support.tables import rows_of
 
 RECORDS = REPOSITORY / "experiments" / "records"
 SMALL, DEMO = RECORDS / "2026-11-26_small", RECORDS / "2026-11-26_demo"
+DECIDING = RECORDS / "2026-11-26_deciding"
 COSINE = RECORDS / "2026-11-26_cosine"
 LANGUAGE = RECORDS / "2026-11-26_language"
 SPEED = RECORDS / "2026-11-26_speed.json"
@@ -24,6 +25,13 @@ def test_every_record_that_is_named_is_there():
     assert len(named) > 3
     missing = [name for name in named if not (REPOSITORY / name).exists()]
     assert not missing
+
+
+def test_runs_that_decide_are_compared_again_as_on_the_page():
+    drawn = deciding.table(deciding.read(DECIDING)) + "\n"
+    assert (DECIDING / "table.md").read_text(encoding="utf-8") == drawn
+    page = (REPOSITORY / "docs" / "branches.md").read_text(encoding="utf-8")
+    assert [row for row in rows_of(drawn) if row not in rows_of(page)] == []
 
 
 def test_the_small_scales_tables_are_drawn_again_from_its_logs(tmp_path):
