@@ -45,7 +45,6 @@ test-adapters: .adapters/installed .venv/installed
 # Kills a run at random moments, about 6 minutes on 2 cores; the short form is in the tests.
 soak: .venv/installed
 	$(BIN)/python -m tests.soak --kills=30 --seed=0
-	$(BIN)/python -m tests.soak --kills=10 --seed=1 --decides
 
 # Compiles updates and every ImageNet preset for slices of TPU: hours the first time on 2 cores,
 # then minutes. Fails where an update has become slower or larger than the records say.

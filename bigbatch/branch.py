@@ -23,6 +23,7 @@ if __name__ == "__main__":
     signals.end_on_signals()  # before the imports below, which take seconds
     gc.disable()  # as in bigbatch.main
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,22 +68,26 @@ def make_branches(
         raise Mistake(f"--factors is {factors}; it must have whole numbers over 1, such as 2,4,8.")
     if not folder and bucket.in_bucket(workdirs[0]):
         raise Mistake(f"{workdirs[0]} is in a bucket: give a folder for the branches by --output.")
-    found: list[Branch] = []
-    for index, source in enumerate(workdirs):
-        with branches.opened_checkpoint(source, at) as (path, mirror, run):
-            seen = run["examples_seen"]
-            folder = local_folder(folder or Path(source) / "branches" / str(seen))
+    with contextlib.ExitStack() as opened:
+        found = [opened.enter_context(branches.opened_checkpoint(source, at))
+                 for source in workdirs]
+        seen = found[0].run["examples_seen"]
+        folder = local_folder(folder or Path(workdirs[0]) / "branches" / str(seen))
+        planned = []
+        for index, (source, one) in enumerate(zip(workdirs, found, strict=True)):
             own = folder / f"run{index}" if len(workdirs) > 1 else folder
-            planned = branches.plan_branches(source, run, length, factors, orders, own)
-            if found and planned[0].stretch != found[0].stretch:
+            planned.append(branches.plan_branches(source, one.run, length, factors, orders, own))
+            first, other = planned[0][0].stretch, planned[-1][0].stretch
+            if other != first:
                 raise Mistake(
-                    f"{source} would branch over {planned[0].stretch}, and {workdirs[0]} over "
-                    f"{found[0].stretch}: all runs need a checkpoint at the same place, and the "
-                    "same batch there.")
-            for branch in planned:
-                branches.make(branch, path, mirror, run, reset)
-        found += planned
-    return found
+                    f"{source} would branch from example {other.start} to {other.end} with a batch "
+                    f"of {other.batch_size}, and {workdirs[0]} from {first.start} to {first.end} "
+                    f"with {first.batch_size}: all runs need a checkpoint at the same place, and "
+                    "the same batch there.")
+        for one, own in zip(found, planned, strict=True):
+            for branch in own:
+                branches.make(branch, one, reset)
+    return [branch for own in planned for branch in own]
 
 
 def train_branches(found: Sequence[Branch]) -> None:

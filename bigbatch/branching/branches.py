@@ -40,6 +40,14 @@ class Stretch(NamedTuple):
     batch_size: int  # of the run, throughout the stretch
 
 
+class Opened(NamedTuple):
+    """A checkpoint from which branches begin."""
+
+    path: Path
+    mirror: bucket.Mirror | None  # of a workdir in a bucket
+    run: dict[str, Any]  # the content of run.json
+
+
 class Branch(NamedTuple):
     """A branch, made or not."""
 
@@ -59,18 +67,13 @@ class Branch(NamedTuple):
 
 
 @contextlib.contextmanager
-def opened_checkpoint(
-    source: str, at: str
-) -> Iterator[tuple[Path, bucket.Mirror | None, dict[str, Any]]]:
+def opened_checkpoint(source: str, at: str) -> Iterator[Opened]:
     """Finds the checkpoint of a run from which its branches begin.
 
     Args:
         source: the workdir of the run.
         at: a length, as `config.lengths` has them: the checkpoint there or less than one batch
             after it. "" for the newest one.
-
-    Yields:
-        The path of the checkpoint, the mirror of a workdir in a bucket, and what run.json holds.
 
     Raises:
         Mistake: if there is no such checkpoint, or it is not whole.
@@ -85,7 +88,7 @@ def opened_checkpoint(
             wanted = in_examples(config, at, "--at")
             position = _nearest(source, wanted, checkpoint.finished(folder), found.run)
             found = checkpoint.find_at(folder, position, mirror)
-        yield found.path, mirror, found.run
+        yield Opened(found.path, mirror, found.run)
 
 
 def _nearest(source: str, wanted: int, paths: Sequence[Path], run: dict[str, Any]) -> int:
@@ -221,16 +224,12 @@ def plan_branches(
     return found
 
 
-def make(
-    branch: Branch, path: Path, mirror: bucket.Mirror | None, run: dict[str, Any], reset: bool
-) -> None:
+def make(branch: Branch, opened: Opened, reset: bool) -> None:
     """Writes the workdir of a branch, unless it has been written: its config and first checkpoint.
 
     Args:
         branch: to make.
-        path: of the run's checkpoint.
-        mirror: of the run's workdir.
-        run: the content of the checkpoint's run.json.
+        opened: the run's checkpoint.
         reset: whether the optimizer begins anew.
 
     Raises:
@@ -242,12 +241,13 @@ def make(
         config = branch.config
         pin_options(config.dtype)
         net = network.build(config)
-        state = checkpoint.restore(path, update.abstract_state(config, net, make_mesh()), mirror)
+        shapes = update.abstract_state(config, net, make_mesh())
+        state = checkpoint.restore(opened.path, shapes, opened.mirror)
         if reset:
             state = state._replace(opt_state=init_optimizer(config, net.in_norm, state.params))
         # The run's own config: whether the branch's may continue it is checked when it does.
-        begun = {**run, "config": {**run["config"], "seed": config.seed},
-                 "pending_evaluation": None}
+        own = opened.run["config"] | {"seed": config.seed}
+        begun = opened.run | {"config": own, "pending_evaluation": None}
         checkpoint.save(branch.folder, state, begun, 1, {branch.stretch.start}).result()
         workdir.write_config(
             branch.folder,

@@ -1,5 +1,6 @@
 """Branches are ordinary runs that share their past with the run they come from."""
 
+import itertools
 import json
 import random
 
@@ -11,6 +12,7 @@ from bigbatch import branch, config_files, schedule, train
 from bigbatch.branching import branches, results
 from bigbatch.config import make_phases, make_recipe
 from bigbatch.mistake import Mistake
+from bigbatch.schedule.deciding import Growth
 from bigbatch.storage import checkpoint, continuing
 from bigbatch.storage.logs import read_events
 from tests.storage.test_continuing import terminate_at
@@ -132,6 +134,7 @@ RUNS = {
     "wsd": ("recipe.curve=wsd", "recipe.tail_share=0.5"),
     "by hand": ("strategy=by_hand", "by_hand=((0.5,96),('1300 examples',48))"),
     "adam": ("optimizer.name=adam", "recipe.learning_rate=0.01"),
+    "decided": ("strategy=measured", "measured.stay_epochs=1.1", "ghost_size=8"),
     "scaled up": ("scale_up.learning_rate=2", "ghost_size=16"),
 }
 
@@ -149,12 +152,16 @@ def test_a_branch_is_the_run_but_for_its_stretch(name, tmp_path):
     config = tiny("recipe.epochs=4", *RUNS[name])
     phases = make_phases(config)
     own = updates_of(config, phases)
+    decisions = tuple((phase.start_example, phase.batch_size)  # read where the run has decided
+                      for before, phase in itertools.pairwise(phases)
+                      if phase.batch_size != before.batch_size)
     boundaries = [phase.end_example for phase in phases[:-1]]
     anywhere = [end for _, end, _ in draw.sample(own[:-1], 6)]
     tried = 0
     for at in boundaries + anywhere:
         run = continuing.describe_run(
-            config, phases, continuing.Position(at, sum(end <= at for _, end, _ in own)))
+            config, phases, continuing.Position(
+                at, sum(end <= at for _, end, _ in own), growth=Growth(decisions)))
         try:
             first, other = branches.plan_branches("run", run, "0.2", (1, 2), 1, tmp_path)
         except Mistake as mistake:  # a batch that changes within the stretch, or the run's end
@@ -195,6 +202,13 @@ def test_what_cannot_be_branched_is_told(run, tmp_path):
     ):
         with pytest.raises(Mistake, match=told):
             make(**wrong)
-    assert not list(tmp_path.iterdir())
+    other = tmp_path / "other"  # of another batch: its stretch would be another
+    config = quadratic.get_config("1")
+    config.recipe.update({"batch_size": 16, "epochs": "2048 examples"})
+    train.train_and_evaluate(config, other, show=False)
+    with pytest.raises(Mistake, match="with a batch of 16, and .* from 1024 to 2048 with 8: all"):
+        branch.make_branches(
+            [str(folder), str(other)], "1024 examples", (2,), "1024 examples", tmp_path / "made")
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 

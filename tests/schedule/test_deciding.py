@@ -64,6 +64,11 @@ def test_the_ladder_is_that_of_growing_batches_and_needs_an_end():
         schedule.plan_phases(STATED, Strategy("measured", ramp=((1, 3),)), LIMITS)
 
 
+def test_what_is_decided_on_the_way_has_no_table():
+    with pytest.raises(Mistake, match="measured has no table: it decides while a run trains"):
+        schedule.make_table(STATED, "measured", LIMITS)
+
+
 def test_it_grows_by_one_rung_after_a_stay_and_never_back():
     rungs, rule = deciding.ladder(STATED, LIMITS), Rule(every=100, stay=500)
 
