@@ -25,6 +25,11 @@ def export() -> None:
     _run("bigbatch.export")
 
 
+def branch() -> None:
+    """The command `bigbatch-branch`."""
+    _run("bigbatch.branch")
+
+
 def _run(module: str) -> None:
     if not sys.flags.safe_path:
         # The working directory in the place of the command's own folder: a config may name models

@@ -1,6 +1,10 @@
-"""Config files: where they are looked for, and what a text as that of --config names."""
+"""Config files: where they are looked for, and what a text as that of --config names.
+
+The config.json of a workdir is one too: it holds the config that the run has now.
+"""
 
 import importlib.util
+import json
 import traceback
 from pathlib import Path
 from types import ModuleType
@@ -8,7 +12,7 @@ from types import ModuleType
 from ml_collections import ConfigDict
 from ml_collections.config_dict import config_dict
 
-from bigbatch.config import refusal
+from bigbatch.config import from_argument, refusal, saved_config
 from bigbatch.mistake import Mistake
 
 EXAMPLE = "--config=digits.py:increase"
@@ -22,7 +26,7 @@ def load_config(text: str, root: Path | None = None) -> ConfigDict:
     """The config that a text as that of --config names: file.py:preset,key=value,...
 
     Args:
-        text: as "digits.py:increase,seed=3".
+        text: as "digits.py:increase,seed=3", or "DIR/config.json:key=value" for that of a run.
         root: the folder that a relative path begins in; None for the working directory.
 
     Raises:
@@ -30,6 +34,8 @@ def load_config(text: str, root: Path | None = None) -> ConfigDict:
             key that there is not, or to a value of another type.
     """
     path, _, argument = text.partition(":")
+    if path.endswith(".json"):
+        return from_argument(_of_run((root or Path()) / path), argument, {"as it was": {}})
     get_config = load_file(path, root).get_config
     try:
         return get_config(argument)
@@ -38,6 +44,17 @@ def load_config(text: str, root: Path | None = None) -> ConfigDict:
         if mistake is None:
             raise
     raise mistake
+
+
+def _of_run(path: Path) -> ConfigDict:
+    """The config in the config.json of a run's workdir."""
+    try:
+        return saved_config(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        told = f"--config names {str(path)!r}, which cannot be read: {error.strerror}."
+        raise Mistake(told) from None
+    except (ValueError, KeyError, TypeError):
+        raise Mistake(f"--config names {str(path)!r}, which is no config.json of a run.") from None
 
 
 def _about_a_key(error: Exception) -> Mistake | None:

@@ -28,12 +28,15 @@ from bigbatch import command_line, train
 from bigbatch.job import output, processes, statuses
 from bigbatch.mistake import Mistake
 from bigbatch.programs import program_cache
-from bigbatch.storage import caches, checkpoint
+from bigbatch.storage import caches, checkpoint, replay
 
 command_line.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "For logs and checkpoints: a folder, or gs://bucket/path.")
 STOP_AFTER_PHASE = flags.DEFINE_string(
     "stop_after_phase", "", "Stop with a checkpoint after this phase (name or number)."
+)
+REPLAY = flags.DEFINE_string(
+    "replay", "", "Workdir of a run of the strategy measured whose decisions this one takes."
 )
 PROFILE = flags.DEFINE_string(
     "profile", "", "START:COUNT: trace so many updates from this one on into WORKDIR/profile."
@@ -63,6 +66,8 @@ def main(arguments: Sequence[str]) -> None:
                        JOIN_SECONDS.value)
         if notice := program_cache.keep(CACHE.value):
             output.say(f"bigbatch: {notice}")
+        if REPLAY.value:
+            config = replay.replay(config, REPLAY.value)
         train.train_and_evaluate(
             config, WORKDIR.value, STOP_AFTER_PHASE.value, profile=PROFILE.value)
     except train.StoppedAfterPhase:

@@ -68,6 +68,13 @@ PICTURE = flags.DEFINE_string("picture", "", "File for a picture of rate, batch 
 FORMAT = flags.DEFINE_enum("format", "table", ["table", "json"], "What to print.")
 
 
+DECIDES = (
+    "with the strategy measured a run decides when its batch grows. These are the phases of one "
+    "that grows as soon as it may: the same batches in the same order, each as early as can be. A "
+    "run that never grows is that of the strategy decay."
+)
+
+
 def plan(
     config: ConfigDict, devices: int | Sequence[int], measured_by: str | Path = ""
 ) -> dict[str, Any]:
@@ -144,8 +151,10 @@ def plan(
             "batch_size": recipe.batch_size,
             "share": 1 - updates * recipe.batch_size / last.nominal_end_example,
         },
-        "notes": schedule.notes(recipe, phases, make_strategy(config), limits=make_limits(config))
-        + measured.notes(rows),
+        "notes": [
+            *([DECIDES] if config.strategy == "measured" else []),
+            *schedule.notes(recipe, phases, make_strategy(config), limits=make_limits(config)),
+            *measured.notes(rows)],
         "picture": picture.in_terminal(recipe, phases),
     }
 

@@ -6,7 +6,7 @@ where the run stands) and `loop` (the updates), and reports the end.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,15 +19,12 @@ from ml_collections import ConfigDict
 from bigbatch import schedule
 from bigbatch.config import (
     check,
-    evaluations,
-    make_due,
-    make_layouts,
     make_phases,
-    make_recipe,
     noise_layout,
     noise_window,
     tokens_per_example,
 )
+from bigbatch.config.course import Course, due_ends, make_course, make_steering
 from bigbatch.data.feed import Feed, open_feed
 from bigbatch.job import chips, preemption, processes
 from bigbatch.job.devices import make_mesh, pin_options
@@ -35,7 +32,7 @@ from bigbatch.mistake import Mistake
 from bigbatch.programs.dispatch import as_rates, measure, take_update
 from bigbatch.programs.programs import Programs, Ready
 from bigbatch.schedule import Phase
-from bigbatch.schedule.layout import Layout
+from bigbatch.schedule.deciding import Steering
 from bigbatch.schedule.rates import Rates
 from bigbatch.storage import bucket, bucket_programs, checkpoint, continuing, logs, workdir
 from bigbatch.storage.continuing import Position
@@ -96,11 +93,12 @@ def train_and_evaluate(
         run, at, state = begin(goal, workdir_path, show, at_end)
         state, at = loop(run, at, state)
         run.log.time_shares(at)
-        if at.examples_seen < goal.phases[-1].end_example:
-            how = f"stopped after phase {goal.last_phase.name}"
-            if at.examples_seen > goal.last_phase.end_example:  # it began past it
-                how = (f"--stop_after_phase: phase {goal.last_phase.name} is over since example "
-                       f"{goal.last_phase.end_example}, so nothing was trained; the run is")
+        if stop_after_phase and at.examples_seen < goal.course.phases[-1].end_example:
+            last_phase = goal.course.phases[goal.course.last]
+            how = f"stopped after phase {last_phase.name}"
+            if at.examples_seen > last_phase.end_example:  # it began past it
+                how = (f"--stop_after_phase: phase {last_phase.name} is over since example "
+                       f"{last_phase.end_example}, so nothing was trained; the run is")
             run.log.line(f"{how} at example {at.examples_seen}")
             raise StoppedAfterPhase(f"{how} at example {at.examples_seen}")
         run.log.line(f"finished: {at.updates} updates, {at.examples_seen} examples")
@@ -112,11 +110,10 @@ class Goal(NamedTuple):
     """What a run is to do. It follows from config, flags and devices, and not from the workdir."""
 
     config: ConfigDict
-    phases: tuple[Phase, ...]
-    last_phase: Phase  # the phase to stop after: the last one, or that of --stop_after_phase
+    course: Course  # with every batch that comes, or (where the run decides) that can come
+    steering: Steering | None  # see `config.course.make_steering`
     span: profiling.Span | None  # the updates to trace; None for none
     mesh: Mesh
-    layouts: list[Layout]  # one for each phase
     net: network.Network
     task: contract.Task
 
@@ -124,9 +121,9 @@ class Goal(NamedTuple):
 class Run(NamedTuple):
     """All that `loop` needs beside the state and the position."""
 
-    all_phases: tuple[Phase, ...]
-    phases: tuple[Phase, ...]  # the phases still to run; the first may be under way
-    layouts: tuple[Layout, ...]  # one for each of `phases`
+    course: Course  # as it is known at the start
+    steering: Steering | None  # None where the course does not change on the way
+    replan: Callable[[Position], Course]  # the course after a decision; see `_replan`
     programs: Programs
     take_update: Callable  # see `dispatch.take_update`
     evaluate: Callable[[update.State], dict[str, float]]  # see `whole_test_set`
@@ -135,10 +132,7 @@ class Run(NamedTuple):
     measure: Callable[..., tuple[update.Sums, noise.Measured]]
     noise_window: int  # see `config.noise_window`
     feed: Feed
-    # phase, examples seen before and after -> the rates of that update
-    rates_at: Callable[[Phase, int, int], Rates]
     as_rates: Callable[[Rates], Rates]  # as arrays on the devices
-    is_due: Callable[[str, int, int], bool]  # see `schedule.due.make_due`
     examples: int  # N, the examples of an epoch
     tokens: int | None  # of an example, if the task has tokens
     log: Log
@@ -160,16 +154,39 @@ def set_goal(config: ConfigDict, stop_after_phase: str, profile: str) -> Goal:
             of the user's own is wrong.
     """
     check(config)
-    phases = make_phases(config)
-    last_phase = phases[-1]
-    if stop_after_phase:
-        last_phase = schedule.find_phase(phases, stop_after_phase, "--stop_after_phase")
+    make_phases(config)
     pin_options(config.dtype)
-    span = profiling.parse(profile, phases[-1].start_update + phases[-1].updates)
-    mesh, net = make_mesh(shards=config.sharding.shards), network.build(config)
+    mesh = make_mesh(shards=config.sharding.shards)
+    course, steering = make_course(config, None, mesh.size, stop_after_phase), make_steering(config)
+    last = course.phases[-1]
+    span = profiling.parse(profile, last.start_update + last.updates)
+    net = network.build(config)
     own_optimizer.check(config, net.params)
-    return Goal(config, phases, last_phase, span, mesh, make_layouts(config, phases, mesh.size),
-                net, contract.task_of(config))
+    if steering:
+        _check_steering(steering, net, stop_after_phase)
+    return Goal(config, course, steering, span, mesh, net, contract.task_of(config))
+
+
+def _check_steering(
+    steering: Steering, net: network.Network, stop_after_phase: str
+) -> None:
+    """Raises Mistake if a run has nothing to decide by, or is to stop where it has not decided."""
+    if stop_after_phase:
+        raise Mistake(
+            f"--stop_after_phase={stop_after_phase}: with the strategy measured a run decides on "
+            "its way where its phases end; stop it by a signal.")
+    if steering.by_all or steering.rule.name == "loss":
+        return
+    if 0 < steering.rungs[0] <= net.copied_for:
+        raise Mistake(
+            f"recipe.batch_size is {steering.rungs[0]}, a single ghost batch, in which no noise is "
+            "measured by the norms: take a larger batch or a smaller ghost_size, or set "
+            "config.measured.by to 'all' and config.noise.every_epochs to how often.")
+    if not net.copied_for:
+        raise Mistake(
+            "config.measured.by is 'norms', but the network has no layers of normalisation by "
+            "which the noise is measured (docs/noise.md); set it to 'all', and "
+            "config.noise.every_epochs to how often.")
 
 
 def begin(
@@ -196,20 +213,19 @@ def begin(
     newest = _find_newest(folder, mirror, at_end)
     watch = preemption.Watch()
     at_end.callback(watch.close)
-    allowed_changes = _check_changes(goal, newest, workdir_path)
     at = continuing.position_of(newest.run)
-    current = schedule.phase_at(goal.phases, at.examples_seen)
-    phases = goal.phases[current.index : goal.last_phase.index + 1] if current else ()
-    layouts = tuple(goal.layouts[phase.index] for phase in phases)
-    is_due = make_due(config, goal.phases[-1].end_example)
+    course = goal.course
+    if goal.steering:
+        course = make_course(config, at.growth.decisions, mesh.size)
+    allowed_changes = _check_changes(config, course, newest, workdir_path)
+    phases, layouts = course.to_run(at.examples_seen)
 
     # The data and the state, on the devices.
     begin_with = {} if newest.path else initial_weights.read(config, goal.net)
     feed = open_feed(
         config, contract.fields_of(config, goal.task), contract.load(config, goal.task), mesh,
-        phases, layouts, at.examples_seen, _evaluations(goal, at, phases),
-        evaluations(config, phases, at.examples_seen, goal.phases[-1].end_example,
-                    "noise.every_epochs"))
+        phases, layouts, at.examples_seen, _evaluations(config, course, at),
+        due_ends(config, course, at.examples_seen, "noise.every_epochs"))
     at_end.callback(feed.close)
     about = contract.about(config, goal.task)
     state = update.abstract_state(config, goal.net, mesh)
@@ -218,11 +234,11 @@ def begin(
 
     # Checkpoints and logs. The logs lose the events after the position.
     saves = Saves(
-        folder, mirror, partial(continuing.describe_run, config, goal.phases),
-        config.keep_checkpoints, {phase.end_example for phase in goal.phases}, at.examples_seen)
+        folder, mirror, partial(_describe, config), config.keep_checkpoints,
+        {phase.end_example for phase in course.phases}, at.examples_seen)
     peak = chips.peak_flops(mesh.devices.flat[0].device_kind, config.dtype)
     clock = Clock(peak and peak * mesh.size, at.updates)
-    log = _open_log(goal, folder, mirror, saves, at, show, clock, feed, about, at_end)
+    log = _open_log(goal, course, folder, mirror, saves, at, show, clock, feed, about, at_end)
     for text in [*newest.faults, *(f"changed: {change}" for change in allowed_changes),
                  *sharding.notes(config, goal.net.params, mesh)]:
         log.notice(text, at.examples_seen)
@@ -235,11 +251,17 @@ def begin(
 
     dtype = jax.tree.leaves(state.params)[0].dtype
     measured = noise_layout(config, mesh.size)
+    if goal.steering and phases:  # and those of every batch to which it may grow
+        layouts += tuple(
+            layout for phase, layout in zip(goal.course.phases, goal.course.layouts, strict=True)
+            if phase.batch_size > phases[-1].batch_size)
     programs = Programs(
         config, goal.net, mesh, layouts, feed.resident, feed.test, peak is not None, begin_with,
         at_end.enter_context(bucket_programs.opened(mirror, jax.process_index() == 0)), measured)
     run = Run(
-        goal.phases, phases, layouts, programs,
+        course, goal.steering, partial(
+            _replan, goal, feed, saves, log, partial(_write_config, config, folder, mirror)),
+        programs,
         partial(take_update, before_reduction=watch.before_reduction,
                 # A pass over parameters in pieces gathers them, so it needs all processes.
                 before_pass=watch.before_reduction if config.sharding.parameters else watch.poll,
@@ -252,9 +274,8 @@ def begin(
         lambda calls, state, sums, position: measure(
             calls, state, sums, feed.resident, feed.coming(measured, position)),
         noise_window(config), feed,
-        partial(schedule.take_rates, make_recipe(config), goal.phases),
         lru_cache(maxsize=1)(partial(as_rates, mesh, dtype)),  # constant but in a warm-up
-        is_due, config.data.train_examples, tokens_per_example(config), log, saves, watch, tracer,
+        config.data.train_examples, tokens_per_example(config), log, saves, watch, tracer,
     )
     return run, at, state
 
@@ -274,7 +295,7 @@ def _find_newest(
 
 
 def _check_changes(
-    goal: Goal, newest: checkpoint.Found, workdir_path: str | Path
+    config: ConfigDict, course: Course, newest: checkpoint.Found, workdir_path: str | Path
 ) -> list[str]:
     """The differences between the saved config and the present one, all of them allowed.
 
@@ -283,7 +304,7 @@ def _check_changes(
     """
     if not newest.path:
         return []
-    refused, allowed = continuing.changes(newest.run, goal.config, goal.phases)
+    refused, allowed = continuing.changes(newest.run, config, course.phases)
     if refused:
         raise Mistake(
             f"{workdir_path} holds a run of another config, which this config cannot continue: "
@@ -292,16 +313,47 @@ def _check_changes(
     return allowed
 
 
-def _evaluations(goal: Goal, at: Position, phases: Sequence[Phase]) -> Iterator[int]:
+def _evaluations(config: ConfigDict, course: Course, at: Position) -> Iterator[int]:
     """The examples seen at each evaluation to come. A pending evaluation precedes any update."""
     if at.pending_evaluation:
         yield at.examples_seen
-    yield from evaluations(goal.config, phases, at.examples_seen, goal.phases[-1].end_example)
+    yield from due_ends(config, course, at.examples_seen, "eval_every_epochs")
+
+
+def _describe(config: ConfigDict, at: Position) -> dict[str, Any]:
+    """The content of run.json at a position."""
+    return continuing.describe_run(config, make_phases(config, at.growth.decisions), at)
+
+
+def _write_config(
+    config: ConfigDict, folder: Path, mirror: bucket.Mirror | None, at: Position
+) -> None:
+    """Writes config.json, in the first process; raises WriteError if it cannot be written."""
+    if jax.process_index() == 0:
+        with checkpoint.names_what_fails(folder, mirror):
+            workdir.write_config(folder, _describe(config, at))
+
+
+def _replan(
+    goal: Goal, feed: Feed, saves: Saves, log: Log, write_config: Callable[[Position], None],
+    at: Position,
+) -> Course:
+    """The course after a decision, which feed, saves, log and config.json follow from now on."""
+    config = goal.config
+    course = make_course(config, at.growth.decisions, goal.mesh.size)
+    feed.follow(*course.to_run(at.examples_seen), at.examples_seen,
+                _evaluations(config, course, at),
+                due_ends(config, course, at.examples_seen, "noise.every_epochs"))
+    saves.boundaries = {phase.end_example for phase in course.phases}
+    log.follow(course.phases)
+    write_config(at)
+    return course
 
 
 def _open_log(
-    goal: Goal, folder: Path, mirror: bucket.Mirror | None, saves: Saves, at: Position, show: bool,
-    clock: Clock, feed: Feed, about: Mapping[str, Any], at_end: contextlib.ExitStack,
+    goal: Goal, course: Course, folder: Path, mirror: bucket.Mirror | None, saves: Saves,
+    at: Position, show: bool, clock: Clock, feed: Feed, about: Mapping[str, Any],
+    at_end: contextlib.ExitStack,
 ) -> Log:
     """Opens the logs of the run. Only the first process writes to them.
 
@@ -313,8 +365,8 @@ def _open_log(
     if writing:
         if mirror:
             at_end.enter_context(checkpoint.sending_last_logs(folder, mirror, saves.pending))
+        _write_config(config, folder, mirror, at)
         with names_what_fails():
-            workdir.write_config(folder, continuing.describe_run(config, goal.phases, at))
             damaged = logs.cut_events(
                 folder / "metrics.jsonl", at.examples_seen, at.pending_evaluation is not None)
             logs.cut_half_line(folder / "timing.jsonl")
@@ -326,7 +378,7 @@ def _open_log(
             at_end.callback(tensorboard.close_board, board)
             write_board = partial(tensorboard.write_board, board)
     display = progress.Display(
-        goal.phases, config.data.train_examples, tokens_per_example(config), show and writing)
+        course.phases, config.data.train_examples, tokens_per_example(config), show and writing)
     at_end.callback(display.close)
 
     def write(kind: str, event: Mapping[str, Any]) -> None:
@@ -384,17 +436,19 @@ class InFlight(NamedTuple):
                 f"{saved} A lower recipe.learning_rate or a warm-up usually helps."
             )
         added = self.after.examples_seen - self.start, run.noise_window
-        smoothed = self.after.noise.after(measured.by_norms, *added)
+        smoothed, growth = self.after.noise.after(measured.by_norms, *added), self.after.growth
+        if run.steering:
+            growth = growth.after_update(float(self.measured.loss), *added)
         run.log.saw_groups(measured.by_groups, measured.groups, *added)
         event = self.event
         if event:
             event = event | run.results(self.measured.means) | noise.line(measured, smoothed)
             run.log.warn_of_noise(event, smoothed.weight)
-        return event, self.after._replace(noise=smoothed)
+        return event, self.after._replace(noise=smoothed, growth=growth)
 
 
 def loop(run: Run, at: Position, state: update.State) -> tuple[update.State, Position]:
-    """Trains from the position `at` to the end of the last of `run.phases`.
+    """Trains from the position `at` to the end of the run's course.
 
     An update is dispatched before the metrics of the one before it are read and logged, so that the
     devices do not wait for this. A state is evaluated or saved only after the metrics of its own
@@ -412,49 +466,36 @@ def loop(run: Run, at: Position, state: update.State) -> tuple[update.State, Pos
         Preempted, NotFinite, WriteError: see `train_and_evaluate`.
         Mistake: if an image cannot be read or decoded.
     """
-    log, saves, clock, watch, flight = run.log, run.saves, run.log.clock, run.watch, None
+    log, saves, clock, course, flight = run.log, run.saves, run.log.clock, run.course, None
     try:
-        log.line("compiling")
-        with clock.spent_on("compile"):
-            state, sums = run.programs.begin(state, watch)
-        if at.pending_evaluation:  # the run was stopped during this evaluation
-            log.finished(at.pending_evaluation | _evaluate(run, state))
-            at = at._replace(pending_evaluation=None)
-        for phase, layout in zip(run.phases, run.layouts, strict=True):
-            ready = _enter(run, phase, layout, at)
+        state, sums, at = _start(run, at, state)
+        while phase := course.phase_at(at.examples_seen):
+            layout = course.layouts[phase.index]
+            ready = _enter(run, course, phase, at)
             for number, (start, end) in enumerate(schedule.spans([phase], at.examples_seen)):
-                rates = run.rates_at(phase, start, end)
-                run.tracer.before(at.updates + 1, state)
-                step = StepTraceAnnotation("update", step_num=at.updates + 1)
-                with step, clock.spent_on("update"):
-                    state, sums, measured, waited = run.take_update(
-                        ready.calls, state, sums, run.feed.resident,
-                        run.feed.update(phase, layout, start),
-                        run.as_rates(rates),
-                        running=flight and flight.measured.finite)
-                clock.dispatched(waited)
+                rates = course.rates_at(phase, start, end)
+                state, sums, measured = _dispatch(
+                    run, ready, state, sums, run.feed.update(phase, layout, start), rates,
+                    at.updates + 1, flight)
                 if flight:  # the update before this one
                     event, at = flight.land(run)
                     log.finished(event)
 
-                at = Position(end, at.updates + 1, noise=at.noise)
-                due = _due(run, phase, start, end)
+                at = at._replace(examples_seen=end, updates=at.updates + 1)
+                due = _due(run, course, phase, start, end)
                 flight = InFlight(
                     start, at, measured, _event(run, phase, rates, at) if due.log else None)
                 run.tracer.after(at.updates, state)
-                if number == 0:  # waits, so that the first update of a phase is timed alone
-                    with clock.spent_on("update"):
-                        jax.block_until_ready(measured.finite)
-                    log.timing(
-                        "phase", start, phase=phase.name, compile_seconds=ready.compile_seconds,
-                        waited_seconds=ready.waited_seconds, programs=ready.obtained,
-                        **clock.first_update())
-
-                if due.noise or due.evaluation or due.save:  # of a state known to be finite
+                if number == 0:
+                    _time_alone(run, phase, ready, flight)
+                before = at.growth.decisions
+                if any(due[1:]):  # only of a state that is known to be finite
                     (event, at), flight = flight.land(run), None
                     clock.idle()
                     if due.noise:
-                        sums, event = _measure(run, state, sums, event)
+                        sums, event, at = _measure(run, state, sums, event, at)
+                    if due.decision:
+                        event, at = _decide(run, event, at)
                     if due.evaluation:
                         at = at._replace(pending_evaluation=event)  # what a stop here would save
                         event |= _evaluate(run, state)
@@ -462,8 +503,11 @@ def loop(run: Run, at: Position, state: update.State) -> tuple[update.State, Pos
                     log.finished(event)
                 with clock.spent_on("checkpoint"):
                     saves.raise_failures()
-                    if due.save:
+                    if due.save or at.growth.decisions != before:
                         log.saved(at, saves.start(state, at))
+                if at.growth.decisions != before:
+                    course = run.replan(at)
+                    break
     except (NotFinite, Mistake):  # a Mistake: an image that cannot be read or decoded
         saves.wait()
         raise
@@ -475,21 +519,62 @@ def loop(run: Run, at: Position, state: update.State) -> tuple[update.State, Pos
     return state, at
 
 
+def _start(
+    run: Run, at: Position, state: update.State
+) -> tuple[update.State, update.Sums | None, Position]:
+    """Compiles what the run begins with, and makes up for an evaluation that a stop cut short."""
+    run.log.line("compiling")
+    with run.log.clock.spent_on("compile"):
+        state, sums = run.programs.begin(state, run.watch)
+    if at.pending_evaluation:
+        run.log.finished(at.pending_evaluation | _evaluate(run, state))
+        at = at._replace(pending_evaluation=None)
+    return state, sums, at
+
+
+def _dispatch(
+    run: Run, ready: Ready, state: update.State, sums: update.Sums | None,
+    batches: Iterator[Mapping], rates: Rates, number: int, before: InFlight | None,
+) -> tuple[update.State, update.Sums | None, update.Metrics]:
+    """Dispatches the update of this number, while the one before it may still run."""
+    run.tracer.before(number, state)
+    with StepTraceAnnotation("update", step_num=number), run.log.clock.spent_on("update"):
+        state, sums, measured, waited = run.take_update(
+            ready.calls, state, sums, run.feed.resident, batches, run.as_rates(rates),
+            running=before and before.measured.finite)
+    run.log.clock.dispatched(waited)
+    return state, sums, measured
+
+
+def _time_alone(run: Run, phase: Phase, ready: Ready, flight: InFlight) -> None:
+    """Waits for the first update of a phase, so that it is timed alone."""
+    with run.log.clock.spent_on("update"):
+        jax.block_until_ready(flight.measured.finite)
+    run.log.timing(
+        "phase", flight.start, phase=phase.name, compile_seconds=ready.compile_seconds,
+        waited_seconds=ready.waited_seconds, programs=ready.obtained,
+        **run.log.clock.first_update())
+
+
 class _Due(NamedTuple):
     """What is to be done after an update."""
 
     log: bool  # a line of metrics.jsonl
     noise: bool  # a measurement of the noise scale
+    decision: bool  # whether the batch grows
     evaluation: bool
     save: bool
 
 
-def _due(run: Run, phase: Phase, start: int, end: int) -> _Due:
+def _due(run: Run, course: Course, phase: Phase, start: int, end: int) -> _Due:
     """What is due after the update of `phase` from example `start` to `end`."""
     ends = end == phase.end_example
-    measured, evaluation = run.is_due("noise", start, end), run.is_due("eval", start, end)
-    return _Due(ends or measured or evaluation or run.is_due("log", start, end),
-                measured, evaluation, ends or run.is_due("checkpoint", start, end))
+    over = ends and phase == course.phases[-1]
+    measured, evaluation = (course.is_due(what, start, end) for what in ("noise", "eval"))
+    decision = run.steering is not None and not over and run.steering.is_due(start, end)
+    return _Due(
+        ends or measured or decision or evaluation or course.is_due("log", start, end),
+        measured, decision, evaluation, ends or course.is_due("checkpoint", start, end))
 
 
 def _event(run: Run, phase: Phase, rates: Rates, after: Position) -> dict[str, Any]:
@@ -505,9 +590,10 @@ def _event(run: Run, phase: Phase, rates: Rates, after: Position) -> dict[str, A
     }
 
 
-def _enter(run: Run, phase: Phase, layout: Layout, at: Position) -> Ready:
+def _enter(run: Run, course: Course, phase: Phase, at: Position) -> Ready:
     """Shows that a phase begins or continues, and returns its programs once they are compiled."""
-    run.log.line(progress.describe(phase, run.all_phases))
+    run.log.line(progress.describe(phase, course.phases))
+    layout = course.layouts[phase.index]
     with run.log.clock.spent_on("compile"):
         ready = run.programs.wait_for(layout, run.watch, lambda: run.log.notice(
             f"waiting for the compiler: phase {phase.name} is not ready", at.examples_seen))
@@ -532,8 +618,8 @@ def _save_last(run: Run, at: Position, state: update.State, flight: InFlight | N
 
 
 def _measure(
-    run: Run, state: update.State, sums: update.Sums, event: dict[str, Any]
-) -> tuple[update.Sums, dict[str, Any]]:
+    run: Run, state: update.State, sums: update.Sums, event: dict[str, Any], at: Position
+) -> tuple[update.Sums, dict[str, Any], Position]:
     """Measures the noise scale after the update of `event`, to which it is added.
 
     No update is counted, and a stop waits: this takes no longer than an update or two.
@@ -542,7 +628,23 @@ def _measure(
         calls = run.programs.measure()
     with run.log.clock.spent_on("evaluation"):
         sums, measured = run.measure(calls, state, sums, event["examples_seen"])
-    return sums, event | noise.line_of_ghosts(measured)
+    if run.steering:
+        at = at._replace(growth=at.growth.after_measurement(
+            measured.by_groups, run.steering.measured_every, run.steering.window))
+    return sums, event | noise.line_of_ghosts(measured), at
+
+
+def _decide(
+    run: Run, event: dict[str, Any], at: Position
+) -> tuple[dict[str, Any], Position]:
+    """Decides whether the batch grows after the update of `event`, to which that is added."""
+    growth, asked_for = run.steering.look(at.growth, at.noise, at.examples_seen)
+    event = event | {"batch_asked_for": asked_for}
+    if growth.decisions != at.growth.decisions:
+        _, batch = growth.decisions[-1]
+        event |= {"grows_to": batch}
+        run.log.line(f"the batch grows to {batch}: the rule asks for {asked_for:.4g}")
+    return event, at._replace(growth=growth)
 
 
 def _evaluate(run: Run, state: update.State) -> dict[str, float]:

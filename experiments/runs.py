@@ -21,8 +21,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ml_collections import ConfigDict
+
+from bigbatch.config import make_phases
 from bigbatch.job import statuses
 from bigbatch.mistake import Mistake
+from bigbatch.schedule import Phase
 from bigbatch.storage import continuing
 from bigbatch.storage.logs import read_events
 from experiments import logs, provenance
@@ -54,7 +58,8 @@ def refuse_another(run: Run, saved: Mapping[str, Any]) -> None:
         run: the one that should be there.
         saved: the workdir's config, phases and examples_seen.
     """
-    refused, _ = continuing.changes(saved, *planned(run.config))
+    config, phases = planned(run.config)
+    refused, _ = continuing.changes(saved, config, _decided(run, config) or phases)
     if refused:
         raise Mistake(
             f"{run.workdir} holds a run of another config than {run.config}: {'; '.join(refused)}. "
@@ -68,7 +73,7 @@ def is_over(run: Run) -> bool:
     Raises:
         Mistake: if no run can have this config, or the workdir holds a run of another config.
     """
-    _, phases = planned(run.config)
+    config, phases = planned(run.config)
     described = run.workdir / "config.json"
     if not described.exists():
         return False
@@ -76,7 +81,17 @@ def is_over(run: Run) -> bool:
     seen = events[-1]["examples_seen"] if events else 0
     saved = json.loads(described.read_text(encoding="utf-8"))
     refuse_another(run, saved | {"examples_seen": seen})
+    phases = _decided(run, config) or phases
     return seen == phases[-1].end_example or diverged(run)
+
+
+def _decided(run: Run, config: ConfigDict) -> tuple[Phase, ...]:
+    """The phases of a run that decides, by its log; () for others."""
+    if config.strategy != "measured":
+        return ()
+    return make_phases(config, tuple(
+        (event["examples_seen"], event["grows_to"])
+        for event in read_events(run.workdir / "metrics.jsonl") if "grows_to" in event))
 
 
 def missing(runs: Sequence[Run], say: Callable[[str], None] = print) -> list[Run]:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from bigbatch.branching.verdicts import Comparison, compare
 from bigbatch.dotted import resolve
 from experiments.figures import (
     SCALES,
@@ -19,7 +20,7 @@ from experiments.figures import (
 from experiments.logs import Logs, divergences, finished
 from experiments.lost_epochs import equivalent_epochs, progress
 from experiments.markdown_table import markdown_table
-from experiments.verdicts import Comparison, compare, inside
+from experiments.verdicts import inside
 
 LABELS = {"train_loss": "training cross entropy"}  # of others their names are
 LOST_AT, LOST_WINDOW = (0.25, 0.5), 0.05  # shares of a run where lost epochs are tabulated

@@ -34,11 +34,17 @@ from tests.support.moments import MOMENTS, first_compile
 
 # Of each run three phases or more; evaluations and saves take about half of the time, so that kills
 # hit them.
+DIGITS = (
+    "increase", "recipe.epochs=5", "recipe.falls=((2,3),(3.5,3))", "limits.max_batch_size=128",
+    "log_every_epochs=0.05", "eval_every_epochs=0.1", "checkpoint_every_epochs=0.2",
+    "eval_batch_size=20", "keep_checkpoints=3", "tensorboard=false",
+)
 RUNS = {
-    "digits": {"config": (
-        "increase", "recipe.epochs=5", "recipe.falls=((2,3),(3.5,3))", "limits.max_batch_size=128",
-        "log_every_epochs=0.05", "eval_every_epochs=0.1", "checkpoint_every_epochs=0.2",
-        "eval_batch_size=20", "keep_checkpoints=3", "tensorboard=false",
+    "digits": {"config": DIGITS},
+    # A run that decides on its way when its batch grows.
+    "deciding": {"config": (
+        *DIGITS, "strategy=measured", "ghost_size=8", "noise.window_epochs=0.3",
+        "measured.every_epochs=0.1", "measured.stay_epochs=0.4",
     )},
     "language": {"file": "tests/support/small_language.py", "config": (
         "small", "recipe.epochs=6000 examples",

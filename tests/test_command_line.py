@@ -138,6 +138,20 @@ def test_main_refuses_before_it_writes(start_forked, tmp_path):
     assert not workdir.exists()
 
 
+def test_what_cannot_be_branched_is_one_line(start_forked, tmp_path):
+    run = f"--workdir={tmp_path / 'run'}"
+    for arguments, part in (
+        (["--for=1"], "--workdir is missing"),
+        ([run], "--for is missing"),
+        ([run, "--for=1", "--factors=2,x"], "--factors is 2,x; it must have whole numbers"),
+        ([run, "--for=1"], "has no checkpoint: no run was made there"),
+    ):
+        ended = start_forked("bigbatch.branch", "--compilation_cache=", *arguments)
+        assert (ended.returncode, ended.stdout) == (2, ""), ended.stderr
+        assert ended.stderr.count("\n") == 1 and part in ended.stderr
+    assert not list(tmp_path.iterdir())
+
+
 BROKEN = ("/dev/full", "closed pipe")
 
 

@@ -9,9 +9,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "bigbatch"
 # A file of a room, or one on top, imports from its own line and from lines further down.
 ORDER = [
-    {"commands", "main", "plan", "evaluate", "export", "adapters"},
+    {"commands", "main", "plan", "evaluate", "export", "branch", "adapters"},
     {"train"},
-    {"checkpoint", "command_line", "planning"},
+    {"checkpoint", "command_line", "planning", "branching"},
     {"programs"},
     {"update"},
     {"tasks"},

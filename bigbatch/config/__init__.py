@@ -6,11 +6,13 @@ from bigbatch.config.meaning import (
     epochs_of,
     evaluations,
     exchange,
+    in_examples,
     make_due,
     make_layouts,
     make_limits,
     make_phases,
     make_recipe,
+    make_rule,
     make_strategy,
     noise_layout,
     noise_window,
@@ -20,7 +22,8 @@ from bigbatch.config.meaning import (
 from bigbatch.config.texts import from_argument, refusal, set_from_text
 
 __all__ = [
-    "base_config", "check", "epochs_of", "evaluations", "exchange", "from_argument", "make_due",
-    "make_layouts", "make_limits", "make_phases", "make_recipe", "make_strategy", "noise_layout",
-    "noise_window", "refusal", "saved_config", "set_from_text", "tokens_per_example",
+    "base_config", "check", "epochs_of", "evaluations", "exchange", "from_argument", "in_examples",
+    "make_due", "make_layouts", "make_limits", "make_phases", "make_recipe", "make_rule",
+    "make_strategy", "noise_layout", "noise_window", "refusal", "saved_config", "set_from_text",
+    "tokens_per_example",
 ]

@@ -13,6 +13,7 @@ from bigbatch.config.keys import (
     CROP_STYLES,
     DTYPES,
     LENGTHS,
+    MEASURED_BY,
     ON_BAD_IMAGE,
     OPTIMIZERS,
     RESAMPLE,
@@ -26,6 +27,8 @@ from bigbatch.mistake import Mistake
 TINY = math.ulp(0.0)  # the smallest number over 0
 # Allowed values by key: (the text of the error, the least value, and the bound that is excluded).
 RANGES = {
+    **{key: ("be 1 or more and below 2**31", 1, 2**31) for key in (
+        "data.train_examples", "data.test_examples")},
     **{key: (f"be {least} or more", least, math.inf) for key, least in (
         ("ghost_size", 1), ("max_per_device_batch", 1), ("microbatches", 0),
         ("eval_batch_size", 1), ("keep_checkpoints", 1), ("data.num_classes", 1),
@@ -33,10 +36,11 @@ RANGES = {
         ("data.augment.pad", 0), ("data.augment.crop", 0), ("data.workers", 0),
         ("data.read_threads", 1), ("noise.ghosts", 2))},
     **{key: ("be a finite number over 0", TINY, math.inf) for key in (
-        "log_every_epochs", "eval_every_epochs", "checkpoint_every_epochs", "optimizer.epsilon")},
+        "log_every_epochs", "eval_every_epochs", "checkpoint_every_epochs", "measured.every_epochs",
+        "optimizer.epsilon")},
+    **{key: ("be a finite number, 0 or more", 0, math.inf) for key in (
+        "measured.stay_epochs", "intervals_from")},
     "seed": ("be 0 or more and below 2**32", 0, 2**32),
-    **{key: ("be 1 or more and below 2**31", 1, 2**31) for key in (
-        "data.train_examples", "data.test_examples")},
     "data.eval_share": ("lie in (0, 1]", TINY, math.nextafter(1.0, 2.0)),
     **{key: ("be a finite number, 0 or more", 0, math.inf) for key in (
         "optimizer.weight_decay", "optimizer.clip_norm", "noise.every_epochs",
@@ -64,6 +68,7 @@ def check(config: ConfigDict) -> None:
     for key, allowed in (
         ("dtype", DTYPES),
         ("strategy", schedule.STRATEGIES),
+        ("measured.by", MEASURED_BY),
         ("exchange", (BY_OPTIMIZER, *schedule.EXCHANGES)),
         ("optimizer.weight_decay_on", WEIGHT_DECAY_ON),
         ("data.crop_style", CROP_STYLES),
@@ -91,6 +96,15 @@ def check(config: ConfigDict) -> None:
             "gradients with its first beta, so a larger one does not lengthen the steps and the "
             "batch cannot grow with it; set it to None, or use optimizer.name=momentum."
         )
+    by_all = config.measured.by == "all"
+    if config.strategy == "measured" and by_all and not epochs_of(config, "noise.every_epochs"):
+        raise Mistake(
+            "config.measured.by is 'all', but config.noise.every_epochs is 0, so the noise is "
+            "never measured by all parameters; set it to how often, or measured.by to 'norms'.")
+    if config.strategy == "measured" and config.measured.rule == "cabs" and not by_all:
+        raise Mistake(
+            "config.measured.rule is 'cabs', which reads the noise itself and no quotient: set "
+            "measured.by to 'all', and noise.every_epochs to how often it is measured.")
     momentum = make_recipe(config).momentum
     if config.optimizer.name == "sgd" and momentum:
         raise Mistake(

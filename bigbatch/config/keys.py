@@ -18,15 +18,17 @@ BY_OPTIMIZER = "by_optimizer"
 WEIGHT_DECAY_ON = ("all", "no_norms", "no_norms_or_biases")
 CROP_STYLES = ("goyal", "inception", "none")
 RESAMPLE = ("bicubic", "bilinear")
+MEASURED_BY = ("norms", "all")
 ON_BAD_IMAGE = ("stop", "skip")
 # The groups whose keys need not be known.
 FREE = (["data", "options"], ["optimizer", "options"], ["task_options"])
 MAY_BE_NONE = ("scale_up.momentum", "limits.max_batch_size", "limits.granularity", "limits.growth",
-               "per_example.momentum")
+               "per_example.momentum", "measured.threshold")
 # These take a number of epochs, or a text with a unit: see `lengths`. So do the epochs in the pairs
 # of recipe.falls, by_hand and ramp.
 LENGTHS = ("recipe.epochs", "recipe.warmup_epochs", "log_every_epochs", "eval_every_epochs",
-           "checkpoint_every_epochs", "noise.every_epochs", "noise.window_epochs")
+           "checkpoint_every_epochs", "intervals_from", "measured.every_epochs",
+           "measured.stay_epochs", "noise.every_epochs", "noise.window_epochs")
 
 
 def base_config() -> ConfigDict:
@@ -113,6 +115,7 @@ def base_config() -> ConfigDict:
     config.log_every_epochs = Length(0.1)
     config.eval_every_epochs = Length(1.0)
     config.checkpoint_every_epochs = Length(10.0)
+    config.intervals_from = Length(0.0)  # the position from which intervals are counted
     # How the noise scale of the gradient is measured: see docs/noise.md.
     config.noise = ConfigDict({
         # Over how much of the run that of every update, by the norms, is averaged; 0: not at all.
@@ -131,11 +134,21 @@ def base_config() -> ConfigDict:
 def _add_schedule(config: ConfigDict) -> None:
     """Adds the keys that decide the batches and the rates; see `bigbatch.schedule`."""
     # How the noise falls: by the rate (decay), by the batch (increase), first by the batch and then
-    # by the rate (hybrid), with batches given by hand (by_hand), or not at all (constant).
-    # See schedule.plan_phases.
+    # by the rate (hybrid), with batches given by hand (by_hand), or not at all (constant). See
+    # schedule.plan_phases. With measured, the run itself decides when its batch grows.
     config.strategy = "increase"
     config.hybrid_falls = 1  # for hybrid: how many falls, or growths of the batch, are the batch's
     config.by_hand = ()  # for by_hand: ((epoch, batch), ...), each batch from its epoch on
+    config.measured = ConfigDict({
+        "rule": "noise",  # noise, norm_test, adascale, cabs, loss: see bigbatch.schedule.deciding
+        "threshold": config_dict.placeholder(float),  # of the rule; None: its default
+        "losses": (),  # of loss: ((training loss, batch that it allows), ...)
+        # What the rule reads of the noise: by the scales and biases of the norms, in every update
+        # (norms), or by all parameters, whenever config.noise.every_epochs has it measured (all).
+        "by": "norms",
+        "every_epochs": Length("50 updates"),  # between two decisions
+        "stay_epochs": Length("200 updates"),  # how long a batch stays at least
+    })
     # ((epoch, factor), ...), with any strategy: the run begins with a batch that is smaller by all
     # factors, and multiplies it by each at its epoch. The noise does not change.
     config.ramp = ()

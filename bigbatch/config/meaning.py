@@ -11,7 +11,7 @@ from bigbatch import dotted, schedule
 from bigbatch.config import lengths
 from bigbatch.config.keys import BY_OPTIMIZER, OPTIMIZERS, base_config
 from bigbatch.mistake import Mistake
-from bigbatch.schedule import due
+from bigbatch.schedule import deciding, due
 from bigbatch.schedule.layout import Layout, make_layout
 
 # What version 0.1 had in configs/small.py: {its dotted path: the one of now}.
@@ -96,6 +96,28 @@ def epochs_of(config: ConfigDict, key: str) -> float:
     """
     value = functools.reduce(ConfigDict.__getitem__, key.split("."), config)
     return _in_epochs(config, value, f"config.{key}")
+
+
+def in_examples(config: ConfigDict, length: str, where: str) -> int:
+    """A length that a command line asks for, such as "2 epochs" or "5000 examples", in examples.
+
+    Args:
+        config: of the run that it is a part of.
+        length: see `lengths`; a number alone is one of epochs.
+        where: the flag that has the length, for messages.
+
+    Raises:
+        Mistake: if it is no length, or not a finite one.
+    """
+    try:
+        length = float(length)
+    except ValueError:
+        length = lengths.in_epochs(
+            length, config.data.train_examples, tokens_per_example(config),
+            config.recipe.batch_size, where)
+    if not 0 <= length * config.data.train_examples <= schedule.MOST_EXAMPLES:
+        raise Mistake(f"{where} is {length:g} epochs; it must be a finite number, 0 or more.")
+    return round(length * config.data.train_examples)
 
 
 def tokens_per_example(config: ConfigDict) -> int | None:
@@ -195,13 +217,42 @@ def make_limits(config: ConfigDict) -> schedule.Limits:
     return schedule.Limits(**config.limits.to_dict(), ghost_size=config.ghost_size)
 
 
-def make_phases(config: ConfigDict) -> tuple[schedule.Phase, ...]:
+def make_phases(
+    config: ConfigDict, decisions: schedule.Decisions | None = None
+) -> tuple[schedule.Phase, ...]:
     """The phases of a config, by its recipe, strategy and limits.
+
+    Args:
+        config: of the run.
+        decisions: of the run so far, which the strategy "measured" makes. The phases before the
+            last decision stay what they are, whatever is decided later. None: those of a run that
+            grows as soon as it may, in which every batch comes that can come.
 
     Raises:
         Mistake: if there is no schedule for these.
     """
-    return schedule.plan_phases(make_recipe(config), make_strategy(config), make_limits(config))
+    recipe, limits, strategy = make_recipe(config), make_limits(config), make_strategy(config)
+    if strategy.name == "measured":
+        if decisions is None:
+            rungs = deciding.ladder(recipe, limits)
+            decisions = deciding.soonest(recipe, make_rule(config), rungs)
+        strategy = strategy._replace(decisions=decisions)
+    return schedule.plan_phases(recipe, strategy, limits)
+
+
+def make_rule(config: ConfigDict) -> deciding.Rule:
+    """How the strategy "measured" of a config decides.
+
+    Raises:
+        Mistake: if a value of `config.measured` is not allowed.
+    """
+    keys, n = config.measured, config.data.train_examples
+    rule = deciding.Rule(
+        keys.rule, keys.threshold, _pairs(config, "measured.losses", keys.losses),
+        due.interval(epochs_of(config, "measured.every_epochs"), n),
+        round(epochs_of(config, "measured.stay_epochs") * n))
+    deciding.check(rule)
+    return rule
 
 
 def make_layouts(
@@ -230,7 +281,7 @@ def make_due(config: ConfigDict, total: int) -> Callable[[str, int, int], bool]:
              for what in ("log", "eval", "checkpoint")}
     if noise := epochs_of(config, "noise.every_epochs"):
         every["noise"] = noise
-    return due.make_due(every, config.data.train_examples, total)
+    return due.make_due(every, config.data.train_examples, total, _intervals_from(config))
 
 
 def noise_window(config: ConfigDict) -> int:
@@ -268,4 +319,10 @@ def evaluations(
     every = due.interval(epochs, config.data.train_examples)
     for phase in phases:
         start = max(phase.start_example, examples_seen)
-        yield from due.ends_due(every, start, phase.end_example, phase.batch_size, total)
+        yield from due.ends_due(every, start, phase.end_example, phase.batch_size, total,
+                                _intervals_from(config))
+
+
+def _intervals_from(config: ConfigDict) -> int:
+    """The example from which the intervals of a config are counted."""
+    return round(epochs_of(config, "intervals_from") * config.data.train_examples)

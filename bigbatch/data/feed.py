@@ -44,6 +44,7 @@ class Feed:
             streamed, the training set's fields as `Rows`.
         test: the test set's fields as `Rows`, replicated; empty if the data set is streamed.
         stream: the streamed microbatches; None for a resident data set.
+        splits: what is streamed, the training set and the test set; None for a resident data set.
     """
 
     config: ConfigDict
@@ -51,6 +52,8 @@ class Feed:
     resident: Arrays
     test: Arrays
     stream: streaming.Stream | None
+    splits: tuple[streaming.Split, streaming.Split] | None = None
+    _skipped_before: int = 0  # in streams that were left
 
     def update(
         self, phase: Phase, layout: Layout, examples_seen: int
@@ -114,7 +117,7 @@ class Feed:
     @property
     def skipped(self) -> int:
         """How many examples this process has skipped so far; see `streaming.Stream`."""
-        return self.stream.skipped if self.stream else 0
+        return self._skipped_before + self.stream.skipped if self.stream else 0
 
     def none_of_use(self, what: str) -> Mistake:
         """The mistake that nothing of `what` counts: all was skipped, or weighs nothing."""
@@ -128,6 +131,18 @@ class Feed:
             f"'skip', or weigh nothing{last and f'. The last that were skipped: {last}'}. Repair "
             "them, or take another split."
         )
+
+    def follow(
+        self, phases: Sequence[Phase], layouts: Sequence[Layout], examples_seen: int,
+        evaluated_at: Iterable[int], measured_at: Iterable[int] = (),
+    ) -> None:
+        """Feeds other phases from now on; see `open_feed`. What was read ahead is read again."""
+        if not self.stream:
+            return
+        self._skipped_before += self.stream.skipped
+        self.stream.close()
+        self.stream = _open_stream(self.config, *self.splits, self.mesh, phases, layouts,
+                                   examples_seen, evaluated_at, measured_at)
 
     def close(self) -> None:
         """Stops the threads or processes that read examples."""
@@ -194,12 +209,11 @@ def open_feed(
     """
     seed = {"seed": np.uint32(config.seed)}
     if isinstance(data, Streamed):
-        known = [_known(config, phases, *pair) for pair in (
-            (evaluated_at, "eval_every_epochs"), (measured_at, "noise.every_epochs"))]
-        train, test = (streaming.Split(reader, fields, is_train, config.seed)
+        splits = tuple(streaming.Split(reader, fields, is_train, config.seed)
                        for reader, is_train in ((data.train, True), (data.test, False)))
-        stream = _open_stream(config, train, test, mesh, phases, layouts, examples_seen, *known)
-        return Feed(config, mesh, place(seed, replicated(mesh)), {}, stream)
+        stream = _open_stream(config, *splits, mesh, phases, layouts, examples_seen, evaluated_at,
+                              measured_at)
+        return Feed(config, mesh, place(seed, replicated(mesh)), {}, stream, splits)
     resident, test = place(
         (seed | {name: lay_out(data.train[name]) for name in fields},
          {name: lay_out(data.test[name]) for name in fields}),
@@ -309,7 +323,7 @@ def _test_records(config: ConfigDict, devices: int) -> np.ndarray:
 def _open_stream(
     config: ConfigDict, train: streaming.Split, test: streaming.Split, mesh: Mesh,
     phases: Sequence[Phase], layouts: Sequence[Layout], examples_seen: int,
-    evaluated_at: Sequence[int], measured_at: Sequence[int],
+    evaluated_at: Iterable[int], measured_at: Iterable[int],
 ) -> streaming.Stream:
     """Opens the stream of all that this process reads: updates, with what is between them."""
     own = _own_devices(mesh)
@@ -317,7 +331,8 @@ def _open_stream(
     evaluation = streaming.Stretch(
         test, 0, 1, config.data.test_examples, records_MxDxS.reshape(len(records_MxDxS), -1)
     )
-    due, to_measure = set(evaluated_at), set(measured_at)
+    due, to_measure = (set(_known(config, phases, *pair)) for pair in (
+        (evaluated_at, "eval_every_epochs"), (measured_at, "noise.every_epochs")))
     stretches = [evaluation] if examples_seen in due else []
 
     def slots(layout: Layout) -> np.ndarray:

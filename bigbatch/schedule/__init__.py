@@ -4,7 +4,7 @@ Pure Python (`order` and `layout` use NumPy). Nothing here imports JAX, nor any 
 package but `mistake`.
 """
 
-from bigbatch.schedule.batches import Strategy
+from bigbatch.schedule.batches import Decisions, Strategy
 from bigbatch.schedule.curves import CURVES, TAILS, name_of
 from bigbatch.schedule.phases import (
     Phase,
@@ -27,6 +27,7 @@ from bigbatch.schedule.rates import (
 )
 from bigbatch.schedule.recipe import (
     EXCHANGES,
+    MOST_EXAMPLES,
     STRATEGIES,
     Limits,
     PerExample,
@@ -39,10 +40,10 @@ from bigbatch.schedule.table import Row, Table, make_table, row, rows, update_at
 from bigbatch.schedule.worth import ceiling, exact_updates, notes
 
 __all__ = [
-    "CURVES", "EXCHANGES", "STRATEGIES", "TAILS", "Limits", "NoiseDiffers", "PerExample",
-    "Phase", "Rates", "Recipe", "Row", "Strategy", "Table", "ceiling", "check_noise",
-    "exact_updates", "find_phase", "make_table", "name_of", "noise", "noise_scale",
+    "CURVES", "EXCHANGES", "MOST_EXAMPLES", "STRATEGIES", "TAILS", "Decisions", "Limits",
+    "NoiseDiffers", "PerExample", "Phase", "Rates", "Recipe", "Row", "Strategy", "Table", "ceiling",
+    "check_noise", "exact_updates", "find_phase", "make_table", "name_of", "noise", "noise_scale",
     "noise_scale_approximate", "notes", "pairs", "phase_at", "plan_phases", "rates_at",
-    "reference_rate", "row", "rows", "scale_up", "spans", "stated", "stated_noise",
-    "take_rates", "update_at",
+    "reference_rate", "row", "rows", "scale_up", "spans", "stated", "stated_noise", "take_rates",
+    "update_at",
 ]

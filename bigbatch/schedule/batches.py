@@ -17,6 +17,11 @@ from bigbatch.schedule.recipe import Limits, Recipe
 JUST_OVER_1 = 1 + 1e-12  # keeps rounding errors from turning a multiple into one multiple less
 
 
+# What a run has decided on its way: (example, batch from there on), in order. Only the strategy
+# "measured" decides.
+Decisions = tuple[tuple[int, int], ...]
+
+
 class Strategy(NamedTuple):
     """How a batch's path is chosen."""
 
@@ -25,6 +30,7 @@ class Strategy(NamedTuple):
     by_hand: tuple[tuple[float, int], ...] = ()  # of "by_hand": (epoch, batch from there on)
     # (epoch, factor): the batch begins below the recipe's and is multiplied there, early in a run.
     ramp: tuple[tuple[float, float], ...] = ()
+    decisions: Decisions = ()  # of "measured"
 
 
 class Mark(NamedTuple):
@@ -55,7 +61,14 @@ def marks(
         marks += _at_growths(stated, strategy, limits, granularity)
     if strategy.name == "by_hand":
         marks = _by_hand(stated, strategy.by_hand, limits, granularity, marks)
-    return _with_ramp(stated, strategy.ramp, granularity, marks) if strategy.ramp else marks
+    if strategy.name == "measured":
+        if strategy.ramp:
+            raise Mistake("the strategy measured takes no ramp: when its batch grows it decides.")
+        if strategy.decisions:
+            at_epochs = [(example / stated.examples, batch)
+                         for example, batch in strategy.decisions]
+            marks = _by_hand(stated, at_epochs, limits, granularity, marks)
+    return _with_ramp(stated, strategy, granularity, marks) if strategy.ramp else marks
 
 
 def _at_falls(
@@ -175,25 +188,30 @@ def _by_hand(
     for mark in both:
         batch = next((hand.batch for hand in reversed(at_hand) if hand.example <= mark.example),
                      stated.batch_size)
-        found.append(mark._replace(batch=batch))
+        # A fall inside of the update before a batch's own mark is of no phase: the rate falls where
+        # the batch changes.
+        found.append(mark._replace(
+            batch=batch, passable=all(hand.example != mark.example for hand in at_hand)))
     return found
 
 
 def _with_ramp(
-    stated: Recipe, ramp: Sequence[tuple[float, float]], granularity: int, marks: list[Mark]
+    stated: Recipe, strategy: Strategy, granularity: int, marks: list[Mark]
 ) -> list[Mark]:
     """`marks` with the batches divided while the ramp is under way, and one more at its steps.
 
     Raises:
         Mistake: if the ramp is none, or divides a batch to what is no multiple of the granularity.
     """
+    ramp = strategy.ramp
     recipe.check_marks("ramp", ramp, stated.epochs)
     starts = [mark.example for mark in marks]
     for epoch, _ in ramp:
         example = round(epoch * stated.examples)
         if example not in starts:
             under = marks[bisect.bisect_right(starts, example) - 1]
-            marks = [*marks, under._replace(example=example, epoch=epoch, passable=False)]
+            marks = [*marks, under._replace(
+                example=example, epoch=epoch, passable=strategy.name == "by_hand")]
     ramped = []
     for mark in sorted(marks, key=operator.attrgetter("example")):
         left = math.prod(

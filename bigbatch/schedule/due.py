@@ -9,7 +9,7 @@ def interval(epochs: float, examples: int) -> int:
 
 
 def make_due(
-    every_epochs: Mapping[str, float], examples: int, total: int
+    every_epochs: Mapping[str, float], examples: int, total: int, origin: int = 0
 ) -> Callable[[str, int, int], bool]:
     """Makes the function that tells whether something is due after an update.
 
@@ -17,23 +17,27 @@ def make_due(
         every_epochs: intervals in epochs by name, as {"log": 0.1, "eval": 1.0, "checkpoint": 10.0}.
         examples: N, the examples of an epoch.
         total: the examples of the run; at its end everything is due.
+        origin: the position from which the intervals are counted, in both directions.
 
     Returns:
         is_due(name, start, end): whether the update from position `start` to `end` (examples seen)
-        reaches or passes a multiple of the interval `name`, or ends the run. What has no interval
-        never is due.
+        reaches or passes a whole number of intervals `name` from the origin, or ends the run. What
+        has no interval never is due.
     """
     every = {name: interval(epochs, examples) for name, epochs in every_epochs.items()}
 
     def is_due(name: str, start: int, end: int) -> bool:
         if name not in every:
             return False
-        return end // every[name] > start // every[name] or end == total
+        before, after = ((position - origin) // every[name] for position in (start, end))
+        return after > before or end == total
 
     return is_due
 
 
-def ends_due(every: int, start: int, end: int, batch_size: int, total: int) -> Iterator[int]:
+def ends_due(
+    every: int, start: int, end: int, batch_size: int, total: int, origin: int = 0
+) -> Iterator[int]:
     """The ends of those updates between two positions after which something is due.
 
     They are those of which `make_due` says so; the updates between them are not looked at, of which
@@ -45,9 +49,10 @@ def ends_due(every: int, start: int, end: int, batch_size: int, total: int) -> I
         end: the position at which the last one ends.
         batch_size: of all of them.
         total: see `make_due`.
+        origin: see there.
     """
     while start < end:
-        wanted = min((start // every + 1) * every, total)
+        wanted = min(((start - origin) // every + 1) * every + origin, total)
         start += -(-(wanted - start) // batch_size) * batch_size
         if start <= end:
             yield start

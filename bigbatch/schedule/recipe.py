@@ -13,7 +13,7 @@ from typing import Any
 from bigbatch.mistake import Mistake
 from bigbatch.schedule import curves
 
-STRATEGIES = ("constant", "decay", "hybrid", "increase", "by_hand")
+STRATEGIES = ("constant", "decay", "hybrid", "increase", "by_hand", "measured")
 # The power p of the batch by which the rate is multiplied; see `rates`.
 EXCHANGES: Mapping[str, float] = {"linear": 1.0, "sqrt": 0.5, "none": 0.0}
 MOST_EXAMPLES = 2**53  # whole numbers that a float holds

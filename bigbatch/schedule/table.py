@@ -58,8 +58,10 @@ def make_table(
     Raises:
         Mistake: if there is no such schedule; the message has the value and what to change.
     """
-    phases = plan_phases(recipe, strategy, limits, hybrid_falls)
     name = strategy if isinstance(strategy, str) else strategy.name
+    if name == "measured":
+        raise Mistake("the strategy measured has no table: it decides while a run trains.")
+    phases = plan_phases(recipe, strategy, limits, hybrid_falls)
     return Table(recipes.stated(recipe, name), phases)
 
 

@@ -195,7 +195,7 @@ def load_run(
         if examples_seen is None:
             found = find_newest(local, mirror)
         else:
-            found = _find_at(local, examples_seen, mirror)
+            found = find_at(local, examples_seen, mirror)
         if found.path is None:
             raise Mistake(
                 f"{workdir} has no checkpoint: no run was made there, or it has saved none yet.")
@@ -211,7 +211,7 @@ def load_run(
         return found.run, jax.tree.map(read.__getitem__, names)
 
 
-def _find_at(workdir: Path, examples_seen: int, mirror: bucket.Mirror | None) -> Found:
+def find_at(workdir: Path, examples_seen: int, mirror: bucket.Mirror | None) -> Found:
     """The checkpoint at a position, if it is whole; its path is None if there is none at all.
 
     Raises:

@@ -17,16 +17,18 @@ from ml_collections import ConfigDict
 from bigbatch import __version__
 from bigbatch.config import make_recipe, saved_config
 from bigbatch.schedule import Phase, Rates, Recipe, rates_at, reference_rate
+from bigbatch.schedule.deciding import Growth
 from bigbatch.schedule.smoothing import Smoothed
 
 # These keys do not change what is learned.
 FREE = (
     "sharding", "max_per_device_batch", "microbatches", "eval_batch_size", "log_every_epochs",
-    "eval_every_epochs", "checkpoint_every_epochs", "keep_checkpoints", "tensorboard", "noise",
-    "data.dir",
-    "data.workers", "data.read_threads",
+    "eval_every_epochs", "checkpoint_every_epochs", "intervals_from", "keep_checkpoints",
+    "tensorboard", "noise", "data.dir", "data.workers", "data.read_threads",
     "data.on_bad_image",  # affects only images read from now on
 )
+# ... but for these, where the run decides by what is measured.
+NOT_FREE_IF_MEASURED = ("noise", "intervals_from")
 # These keys affect training only through the phases and the rates, which are compared themselves.
 THROUGH_PHASES = (
     "recipe", "strategy", "hybrid_falls", "by_hand", "ramp", "exchange", "per_example", "scale_up",
@@ -46,6 +48,7 @@ class Position(NamedTuple):
     # evaluates first, then writes this line of metrics.jsonl together with the results.
     pending_evaluation: dict[str, Any] | None = None
     noise: Smoothed = Smoothed()  # what the updates so far have measured of the noise scale
+    growth: Growth = Growth()  # of the strategy "measured": what it has seen and decided
 
 
 def position_of(run: Mapping[str, Any]) -> Position:
@@ -56,7 +59,14 @@ def position_of(run: Mapping[str, Any]) -> Position:
     if pending is not None:
         pending = {key: value for key, value in pending.items() if key != "evaluate"}
     return Position(
-        run["examples_seen"], run["updates"], pending, Smoothed(*run.get("noise", ())))
+        run["examples_seen"], run["updates"], pending, Smoothed(*run.get("noise", ())),
+        _growth_of(run.get("growth", {})))
+
+
+def _growth_of(saved: Mapping[str, Any]) -> Growth:
+    decisions = tuple((example, batch) for example, batch in saved.get("decisions", ()))
+    return Growth(decisions, saved.get("loss", 0.0), saved.get("loss_weight", 0.0),
+                  Smoothed(*saved.get("by_all", ())))
 
 
 def describe_run(config: ConfigDict, phases: Sequence[Phase], at: Position) -> dict[str, Any]:
@@ -66,8 +76,11 @@ def describe_run(config: ConfigDict, phases: Sequence[Phase], at: Position) -> d
     it.
     """
     recipe = make_recipe(config)
+    position = at._asdict() | {"growth": at.growth._asdict()}
+    if config.strategy != "measured":
+        del position["growth"]
     return {
-        **at._asdict(),
+        **position,
         "version": __version__,
         "config": json.loads(config.to_json()),
         "phases": [dataclasses.asdict(phase) for phase in phases],
@@ -99,12 +112,14 @@ def changes(
     filled = saved_config(saved)
     before = flatten(json.loads(filled.to_json()))
     now = flatten(json.loads(config.to_json()))
+    may_change = [name for name in FREE + THROUGH_PHASES
+                  if config.strategy != "measured" or name not in NOT_FREE_IF_MEASURED]
     refused, allowed = [], []
     for key in sorted(before.keys() | now.keys()):
         old, new = (flat[key] if key in flat else "(absent)" for flat in (before, now))
         if old != new:
             text = f"{key}: {old!r} saved, {new!r} now"
-            free = any(key == name or key.startswith(name + ".") for name in FREE + THROUGH_PHASES)
+            free = any(key == name or key.startswith(name + ".") for name in may_change)
             (allowed if free else refused).append(text)
     differing = _phase_changes(saved["phases"], phases, saved["examples_seen"])
     if not differing:

@@ -21,6 +21,7 @@ class Saves:
     Attributes:
         newest: the position (examples seen) of the newest checkpoint, written or being written.
         pending: the futures of the checkpoints being written, oldest first.
+        boundaries: see `checkpoint.save`.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class Saves:
         self.newest = newest
         self.pending: deque[Future] = deque()
         self._folder, self._mirror, self._describe = folder, mirror, describe
-        self._keep, self._boundaries = keep, boundaries
+        self._keep, self.boundaries = keep, boundaries
 
     def start(self, state: Any, at: Position) -> float:
         """Copies `state` and starts to write it. Waits first while two others are being written.
@@ -53,7 +54,7 @@ class Saves:
         began = time.perf_counter()
         self._finish(SAVES_AT_ONCE - 1)
         self.pending.append(checkpoint.save(
-            self._folder, state, self._describe(at), self._keep, self._boundaries, self._mirror))
+            self._folder, state, self._describe(at), self._keep, self.boundaries, self._mirror))
         self.newest = at.examples_seen
         return time.perf_counter() - began
 

@@ -3,9 +3,10 @@
 `storage.logs` says what the two files hold.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from bigbatch.schedule import Phase
 from bigbatch.schedule.smoothing import Parts, Smoothed
 from bigbatch.storage.continuing import Position
 from bigbatch.watching import progress
@@ -50,6 +51,10 @@ class Log:
     def position(self, examples_seen: int) -> str:
         """A position as it is shown; see `progress.position`."""
         return self._display.position(examples_seen)
+
+    def follow(self, phases: Sequence[Phase]) -> None:
+        """Counts the time to go over other phases from now on."""
+        self._display.follow(phases)
 
     def timing(self, event: str, examples_seen: int, **fields: Any) -> None:
         """Adds an event to timing.jsonl."""

@@ -94,6 +94,11 @@ class Display:
         self._task = self._bar.add_task("", total=phases[-1].end_example)
         self._bar.start()
 
+    def follow(self, phases: Sequence[Phase]) -> None:
+        """Shows the way to the end of other phases from now on."""
+        self._phases = phases
+        self._bar.update(self._task, total=phases[-1].end_example)
+
     def line(self, text: str) -> None:
         """Prints a line, above the bar if there is one."""
         self._console.print(text, highlight=False, markup=False)

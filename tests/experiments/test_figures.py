@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from bigbatch.branching.verdicts import compare
 from bigbatch.storage.continuing import flatten
 from experiments import figures, lost_epochs, verdicts
 
@@ -138,12 +139,12 @@ def test_the_papers_points_belong_to_curves_that_are_drawn():
 
 def test_a_difference_has_the_paired_t_tests_interval():
     """Worked out by hand; Student's t of 3 degrees of freedom is 2.3534 at 95 %."""
-    found = verdicts.compare([0.71, 0.735, 0.72, 0.74], [0.70, 0.73, 0.725, 0.728], 0.05)
+    found = compare([0.71, 0.735, 0.72, 0.74], [0.70, 0.73, 0.725, 0.728], 0.05)
     differences = [0.01, 0.005, -0.005, 0.012]
     mean, half = 0.0055, 2.3534 * statistics.stdev(differences) / 4 ** 0.5
     assert found.difference == pytest.approx(mean)
     assert (found.low, found.high) == pytest.approx((mean - half, mean + half), rel=1e-4)
-    again = verdicts.compare([0.7, 0.8], [0.7, 0.8], 0.05)
+    again = compare([0.7, 0.8], [0.7, 0.8], 0.05)
     assert (again.low, again.high, again.verdict) == (0.0, 0.0, "same")
 
 
@@ -154,14 +155,14 @@ def test_a_difference_has_the_paired_t_tests_interval():
 def test_verdicts(shift, spread, margin, verdict):
     reference = [0.7, 0.75, 0.72, 0.71, 0.73]
     ours = [r + shift + spread * e for r, e in zip(reference, (-1, 1, 0, 1, -1), strict=True)]
-    assert verdicts.compare(ours, reference, margin).verdict == verdict
+    assert compare(ours, reference, margin).verdict == verdict
 
 
 def test_same_is_said_wrongly_at_most_one_time_in_twenty():
     """Of curves that differ by just the margin, the two one-sided tests pass 5 %."""
     random, margin, trials = np.random.default_rng(0), 1.0, 1000
     said = sum(
-        verdicts.compare(list(margin + random.normal(0, 0.3, 5)), [0.0] * 5, margin).verdict
+        compare(list(margin + random.normal(0, 0.3, 5)), [0.0] * 5, margin).verdict
         == "same" for _ in range(trials))
     assert said / trials < 0.05 + 3 * (0.05 * 0.95 / trials) ** 0.5
 
@@ -174,10 +175,10 @@ def test_one_more_run_lies_inside_ours_in_19_of_20_cases():
 
 
 def test_one_seed_gives_no_verdict():
-    assert verdicts.compare([0.7], [0.7], 0.1) is None
+    assert compare([0.7], [0.7], 0.1) is None
     assert verdicts.inside([0.7], [0.7]) is None
     with pytest.raises(ValueError, match="2 runs cannot be paired with 3"):
-        verdicts.compare([0.1, 0.2], [0.1, 0.2, 0.3], 0.1)
+        compare([0.1, 0.2], [0.1, 0.2, 0.3], 0.1)
 
 
 def test_progress_is_that_of_an_accumulator_that_fills():

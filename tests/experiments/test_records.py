@@ -5,7 +5,17 @@ import re
 
 import pytest
 
-from experiments import curves, demo, figures, logs, noise, provenance, records, reproduce
+from experiments import (
+    curves,
+    deciding,
+    demo,
+    figures,
+    logs,
+    noise,
+    provenance,
+    records,
+    reproduce,
+)
 from experiments.speed import measure
 from tests import soak
 from tests.support.started import REPOSITORY
@@ -13,6 +23,7 @@ from tests.support.tables import rows_of
 
 RECORDS = REPOSITORY / "experiments" / "records"
 SMALL, DEMO = RECORDS / "2026-11-26_small", RECORDS / "2026-11-26_demo"
+DECIDING = RECORDS / "2026-11-26_deciding"
 COSINE = RECORDS / "2026-11-26_cosine"
 LANGUAGE = RECORDS / "2026-11-26_language"
 SPEED = RECORDS / "2026-11-26_speed.json"
@@ -39,6 +50,13 @@ def test_no_sitting_of_the_soak_has_lost_anything(tmp_path):
     soak.add_to_record(tmp_path / "again.json", record["sittings"])
     assert json.loads((tmp_path / "again.json").read_text(encoding="utf-8")) == record
     assert record["total"]["kills"] >= 60 and record["total"]["corruptions"] >= 207
+
+
+def test_runs_that_decide_are_compared_again_as_on_the_page():
+    drawn = deciding.table(deciding.read(DECIDING)) + "\n"
+    assert (DECIDING / "table.md").read_text(encoding="utf-8") == drawn
+    page = (REPOSITORY / "docs" / "branches.md").read_text(encoding="utf-8")
+    assert [row for row in rows_of(drawn) if row not in rows_of(page)] == []
 
 
 def test_the_small_scales_tables_are_drawn_again_from_its_logs(tmp_path):

@@ -1,6 +1,7 @@
 """What `bigbatch.plan` says of a config: counts, dealing, totals; without data or accelerator."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -87,6 +88,19 @@ def test_a_plans_numbers_are_all_written_in_one_way():
         if line.startswith("Note") or not line.startswith(" "):
             assert len(line) <= 100
     assert not re.search(r"\d\n\d{3}\b", text)
+
+
+def test_the_plan_of_a_run_that_decides_has_every_batch_that_can_come():
+    config = configs.load("digits", "decay,strategy=measured,ghost_size=8,measured.stay_epochs=5")
+    planned = plan(config, devices=2)
+    batches = [phase["batch_size"] for phase in planned["phases"]]
+    assert sorted(set(batches)) == [16, 32, 64, 128] and batches == sorted(batches)
+    starts = [next(phase["start_epoch"] for phase in planned["phases"]
+                   if phase["batch_size"] == batch) for batch in (16, 32, 64, 128)]
+    assert all(5 <= later - before < 6 for before, later in itertools.pairwise(starts))
+    assert planned["total_updates"] < planned["constant_batch"]["updates"]  # which never grows
+    text = " ".join(tables.of_plan(planned).split())
+    assert "decides when its batch grows. These are the phases of one that grows as soon" in text
 
 
 @pytest.mark.parametrize("family", ("cifar10", "digits"))

@@ -98,7 +98,8 @@ def plans(drawn):
     limits = Limits(
         most, granularity if granularity != ghost else None, ghost,
         pick(draw.sampled_from((None, None, 1.1, 1.5, 3.0))))
-    name = pick(draw.sampled_from(schedule.STRATEGIES))
+    # What a run decides on its way is by hand in the end.
+    name = pick(draw.sampled_from([one for one in schedule.STRATEGIES if one != "measured"]))
     by_hand = tuple((at, granularity * pick(draw.integers(1, most // granularity)))
                     for at in pick(marks))
     ramp = tuple((at, 2.0) for at in pick(marks)[:2]) if pick(draw.booleans()) else ()
@@ -259,6 +260,20 @@ def test_a_ramp_and_a_warm_up_overlap():
         ("noise/1", 512), ("noise/2", 1024)]
     # At epoch 1 the reference's rate is 0.02; a quarter of its batch has a quarter of it.
     assert schedule.rates_at(recipe, 128, 50_000).learning_rate == pytest.approx(0.005)
+
+
+def test_a_fall_just_before_a_batch_by_hand_waits_for_the_update_that_ends_there():
+    """As where a run is continued with another batch from the end of one of its phases on."""
+    stated = schedule.Recipe(0.1, 48, 0.9, 1000, 3, falls=((1, 2),))
+    end = schedule.plan_phases(stated, "decay", schedule.Limits())[0].end_example
+    assert end == 1008
+    by_hand = Strategy("by_hand", by_hand=((1.008, 96),))
+    first, second = schedule.plan_phases(stated, by_hand, schedule.Limits())
+    assert (first.end_example, second.batch_size) == (1008, 96)
+    assert second.learning_rate == pytest.approx(0.1 / 2 * 2)
+    with pytest.raises(Mistake, match="'epoch/1.001' would have no update"):
+        schedule.plan_phases(
+            stated, Strategy("by_hand", by_hand=((1.001, 96), (1.008, 96))), schedule.Limits())
 
 
 def test_batches_by_hand_split_phases_where_they_begin():

@@ -387,7 +387,9 @@ def test_the_ends_due_are_those_that_is_due_names():
         start = draw.randrange(50)
         end = start + batch * updates
         total = end if draw.random() < 0.5 else end + draw.randrange(1, 90)
-        is_due = due.make_due({"eval": draw.choice((0.3, 1.0, 2.5))}, 10, total)
-        every = next(size for size in range(1, 99) if is_due("eval", size - 1, size))
+        epochs, origin = draw.choice((0.3, 1.0, 2.5)), draw.choice((0, 7, 60))
+        is_due = due.make_due({"eval": epochs}, 10, total, origin)
+        every = due.interval(epochs, 10)
+        assert is_due("eval", origin + every - 1, origin + every)
         expected = [at + batch for at in range(start, end, batch) if is_due("eval", at, at + batch)]
-        assert list(due.ends_due(every, start, end, batch, total)) == expected
+        assert list(due.ends_due(every, start, end, batch, total, origin)) == expected

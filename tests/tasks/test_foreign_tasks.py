@@ -144,12 +144,18 @@ def test_mixup_takes_partners_from_the_ghost_batch_and_draws_by_example():
 
 # --- data that are read while the run trains ------------------------------------------------------
 def test_a_stream_of_a_users_own_gives_what_the_same_data_in_memory_give(tmp_path):
+    """Also where the noise is measured, and where the run decides on its way what comes next."""
+    decides = ("strategy=measured", "measured.rule=loss", "measured.losses=((9.0,96),)",
+               "measured.every_epochs=0.3", "measured.stay_epochs=0.7", "noise.window_epochs=0.2",
+               "limits.max_batch_size=96")
     lines = {}
     for streaming in (False, True):
         workdir = tmp_path / str(streaming)
         train.train_and_evaluate(
             task_config("Words", f"data.streaming={streaming}", "dtype=float64",
-                        "noise.every_epochs=0.4", "noise.ghosts=11"), workdir, show=False)
+                        "noise.every_epochs=0.4", "noise.ghosts=11", *decides), workdir, show=False)
+        batches = [event["batch_size"] for event in read_events(workdir / "metrics.jsonl")]
+        assert set(batches) == {48, 96} and batches == sorted(batches)
         lines[streaming] = [
             [value for value in event.values() if isinstance(value, float)]
             for event in read_events(workdir / "metrics.jsonl")]

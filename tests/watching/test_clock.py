@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from bigbatch import schedule, train
+from bigbatch.config.course import Course
 from bigbatch.programs import dispatch
 from bigbatch.programs.programs import Ready
 from bigbatch.schedule import Rates
@@ -83,15 +84,17 @@ def run(monkeypatch, passes, input_seconds=0.0, every=None):
         raise_failures=lambda: None, start=lambda *_: 0.0, begin=lambda *_: (None, None),
         wait_for=lambda *_: Ready(calls, [0.0], 0.0, None, {}))
     every = every or {"log": 0.01, "eval": 1.0, "checkpoint": 1.0}
+    course = Course(
+        phases, len(phases) - 1, (None,) * len(phases),
+        lambda phase, *_: Rates(phase.learning_rate, phase.momentum, 0, 0, 0),
+        make_due(every, N, phases[-1].end_example))
     train.loop(
         train.Run(
-            phases, phases, (None,) * len(phases), nothing,
+            course, None, None, nothing,
             partial(dispatch.take_update, started=clock.update_started,
                     landed=clock.update_landed),
             evaluate, lambda means: {"train_loss": float(means["loss"])}, None, N,
-            SimpleNamespace(resident=None, update=batches),
-            lambda phase, *_: Rates(phase.learning_rate, phase.momentum, 0, 0, 0),
-            lambda rates: rates, make_due(every, N, phases[-1].end_example), N, None,
+            SimpleNamespace(resident=None, update=batches), lambda rates: rates, N, None,
             Log(lambda _, event: events.append(event), display, clock, N), nothing, nothing,
             nothing),
         Position(), None)

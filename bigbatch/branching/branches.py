@@ -1,0 +1,254 @@
+"""Branches: runs that go on from a checkpoint of another run, with its batches times a factor.
+
+A branch is an ordinary run in a workdir of its own. It has the state and the position of the run's
+checkpoint, and the run's config with the strategy `by_hand`: the run's own batches, but for a
+stretch that begins at the checkpoint, where they are multiplied by the branch's factor. The order
+of the examples follows from the position, so all branches see the same examples in the same order,
+and the rate follows from the batch by the exchange. With the factor 1 nothing differs from the run.
+"""
+
+import contextlib
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from bigbatch import schedule
+from bigbatch.config import in_examples, make_phases, make_recipe, make_strategy, saved_config
+from bigbatch.job.devices import make_mesh, pin_options
+from bigbatch.mistake import Mistake
+from bigbatch.storage import bucket, checkpoint, continuing, workdir
+from bigbatch.update import network, update
+from bigbatch.update.optimizer import init_optimizer
+
+# Evaluations of a stretch. Those of its second half are compared: before, the optimizer's averages
+# still come from the batch before.
+EVALUATIONS = 16
+# Between the seeds of the orders; no two seeds that a person gives to runs are so far apart.
+SEEDS_APART = 1_000_003
+
+
+class Stretch(NamedTuple):
+    """The examples over which a run's branches differ."""
+
+    start: int  # the examples seen at the checkpoint
+    end: int
+    every: int  # the examples between two evaluations; divides the stretch
+    batch_size: int  # of the run, throughout the stretch
+
+
+class Opened(NamedTuple):
+    """A checkpoint from which branches begin."""
+
+    path: Path
+    mirror: bucket.Mirror | None  # of a workdir in a bucket
+    run: dict[str, Any]  # the content of run.json
+
+
+class Branch(NamedTuple):
+    """A branch, made or not."""
+
+    source: str  # the workdir of the run
+    factor: int
+    order: int  # of the examples to come: 0 for the run's own, or the number of another one
+    stretch: Stretch
+    config: ConfigDict
+    last_phase: str  # the number of the phase that ends with the stretch
+    folder: Path  # its workdir
+
+    @property
+    def command(self) -> str:
+        """The ordinary command that trains the branch, or continues it, up to its end."""
+        return (f"python -m bigbatch.main --config={self.folder / 'config.json'} "
+                f"--workdir={self.folder} --stop_after_phase={self.last_phase}")
+
+
+@contextlib.contextmanager
+def opened_checkpoint(source: str, at: str) -> Iterator[Opened]:
+    """Finds the checkpoint of a run from which its branches begin.
+
+    Args:
+        source: the workdir of the run.
+        at: a length, as `config.lengths` has them: the checkpoint there or less than one batch
+            after it. "" for the newest one.
+
+    Raises:
+        Mistake: if there is no such checkpoint, or it is not whole.
+    """
+    with bucket.opened(source) as (folder, mirror):
+        found = checkpoint.find_newest(folder, mirror)
+        if found.path is None:
+            raise Mistake(
+                f"{source} has no checkpoint: no run was made there, or it has saved none yet.")
+        if at:
+            config = saved_config(found.run)
+            wanted = in_examples(config, at, "--at")
+            position = _nearest(source, wanted, checkpoint.finished(folder), found.run)
+            found = checkpoint.find_at(folder, position, mirror)
+        yield Opened(found.path, mirror, found.run)
+
+
+def _nearest(source: str, wanted: int, paths: Sequence[Path], run: dict[str, Any]) -> int:
+    """The position of the first checkpoint at `wanted`, or less than one batch after it."""
+    positions = [int(path.name) for path in paths]
+    after = [position for position in positions if position >= wanted]
+    if after:
+        batch = next(phase["batch_size"] for phase in run["phases"]
+                     if after[0] <= phase["end_example"])
+        if after[0] - wanted < batch:
+            return after[0]
+    n = run["config"]["data"]["train_examples"]
+    there = ", ".join(f"{position} (epoch {position / n:.4g})" for position in positions)
+    raise Mistake(
+        f"--at asks for example {wanted} (epoch {wanted / n:.4g}) of {source}, where no checkpoint "
+        f"is; there are some at the examples {there}. A run saves one every "
+        "config.checkpoint_every_epochs and at the end of each phase, and keeps "
+        "config.keep_checkpoints of the former."
+    )
+
+
+def plan_stretch(
+    config: ConfigDict, decisions: schedule.Decisions, start: int, length: str,
+    factors: Sequence[int],
+) -> Stretch:
+    """The stretch of a run's branches: as long as asked for, rounded up.
+
+    It is a whole number of updates of every branch, and so are its parts between two evaluations:
+    all branches are evaluated after the same examples.
+
+    Args:
+        config: of the run.
+        decisions: of the run.
+        start: the examples seen at the checkpoint.
+        length: as `config.lengths` has them.
+        factors: of the branches.
+
+    Raises:
+        Mistake: if the run ends within the stretch, or changes its batch there.
+    """
+    phases = make_phases(config, decisions)
+    phase = schedule.phase_at(phases, start)
+    if phase is None:
+        raise Mistake(f"--at: the run is over at example {start}, so there is nothing to branch.")
+    wanted = in_examples(config, length, "--for")
+    if wanted < 1:
+        raise Mistake(f"--for is {length!r}; it must be over 0.")
+    step = phase.batch_size * math.lcm(*factors)
+    every = -(-wanted // (step * EVALUATIONS)) * step
+    end = start + -(-wanted // every) * every
+    rounded = f"--for={length!r}, rounded up to {end - start} examples from {start} on,"
+    if end > phases[-1].nominal_end_example:
+        raise Mistake(
+            f"{rounded} goes past the run's end at example {phases[-1].nominal_end_example}: "
+            "branch from an earlier checkpoint, over fewer examples, or by smaller factors."
+        )
+    for other in phases:
+        if start < other.start_example < end and other.batch_size != phase.batch_size:
+            raise Mistake(
+                f"{rounded} goes past example {other.start_example}, where the run changes its "
+                f"batch from {phase.batch_size} to {other.batch_size}: branch from there or from "
+                "an earlier checkpoint, over fewer examples, or by smaller factors."
+            )
+    return Stretch(start, end, every, phase.batch_size)
+
+
+def branch_config(
+    config: ConfigDict, decisions: schedule.Decisions, stretch: Stretch, factor: int
+) -> ConfigDict:
+    """The config of a branch: the run's, with its batches by hand and times `factor` in a stretch.
+
+    Args:
+        config: of the run; its ramp, if it has one, goes on to divide the batches.
+        decisions: of the run.
+        stretch: see `plan_stretch`.
+        factor: of the branch.
+    """
+    recipe, strategy = make_recipe(config), make_strategy(config)
+
+    def undivided(example: int, batch: int) -> int:
+        return round(batch * math.prod(
+            by for epoch, by in strategy.ramp if round(epoch * recipe.examples) > example))
+
+    path = {phase.start_example: undivided(phase.start_example, phase.batch_size)
+            for phase in make_phases(config, decisions)
+            if not stretch.start < phase.start_example < stretch.end}  # the rate falls there, if so
+    path.setdefault(stretch.end, undivided(stretch.end, stretch.batch_size))
+    path[stretch.start] = undivided(stretch.start, stretch.batch_size * factor)
+    by_hand, before = [], recipe.batch_size
+    for start, batch in sorted(path.items()):
+        of_stretch = start in (stretch.start, stretch.end)
+        if (batch != before or of_stretch) and start < round(recipe.epochs * recipe.examples):
+            by_hand.append((f"{start} examples", batch))
+            before = batch
+    config = copy.deepcopy(config)
+    with config.unlocked():
+        config.strategy, config.by_hand = "by_hand", tuple(by_hand)
+        config.limits.max_batch_size = None
+        config.eval_every_epochs = f"{stretch.every} examples"
+        config.intervals_from = f"{stretch.start} examples"
+    return config
+
+
+def plan_branches(
+    source: str, run: dict[str, Any], length: str, factors: Sequence[int], orders: int,
+    output: Path,
+) -> list[Branch]:
+    """All branches of one run, in the order in which they are to be trained.
+
+    Args:
+        source: the workdir of the run.
+        run: the content of the checkpoint's run.json.
+        length: see `plan_stretch`.
+        factors: of the batch; 1 is among them.
+        orders: how many orders of the examples to come there are.
+        output: the folder that holds their workdirs.
+
+    Raises:
+        Mistake: see `plan_stretch`; or if a branch's batch is not allowed.
+    """
+    own, at = saved_config(run), continuing.position_of(run)
+    stretch = plan_stretch(own, at.growth.decisions, at.examples_seen, length, factors)
+    found = []
+    for order in range(orders):
+        for factor in factors:
+            config = branch_config(own, at.growth.decisions, stretch, factor)
+            config.seed = (own.seed + order * SEEDS_APART) % 2**32
+            last = next(phase for phase in make_phases(config)
+                        if phase.end_example == stretch.end)
+            found.append(Branch(
+                source, factor, order, stretch, config, str(last.index),
+                output / (f"x{factor}" + (f"_order{order}" if order else ""))))
+    return found
+
+
+def make(branch: Branch, opened: Opened, reset: bool) -> None:
+    """Writes the workdir of a branch, unless it has been written: its config and first checkpoint.
+
+    Args:
+        branch: to make.
+        opened: the run's checkpoint.
+        reset: whether the optimizer begins anew.
+
+    Raises:
+        Mistake: if the workdir cannot be written, or the network or the data are not there.
+    """
+    with workdir.open_workdir(branch.folder):
+        if checkpoint.find_newest(branch.folder).path:
+            return
+        config = branch.config
+        pin_options(config.dtype)
+        net = network.build(config)
+        shapes = update.abstract_state(config, net, make_mesh())
+        state = checkpoint.restore(opened.path, shapes, opened.mirror)
+        if reset:
+            state = state._replace(opt_state=init_optimizer(config, net.in_norm, state.params))
+        # The run's own config: whether the branch's may continue it is checked when it does.
+        own = opened.run["config"] | {"seed": config.seed}
+        begun = opened.run | {"config": own, "pending_evaluation": None}
+        checkpoint.save(branch.folder, state, begun, 1, {branch.stretch.start}).result()
+        workdir.write_config(
+            branch.folder,
+            continuing.describe_run(config, make_phases(config), continuing.position_of(begun)))
