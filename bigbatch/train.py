@@ -35,7 +35,7 @@ from bigbatch.programs.programs import Programs, Ready
 from bigbatch.schedule import Phase
 from bigbatch.schedule.layout import Layout
 from bigbatch.schedule.rates import Rates
-from bigbatch.storage import bucket, checkpoint, continuing, logs, workdir
+from bigbatch.storage import bucket, bucket_programs, checkpoint, continuing, logs, workdir
 from bigbatch.storage.continuing import Position
 from bigbatch.storage.saves import Saves
 from bigbatch.tasks import contract, measures
@@ -219,8 +219,8 @@ def begin(
 
     dtype = jax.tree.leaves(state.params)[0].dtype
     programs = Programs(
-        config, goal.net, mesh, layouts, feed.resident, feed.test, peak is not None,
-        begin_with)
+        config, goal.net, mesh, layouts, feed.resident, feed.test, peak is not None, begin_with,
+        at_end.enter_context(bucket_programs.opened(mirror, jax.process_index() == 0)))
     run = Run(
         goal.phases, phases, layouts, programs,
         partial(take_update, before_pass=watch.poll, before_reduction=watch.before_reduction,
@@ -407,7 +407,8 @@ def loop(run: Run, at: Position, state: update.State) -> tuple[update.State, Pos
                     flight.land(run)
                     log.timing(
                         "phase", start, phase=phase.name, compile_seconds=ready.compile_seconds,
-                        waited_seconds=ready.waited_seconds, **clock.first_update())
+                        waited_seconds=ready.waited_seconds, programs=ready.obtained,
+                        **clock.first_update())
 
                 if due.evaluation or due.save:  # only of a state that is known to be finite
                     event, flight = flight.land(run), None

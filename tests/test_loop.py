@@ -92,7 +92,7 @@ class World:
 
     def wait_for(self, layout, watch, say):
         self.poll()
-        return Ready(["program"], [0.0], 0.0, None)
+        return Ready(["program"], [0.0], 0.0, None, {})
 
     def take_update(self, calls, state, sums, resident, batches, rates, running):
         self.poll()

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 
 from bigbatch.job import jax_private
-from bigbatch.programs import program_cache
+from bigbatch.programs import origin, program_cache
 from bigbatch.schedule.layout import Layout
 
 
@@ -60,13 +60,15 @@ class Compiled(NamedTuple):
     """A compiled program."""
 
     call: Any
-    seconds: float  # that compiling took
+    seconds: float  # that compiling or loading it took
     flops: float | None  # see `count_flops`; None if they were not counted
+    origin: origin.Origin
 
 
 def compile_ahead(
     lower: Callable[[Program], jax.stages.Lowered], order: Sequence[Program], counted: bool = False,
     before_each: Callable[[], None] = lambda: None,
+    obtain: Callable[[jax.stages.Lowered], tuple[Any, origin.Origin]] = origin.obtain,
 ) -> dict[Program, Future]:
     """Lowers all programs, and compiles them in a background thread.
 
@@ -75,6 +77,7 @@ def compile_ahead(
         order: the programs, in the order in which they are to be compiled.
         counted: whether to count their operations, which takes a part of a second each.
         before_each: called before each program is lowered; its exceptions pass through.
+        obtain: makes a program of what is lowered, see `origin.obtain`.
 
     Returns:
         A future of `Compiled` for each program, once all are lowered. Its `result` raises the
@@ -89,14 +92,14 @@ def compile_ahead(
             program, one_lowered = item
             started = time.perf_counter()
             try:
-                compiled = one_lowered.compile()
+                compiled, came_from = obtain(one_lowered)
                 program_cache.seal()
                 seconds = time.perf_counter() - started
                 flops = count_flops(one_lowered) if counted else None
             except BaseException as error:
                 futures[program].set_exception(error)
             else:
-                futures[program].set_result(Compiled(compiled, seconds, flops))
+                futures[program].set_result(Compiled(compiled, seconds, flops, came_from))
 
     # A daemon thread, so that a run that stops does not wait for programs it no longer needs. But
     # when Python itself ends (a script, a notebook), `end` waits for the program being compiled, as

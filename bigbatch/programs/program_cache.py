@@ -49,6 +49,8 @@ def keep(folder: str | None) -> str:
         return ""
     path = Path(os.path.expanduser(asked))
     try:
+        if "://" in asked:
+            raise OSError(errno.EINVAL, "it is no folder of this machine")
         if str(path).startswith("~"):
             raise FileNotFoundError(errno.ENOENT, "there is no such home folder")
         path.mkdir(parents=True, exist_ok=True)

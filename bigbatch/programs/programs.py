@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -12,10 +13,11 @@ from ml_collections import ConfigDict
 
 from bigbatch.job.devices import place, replicated, shape_of
 from bigbatch.job.preemption import Watch
-from bigbatch.programs import compilation, dispatch
+from bigbatch.programs import compilation, dispatch, origin
 from bigbatch.programs.compilation import EVALUATE, INIT, Program
 from bigbatch.programs.lowering import lowering
 from bigbatch.schedule.layout import Layout
+from bigbatch.storage.bucket_programs import BucketPrograms
 from bigbatch.update import initial_weights, network, update
 
 
@@ -26,6 +28,8 @@ class Ready(NamedTuple):
     compile_seconds: list[float]  # one for each of `calls`
     waited_seconds: float  # how long training waited for them
     flops: float | None  # of an update on all devices; None if they were not counted
+    # {program: {"from", "seconds"}} of those that are ready and in no earlier `Ready`
+    obtained: Mapping[str, Mapping[str, str | float]]
 
 
 class Programs:
@@ -34,6 +38,7 @@ class Programs:
     def __init__(
         self, config: ConfigDict, net: network.Network, mesh: Mesh, layouts: Sequence[Layout],
         resident: Mapping, test: Mapping, counted: bool, begin_with: Mapping | None = None,
+        bucket: BucketPrograms | None = None,
     ):
         """Args:
         config: of the run.
@@ -44,11 +49,14 @@ class Programs:
         test: see there.
         counted: whether to count floating-point operations.
         begin_with: the weights of a new run, see `initial_weights.read`; none if not given.
+        bucket: see `origin.obtain`.
         """
         self._config, self._net, self._mesh = config, net, mesh
         self._layouts, self._resident, self._test = layouts, resident, test
         self._counted, self._begin_with = counted, begin_with or {}
+        self._bucket = bucket
         self._futures: dict[Program, Future] = {}
+        self._told: set[Program] = set()  # of which a `Ready` said where they came from
 
     def begin(
         self, state: update.State, watch: Watch
@@ -70,7 +78,8 @@ class Programs:
         lower = lowering(self._config, self._net, self._mesh, *shapes)
         first, later = compilation.compile_order(self._layouts, is_new)
         self._futures = compilation.compile_ahead(
-            lower, first + later, self._counted, watch.poll)
+            lower, first + later, self._counted, watch.poll,
+            partial(origin.obtain, bucket=self._bucket))
         if is_new:
             watch.wait(self._futures[INIT].done)
             initial = self._futures[INIT].result().call(np.uint32(self._config.seed))
@@ -107,7 +116,17 @@ class Programs:
             [round(program.seconds, 3) for program in compiled],
             round(time.perf_counter() - began, 3),
             compilation.update_flops(compiled, layout),
+            self._obtained(),
         )
+
+    def _obtained(self) -> dict[str, dict[str, str | float]]:
+        """See `Ready.obtained`."""
+        new = [program for program, future in self._futures.items()
+               if program not in self._told and future.done() and not future.exception()]
+        self._told.update(new)
+        ready = {program: self._futures[program].result() for program in new}
+        return {str(program): {"from": one.origin.value, "seconds": round(one.seconds, 3)}
+                for program, one in ready.items()}
 
     def evaluate(self) -> Callable:
         """The compiled program for `evaluation.whole_test_set`; call `begin` first."""

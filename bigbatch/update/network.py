@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from bigbatch import dotted
 from bigbatch.mistake import Mistake
 from bigbatch.tasks import contract
-from bigbatch.update import independence, module_checks, task_checks
+from bigbatch.update import dependence, independence, module_checks, task_checks
 
 Tree = Mapping[str, Any]
 
@@ -104,7 +104,7 @@ def build(config: ConfigDict, may_mix: bool = False) -> Network:
             return outputs, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
 
         shapes = nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
-        task, examples = contract.task_of(config), config.ghost_size * independence.GHOSTS
+        task, examples = contract.task_of(config), config.ghost_size * dependence.GHOSTS
         inputs, targets = task_checks.prepared(config, task, examples)
         with module_checks.naming_the_layer(name, task_checks.described(task, inputs)):
             found, results = _trace(apply, *shapes, inputs, name)
@@ -190,7 +190,7 @@ def _trace(
         ) from None
     running = dict(jax.tree_util.tree_leaves_with_path(batch_stats))
     for path, row in jax.tree_util.tree_leaves_with_path(shapes[1]):
-        if row.shape != (independence.GHOSTS, *running[path].shape):
+        if row.shape != (dependence.GHOSTS, *running[path].shape):
             raise Mistake(
                 f"{name} does not update the statistic {jax.tree_util.keystr(path)} in training; "
                 "call GhostBatchNorm with train=True there (through Flax's bridge also with "

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from experiments import provenance
-from experiments.speed import peers, seeds_together, starts, updates, whole_runs
+from experiments.speed import new_machine, peers, seeds_together, starts, updates, whole_runs
 from experiments.speed.measure import Measurement, markdown
 
 # Each is a function of (repeats, short) that gives measurements.
@@ -27,6 +27,7 @@ BENCHMARKS = {
     "phases": whole_runs.phase_changes,
     "time_to_accuracy": whole_runs.time_to_accuracy,
     "starts": starts.starts,
+    "new_machine": new_machine.new_machine,
     "flax_example": peers.flax_example,
     "flax_norm": peers.flax_norm,
     "pytorch": peers.pytorch,

@@ -12,7 +12,7 @@ from flax import nnx
 from bigbatch.mistake import Mistake
 from bigbatch.models.attention import attend, rotary_angles, rotate
 from bigbatch.models.transformer import Transformer
-from bigbatch.update import independence
+from bigbatch.update import dependence_rules, independence
 from tests.support.network_checks import count, keys, random_state
 
 VOCABULARY, EXAMPLES, LENGTH = 13, 3, 9
@@ -274,7 +274,7 @@ def test_at_rate_0_training_is_evaluation():
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_examples_are_kept_apart_by_operations_that_the_check_knows(kind, recomputed, monkeypatch):
     unknown = []
-    monkeypatch.setattr(independence, "_unknown", lambda equation, _: unknown.append(equation))
+    monkeypatch.setattr(dependence_rules, "unknown", lambda equation, _: unknown.append(equation))
     run, params = of_parameters(dropout_rate=0.1, checkpoint_blocks=recomputed, **KINDS[kind])
     shape, found = independence.trace(
         lambda params, _, tokens, keys_B: run(params, tokens, True, keys_B), params, {},

@@ -72,7 +72,7 @@ def lowered(config, layout, mesh):
     state = updating.abstract_state(config, net, mesh)
     fields = contract.fields_of(config, contract.task_of(config))
     lower = lowering.lowering(config, net, mesh, state, *feed.resident_shapes(config, fields, mesh))
-    return [compilation.Compiled(None, 0.0, compilation.count_flops(lower(key)))
+    return [compilation.Compiled(None, 0.0, compilation.count_flops(lower(key)), None)
             for key in compilation.programs_of(layout)]
 
 

@@ -65,6 +65,17 @@ def copy(server, name):
     return f"bucket/{name}/", f"gs://bucket/{name}"
 
 
+def sources_of_programs(server, beginning):
+    """Of the newest start: {program: where timing.jsonl says that it came from}."""
+    found = {}
+    for event in map(json.loads, server.content(beginning + "timing.jsonl").splitlines()):
+        if event["event"] == "start":
+            found = {}
+        elif event["event"] == "phase":
+            found |= {name: made["from"] for name, made in event["programs"].items()}
+    return found
+
+
 def finished(server, beginning):
     return [name.split("/")[1] for name in server.names(beginning)
             if re.fullmatch(r"checkpoints/\d+/checksums.json", name)]
@@ -158,13 +169,15 @@ def test_of_a_state_in_the_bucket_nothing_comes_to_this_machines_disk(server, in
             checkpoint.restore(checkpoint.folder(folder, END), like, mirror)
 
 
-def test_killed_and_spoiled_it_goes_on_from_the_newest_whole_checkpoint(
-    server, whole, monkeypatch
+def test_killed_and_spoiled_it_goes_on_from_the_newest_whole_checkpoint_on_a_new_machine(
+    server, whole, monkeypatch, tmp_path
 ):
     beginning, url = "bucket/killed/", "gs://bucket/killed"
     first = start(url)
     started.wait_until(
-        lambda: len(finished(server, beginning)) > 1, first, "its first checkpoints")
+        lambda: len(finished(server, beginning)) > 1
+        and len(server.names(beginning + "programs/")) == 4, first,
+        "its first checkpoints and all programs")
     monkeypatch.setattr(lease, "LOOK_SECONDS", 0.01)
     with pytest.raises(ValueError, match=f"held by another job .process {first.pid} on ") as held:
         run(url)
@@ -182,12 +195,20 @@ def test_killed_and_spoiled_it_goes_on_from_the_newest_whole_checkpoint(
     server.put(beginning + state, bytes(content))
     unfinished = f"checkpoints/{END - 1:015d}"
     server.put(f"{beginning}{unfinished}/run.json", b"{}")
+    evaluate_it = next(name for name in server.names(beginning) if "jit_evaluate" in name)
+    program = server.content(beginning + evaluate_it)
+    server.put(beginning + evaluate_it, program[:-1])
 
     output = started.end(started.start_python(
         "-c", "import runpy; from bigbatch.storage import lease; lease.STALE_SECONDS = 1.0;"
         "runpy.run_module('bigbatch.main', run_name='__main__')",
-        *first.args[3:],
+        *first.args[3:], f"--compilation_cache={tmp_path}",
     ))
+    assert sources_of_programs(server, beginning) == {
+        "update 6": "bucket", "evaluate": "compiled", "update 12": "bucket"}
+    assert len(server.content(beginning + evaluate_it)) > len(program) // 2 and (
+        server.content(beginning + evaluate_it) != program[:-1])
+    assert len(list(tmp_path.glob("*.whole"))) >= 3, "the next start fetches them again"
     assert "Waiting for 1 s to see whether that job still renews its lease" in output
     assert started.bits_different(url, whole) == 0
     log = server.content(beginning + "metrics.jsonl")
@@ -202,18 +223,46 @@ def test_killed_and_spoiled_it_goes_on_from_the_newest_whole_checkpoint(
     assert checkpoint.load_run(url)[0]["examples_seen"] == END
 
 
-def test_two_processes_told_to_stop_release_the_lease_and_one_goes_on_at_once(server, whole):
+def start_hosts(url, caches):
+    """A job of two processes, each with a folder for compiled programs of its own.
+
+    On a TPU all hosts know their slice by the same fingerprint, which is a part of a program's key.
+    Each process on CPUs makes one of its own, so here it is replaced.
+    """
+    port = started.free_port()
+    return [start(url, process=(index, 2), port=port, cache=cache, before=(
+        "from jax._src import cache_key\n"
+        "cache_key._hash_accelerator_config = cache_key._hash_devices"))
+        for index, cache in enumerate(caches)]
+
+
+def test_two_hosts_told_to_stop_release_the_lease_and_new_hosts_go_on_at_once(
+    server, whole, tmp_path
+):
     url = "gs://bucket/stopped"
-    job = started.start_job(url, *SETTINGS, **started.SMALL, processes=2)
+    server.writes.clear()
+    job = start_hosts(url, [started.CACHE] * 2)
     started.wait_until(
-        lambda: len(finished(server, "bucket/stopped/")) > 0, job[0], "its first checkpoint")
+        lambda: len(finished(server, "bucket/stopped/")) > 0
+        and len(server.names("bucket/stopped/programs/")) == 4, job[0],
+        "its first checkpoint and all programs")
     job[1].send_signal(signal.SIGTERM)
     for process in job:
         started.end(process, status=42, seconds=60)
     assert "lease.json" not in server.names("bucket/stopped/")
     assert finished(server, "bucket/stopped/")[-1] < f"{END:015d}"
-    assert "Waiting" not in started.end(start(url))
+    new = [tmp_path / "0", tmp_path / "1"]
+    for process in start_hosts(url, new):
+        assert "Waiting" not in started.end(process)
     assert started.relative_difference(url, whole) < 1e-10
+    # JAX itself writes nothing in the second process, so what is there came from the bucket.
+    programs = server.names("bucket/stopped/programs/")
+    needed = {f"{key}-cache" for key in programs if not key.startswith("jit_init")}
+    for cache in new:
+        assert needed <= {path.name for path in cache.glob("*-cache")}
+    assert set(sources_of_programs(server, "bucket/stopped/").values()) == {"bucket"}
+    sent = [write for write in server.writes if "/stopped/programs/" in write]
+    assert len(sent) == len(set(sent)) == 4, "a program was uploaded twice"
 
 
 def test_where_none_is_whole_nothing_is_deleted(server, in_bucket):

@@ -77,6 +77,8 @@ def test_an_unusable_cache_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="file/cache cannot be used.*--compilation_cache"):
         program_cache.keep(str(tmp_path / "file" / "cache"))
+    with pytest.raises(ValueError, match="gs:/.*cannot be used: it is no folder of this machine"):
+        program_cache.keep("gs://bucket/cache")
 
 
 @pytest.fixture

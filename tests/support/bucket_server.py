@@ -27,6 +27,8 @@ class BucketServer:
         self.objects: dict[str, tuple[bytes, int]] = {}  # bucket/name: content, generation
         self.writes: list[str] = []  # "put bucket/name" and "delete bucket/name", in order
         self.refused = ""  # a pattern: writes to objects that it finds are forbidden
+        self.unavailable = ""  # a pattern: requests whose paths it finds are answered with 503
+        self.requests: list[str] = []  # method and path, in order
         self.answer_lost = ""  # of the next write to an object that this pattern finds
         self.not_understood: list[str] = []
         self.lock = threading.Lock()
@@ -120,7 +122,11 @@ class Handler(BaseHTTPRequestHandler):
         self.query = {key: values[0] for key, values in parse_qs(url.query).items()}
         self.parts = [unquote(part) for part in url.path.strip("/").split("/")]
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server_state.requests.append(f"{self.command} {unquote(self.path)}")
         try:
+            down = self.server_state.unavailable
+            if down and re.search(down, self.server_state.requests[-1]):
+                raise Refused(503, "the service is not available")
             with self.server_state.lock:
                 status, headers, content = method()
         except Refused as refused:

@@ -26,7 +26,7 @@ def start(
     workdir: Path, *settings: str, devices: int = 1, flags: tuple[str, ...] = (),
     cache: Path | None = CACHE, file: str = "configs/digits.py", config: tuple[str, ...] = TINY,
     process: tuple[int, int] = (0, 1), port: int = 0, host: str = "127.0.0.1",
-    on: tuple[str, ...] = (),
+    on: tuple[str, ...] = (), before: str = "",
 ) -> subprocess.Popen:
     """Starts `python -m bigbatch.main` on the tiny config with `key=value` settings.
 
@@ -41,11 +41,16 @@ def start(
         port: see `free_port`.
         host: of the first one.
         on: the command that runs this one on its host.
+        before: Python that the process runs first.
     """
     index, count = process
     job = (f"--coordinator={host}:{port}", f"--processes={count}", f"--process={index}")
+    program = ("-m", "bigbatch.main")
+    if before:
+        program = ("-c", f"{before}\nimport runpy\n"
+                   "runpy.run_module('bigbatch.main', run_name='__main__')")
     return start_python(
-        "-m", "bigbatch.main", f"--config={file}:{','.join([*config, *settings])}",
+        *program, f"--config={file}:{','.join([*config, *settings])}",
         f"--workdir={workdir}", f"--compilation_cache={cache or ''}",
         *(job if count > 1 else ()), *flags, devices=devices, on=on,
     )

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from bigbatch.update import independence
+from bigbatch.update import dependence_rules, independence
+from bigbatch.update.dependence import Dependence
 
 EXAMPLES, LENGTH, VOCABULARY, WIDTH = 4, 16, 11, 128
 PARAMS = {
@@ -19,8 +20,8 @@ PARAMS = {
 def unknown(monkeypatch):
     """The names of operations that were met and have no rule."""
     met = []
-    plain = independence._unknown
-    monkeypatch.setattr(independence, "_unknown", lambda equation, operands: (
+    plain = dependence_rules.unknown
+    monkeypatch.setattr(dependence_rules, "unknown", lambda equation, operands: (
         met.append(equation.primitive.name) or plain(equation, operands)))
     return met
 
@@ -135,5 +136,5 @@ def test_cudnn_attention_is_known(mixes, unknown, monkeypatch):
 def test_the_pieces_of_a_split_have_their_own_part_of_the_axis():
     traced = jax.make_jaxpr(lambda x: jnp.split(x, [1, 3], axis=1))(jnp.zeros((2, 4)))
     bits = np.array([1, 2, 2, 1], np.uint8)
-    found = independence.follow(traced.jaxpr, [independence.Dependence(0, {1: bits})])
+    found = independence.follow(traced.jaxpr, [Dependence(0, {1: bits})])
     assert [list(one.along[1]) for one in found] == [[1], [2, 2], [1]]

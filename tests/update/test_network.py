@@ -10,7 +10,7 @@ from flax import linen, nnx
 
 from bigbatch.models.dropout import dropout
 from bigbatch.models.normalization import GhostBatchNorm
-from bigbatch.update import independence, network
+from bigbatch.update import dependence_rules, network
 from bigbatch.update.update import init_state
 from tests.support.configs import load, tiny
 from tests.support.updates import conv_net, train, with_model
@@ -294,7 +294,7 @@ class Apart(nnx.Module):
 def test_a_model_that_keeps_examples_or_ghost_batches_apart_is_taken(config, monkeypatch):
     """And each of its operations is known to the check, so that it would see one that mixes."""
     unknown = []
-    monkeypatch.setattr(independence, "_unknown", lambda equation, _: unknown.append(equation))
+    monkeypatch.setattr(dependence_rules, "unknown", lambda equation, _: unknown.append(equation))
     network.build(config)
     assert unknown == []
 

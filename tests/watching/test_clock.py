@@ -79,7 +79,7 @@ def run(monkeypatch, passes, input_seconds=0.0, every=None):
     nothing = SimpleNamespace(
         before=lambda *_: None, after=lambda *_: None, wait=lambda: None, newest=0,
         raise_failures=lambda: None, start=lambda *_: 0.0, begin=lambda *_: (None, None),
-        wait_for=lambda *_: Ready(calls, [0.0], 0.0, None))
+        wait_for=lambda *_: Ready(calls, [0.0], 0.0, None, {}))
     every = every or {"log": 0.01, "eval": 1.0, "checkpoint": 1.0}
     train.loop(
         train.Run(
