@@ -345,6 +345,22 @@ def test_slots_that_stay_idle_are_counted_and_the_largest_slice_without_any_is_n
     assert (first["batch_size"], first["idle_share"], first["fills_devices"]) == (8192, 0.5, 128)
 
 
+def test_the_record_of_language_presets_is_what_the_docs_say():
+    """Which fit; and each parameter is reduced once, in as many parts as the compiler likes."""
+    record = json.loads((REPOSITORY / "experiments/records/slices_language.json").read_text())
+    shown = rows_of((REPOSITORY / "docs/language.md").read_text())
+    assert [row for row in rows_of(table(record["plans"])) if row not in shown] == []
+    for planned in record["plans"]:
+        on_v5e = planned["topology"].startswith("v5litepod")
+        fits = not (planned["config"] == "language:llama_1b" and on_v5e)
+        assert planned["compiled"]["fits"] is fits
+        for row in planned["compiled"]["phases"] if fits else ():
+            reduced = sum(size for _, size in row["collectives"].values())
+            assert row["collectives"].keys() == {"all-reduce"}
+            assert 0 <= reduced - 4 * planned["parameters"] < 64
+            assert row["kernels"] > 0
+
+
 def test_the_record_of_imagenets_presets_is_what_the_docs_say():
     """Made by `make slices`, in hours; each update in it is one reduction and nothing else."""
     record = json.loads((REPOSITORY / "experiments/records/slices.json").read_text())
