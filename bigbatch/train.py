@@ -154,7 +154,6 @@ def set_goal(config: ConfigDict, stop_after_phase: str, profile: str) -> Goal:
             of the user's own is wrong.
     """
     check(config)
-    make_phases(config)
     pin_options(config.dtype)
     mesh = make_mesh(shards=config.sharding.shards)
     course, steering = make_course(config, None, mesh.size, stop_after_phase), make_steering(config)
@@ -233,12 +232,15 @@ def begin(
         state = checkpoint.restore(newest.path, state, mirror)
 
     # Checkpoints and logs. The logs lose the events after the position.
+    describe = _describing(config)
+    write_config = partial(_write_config, describe, folder, mirror)
     saves = Saves(
-        folder, mirror, partial(_describe, config), config.keep_checkpoints,
+        folder, mirror, describe, config.keep_checkpoints,
         {phase.end_example for phase in course.phases}, at.examples_seen)
     peak = chips.peak_flops(mesh.devices.flat[0].device_kind, config.dtype)
     clock = Clock(peak and peak * mesh.size, at.updates)
-    log = _open_log(goal, course, folder, mirror, saves, at, show, clock, feed, about, at_end)
+    log = _open_log(
+        goal, course, folder, mirror, saves, write_config, at, show, clock, feed, about, at_end)
     for text in [*newest.faults, *(f"changed: {change}" for change in allowed_changes),
                  *sharding.notes(config, goal.net.params, mesh)]:
         log.notice(text, at.examples_seen)
@@ -259,9 +261,7 @@ def begin(
         config, goal.net, mesh, layouts, feed.resident, feed.test, peak is not None, begin_with,
         at_end.enter_context(bucket_programs.opened(mirror, jax.process_index() == 0)), measured)
     run = Run(
-        course, goal.steering, partial(
-            _replan, goal, feed, saves, log, partial(_write_config, config, folder, mirror)),
-        programs,
+        course, goal.steering, partial(_replan, goal, feed, saves, log, write_config), programs,
         partial(take_update, before_reduction=watch.before_reduction,
                 # A pass over parameters in pieces gathers them, so it needs all processes.
                 before_pass=watch.before_reduction if config.sharding.parameters else watch.poll,
@@ -320,18 +320,20 @@ def _evaluations(config: ConfigDict, course: Course, at: Position) -> Iterator[i
     yield from due_ends(config, course, at.examples_seen, "eval_every_epochs")
 
 
-def _describe(config: ConfigDict, at: Position) -> dict[str, Any]:
-    """The content of run.json at a position."""
-    return continuing.describe_run(config, make_phases(config, at.growth.decisions), at)
+def _describing(config: ConfigDict) -> Callable[[Position], dict[str, Any]]:
+    """Makes the function from a position to the content of run.json."""
+    phases = lru_cache(maxsize=1)(partial(make_phases, config))  # of decisions
+    return lambda at: continuing.describe_run(config, phases(at.growth.decisions), at)
 
 
 def _write_config(
-    config: ConfigDict, folder: Path, mirror: bucket.Mirror | None, at: Position
+    describe: Callable[[Position], Mapping[str, Any]], folder: Path, mirror: bucket.Mirror | None,
+    at: Position,
 ) -> None:
     """Writes config.json, in the first process; raises WriteError if it cannot be written."""
     if jax.process_index() == 0:
         with checkpoint.names_what_fails(folder, mirror):
-            workdir.write_config(folder, _describe(config, at))
+            workdir.write_config(folder, describe(at))
 
 
 def _replan(
@@ -352,7 +354,8 @@ def _replan(
 
 def _open_log(
     goal: Goal, course: Course, folder: Path, mirror: bucket.Mirror | None, saves: Saves,
-    at: Position, show: bool, clock: Clock, feed: Feed, about: Mapping[str, Any],
+    write_config: Callable[[Position], None], at: Position, show: bool, clock: Clock, feed: Feed,
+    about: Mapping[str, Any],
     at_end: contextlib.ExitStack,
 ) -> Log:
     """Opens the logs of the run. Only the first process writes to them.
@@ -365,7 +368,7 @@ def _open_log(
     if writing:
         if mirror:
             at_end.enter_context(checkpoint.sending_last_logs(folder, mirror, saves.pending))
-        _write_config(config, folder, mirror, at)
+        write_config(at)
         with names_what_fails():
             damaged = logs.cut_events(
                 folder / "metrics.jsonl", at.examples_seen, at.pending_evaluation is not None)

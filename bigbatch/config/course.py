@@ -29,7 +29,7 @@ from bigbatch.schedule.rates import Rates
 
 
 class Course(NamedTuple):
-    """See above."""
+    """What a run does, as far as it is known."""
 
     phases: tuple[Phase, ...]
     last: int  # the index of the phase to stop after
