@@ -30,7 +30,7 @@ DECIDES = ("strategy=measured,measured.rule=noise,measured.threshold=1,noise.win
 # The schedules, by what the folders of their runs are called.
 SCHEDULES = {
     "measured": "measured", "decay": "decay", "onebatch": "one batch", "growsonce": "grows once",
-    "growstwice": "grows twice", "anotherseed": "another seed's decisions",
+    "growstwice": "grows twice", "anotherseedsdecisions": "another seed's decisions",
 }
 MARGIN = 0.01  # nats of test loss that are called the same; stated before any of these runs
 
@@ -57,7 +57,7 @@ def fixed(run: Logs, other: Logs) -> dict[str, str]:
         "onebatch": f"scale_up.learning_rate={constant / first}",
         "growsonce": by_hand([(once, largest)]),
         "growstwice": by_hand([(twice, middle), (2 * twice, largest)]),
-        "anotherseed": by_hand(growths),
+        "anotherseedsdecisions": by_hand(growths),
     }
 
 
