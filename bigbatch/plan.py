@@ -15,6 +15,10 @@ is 1 if a program does not fit into a device's memory.
         --topology=v5litepod-16,v5litepod-64
 
 sets strategies beside each other: on each slice, and on one that grows with the batch.
+
+    python -m bigbatch.plan --config=cifar10.py:increase --measured_by=RUN
+
+shows, beside each phase's batch, the noise scale that a run has measured at the same epochs.
 """
 
 import dataclasses
@@ -41,7 +45,7 @@ from bigbatch.config import (
 from bigbatch.job import processes, statuses
 from bigbatch.job.output import answer, say
 from bigbatch.mistake import Mistake
-from bigbatch.planning import compare, picture, tables, topology
+from bigbatch.planning import compare, measured, picture, tables, topology
 from bigbatch.storage import caches
 from bigbatch.update import network, own_optimizer
 
@@ -57,17 +61,23 @@ CACHE = flags.DEFINE_string(
 COMPARE = flags.DEFINE_list(
     "compare", [], "Strategies to set beside each other; --topology then lists slices."
 )
+MEASURED_BY = flags.DEFINE_string(
+    "measured_by", "", "Workdir of a run of the same data, whose noise scale the plan shows too."
+)
 PICTURE = flags.DEFINE_string("picture", "", "File for a picture of rate, batch and noise.")
 FORMAT = flags.DEFINE_enum("format", "table", ["table", "json"], "What to print.")
 
 
-def plan(config: ConfigDict, devices: int | Sequence[int]) -> dict[str, Any]:
+def plan(
+    config: ConfigDict, devices: int | Sequence[int], measured_by: str | Path = ""
+) -> dict[str, Any]:
     """The phases of a config, the layout of their updates, and the totals, as JSON values.
 
     Args:
         config: see `config.base_config`.
         devices: how many devices share each update, in all phases or one number for each phase.
             They change the layout, and nothing that is learned.
+        measured_by: the workdir of a run, see `measured.scales`; "" for none.
 
     Returns:
         `strategy`, `train_examples` and `ghost_size` of the config; `total_updates`,
@@ -80,6 +90,7 @@ def plan(config: ConfigDict, devices: int | Sequence[int]) -> dict[str, Any]:
         and the share that an increase without limits, rounding and ramp saves `at_most`;
         `exchange`; and `phases`, each with the fields of `schedule.Phase` (its noise scale is that
         of SGD), its `noise` relative to the recipe's at its peak (None with the exchange "none"),
+        the `measured_scale` of the run `measured_by` (examples; None where that is not known),
         its `shift` (examples), `start_epoch`, `end_epoch`, and the
         layout of its updates: `devices`, `ghost_batches`, `microbatches`, `slots` (of a device in
         one pass), `idle_share` (of padding slots), and `fills_devices`, the largest power of 2 of
@@ -109,6 +120,10 @@ def plan(config: ConfigDict, devices: int | Sequence[int]) -> dict[str, Any]:
         for phase, count in zip(phases, counts, strict=True)
         for layout in make_layouts(config, [phase], count)
     ]
+    known = measured.scales(measured_by, [0.0, *(row["end_epoch"] for row in rows)]) if (
+        measured_by) else [None] * len(rows)
+    for row, scale in zip(rows, known, strict=True):
+        row["measured_scale"] = scale
     batch, updates = config.recipe.batch_size, sum(phase.updates for phase in phases)
     return {
         "strategy": config.strategy,
@@ -129,13 +144,14 @@ def plan(config: ConfigDict, devices: int | Sequence[int]) -> dict[str, Any]:
             "batch_size": recipe.batch_size,
             "share": 1 - updates * recipe.batch_size / last.nominal_end_example,
         },
-        "notes": schedule.notes(recipe, phases, make_strategy(config), limits=make_limits(config)),
+        "notes": schedule.notes(recipe, phases, make_strategy(config), limits=make_limits(config))
+        + measured.notes(rows),
         "picture": picture.in_terminal(recipe, phases),
     }
 
 
 def plan_for_slices(
-    config: ConfigDict, topology_text: str, cache: str | None = None
+    config: ConfigDict, topology_text: str, cache: str | None = None, measured_by: str | Path = ""
 ) -> dict[str, Any]:
     """What `plan` returns for slices of Cloud TPU, and what compiling for them shows.
 
@@ -143,6 +159,7 @@ def plan_for_slices(
         config: see `config.base_config`.
         topology_text: the slices; see `slices.parse`.
         cache: folder that keeps the results of compiling; "" for none, None for the usual one.
+        measured_by: see `plan`.
 
     Returns:
         What `plan` returns, and `compiled`: see `slices.compile_for`.
@@ -157,8 +174,9 @@ def plan_for_slices(
     check(config)
     phases = make_phases(config)
     chosen = slices.parse(topology_text, phases)
-    return plan(config, [one.devices for one in chosen]) | {"compiled": slices.compile_for(
-        config, phases, chosen, _cache_folder(cache), say)}
+    planned = plan(config, [one.devices for one in chosen], measured_by)
+    return planned | {
+        "compiled": slices.compile_for(config, phases, chosen, _cache_folder(cache), say)}
 
 
 def _cache_folder(named: str | None) -> Path | None:
@@ -196,7 +214,8 @@ def main(arguments: Sequence[str]) -> None:
             f"--topology={TOPOLOGY.value} and --devices={DEVICES.value}: a slice has its own "
             "number of devices; give only one of the two."
         )
-    for flag, given in (("picture", PICTURE.value), ("devices", DEVICES.value)):
+    for flag, given in (("picture", PICTURE.value), ("devices", DEVICES.value),
+                        ("measured_by", MEASURED_BY.value)):
         if COMPARE.value and given:
             raise Mistake(f"--compare and --{flag}={given}: --{flag} is of one strategy, whose "
                           "plan is shown without --compare.")
@@ -212,9 +231,9 @@ def main(arguments: Sequence[str]) -> None:
         picture.draw(Path(PICTURE.value), f"{config.strategy}, {config.recipe.curve}",
                      make_recipe(config), make_phases(config))
     if TOPOLOGY.value:
-        planned = plan_for_slices(config, TOPOLOGY.value, CACHE.value)
+        planned = plan_for_slices(config, TOPOLOGY.value, CACHE.value, MEASURED_BY.value)
     else:
-        planned = plan(config, DEVICES.value or 1)
+        planned = plan(config, DEVICES.value or 1, MEASURED_BY.value)
     answer(json.dumps(planned) if FORMAT.value == "json" else tables.of_plan(planned))
     if TOPOLOGY.value and not planned["compiled"]["fits"]:
         processes.leave(statuses.FAILED)

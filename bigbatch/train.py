@@ -24,13 +24,15 @@ from bigbatch.config import (
     make_layouts,
     make_phases,
     make_recipe,
+    noise_layout,
+    noise_window,
     tokens_per_example,
 )
 from bigbatch.data.feed import Feed, open_feed
 from bigbatch.job import chips, preemption, processes
 from bigbatch.job.devices import make_mesh, pin_options
 from bigbatch.mistake import Mistake
-from bigbatch.programs.dispatch import as_rates, take_update
+from bigbatch.programs.dispatch import as_rates, measure, take_update
 from bigbatch.programs.programs import Programs, Ready
 from bigbatch.schedule import Phase
 from bigbatch.schedule.layout import Layout
@@ -43,6 +45,7 @@ from bigbatch.update import (
     evaluation,
     initial_weights,
     network,
+    noise,
     own_optimizer,
     sharding,
     update,
@@ -128,6 +131,9 @@ class Run(NamedTuple):
     take_update: Callable  # see `dispatch.take_update`
     evaluate: Callable[[update.State], dict[str, float]]  # see `whole_test_set`
     results: Callable[[Mapping[str, Any]], dict[str, float]]  # of the means of an update
+    # (programs, state, sums, position) -> sums, what was measured; see `dispatch.measure`
+    measure: Callable[..., tuple[update.Sums, noise.Measured]]
+    noise_window: int  # see `config.noise_window`
     feed: Feed
     # phase, examples seen before and after -> the rates of that update
     rates_at: Callable[[Phase, int, int], Rates]
@@ -201,7 +207,9 @@ def begin(
     begin_with = {} if newest.path else initial_weights.read(config, goal.net)
     feed = open_feed(
         config, contract.fields_of(config, goal.task), contract.load(config, goal.task), mesh,
-        phases, layouts, at.examples_seen, _evaluations(goal, at, phases))
+        phases, layouts, at.examples_seen, _evaluations(goal, at, phases),
+        evaluations(config, phases, at.examples_seen, goal.phases[-1].end_example,
+                    "noise.every_epochs"))
     at_end.callback(feed.close)
     state = update.abstract_state(config, goal.net, mesh)
     if newest.path:
@@ -226,9 +234,10 @@ def begin(
     at_end.callback(tracer.close)
 
     dtype = jax.tree.leaves(state.params)[0].dtype
+    measured = noise_layout(config, mesh.size)
     programs = Programs(
         config, goal.net, mesh, layouts, feed.resident, feed.test, peak is not None, begin_with,
-        at_end.enter_context(bucket_programs.opened(mirror, jax.process_index() == 0)))
+        at_end.enter_context(bucket_programs.opened(mirror, jax.process_index() == 0)), measured)
     run = Run(
         goal.phases, phases, layouts, programs,
         partial(take_update, before_reduction=watch.before_reduction,
@@ -240,7 +249,9 @@ def begin(
             evaluation.networks_of(state._asdict(), watch.before_reduction), feed,
             watch.before_reduction),
         partial(measures.results, config, goal.task, before="train_"),
-        feed,
+        lambda calls, state, sums, position: measure(
+            calls, state, sums, feed.resident, feed.coming(measured, position)),
+        noise_window(config), feed,
         partial(schedule.take_rates, make_recipe(config), goal.phases),
         lru_cache(maxsize=1)(partial(as_rates, mesh, dtype)),  # constant but in a warm-up
         is_due, config.data.train_examples, tokens_per_example(config), log, saves, watch, tracer,
@@ -343,15 +354,19 @@ class InFlight(NamedTuple):
     # The line of metrics.jsonl without what was measured; None if no line is due.
     event: dict[str, Any] | None
 
-    def land(self, run: Run) -> dict[str, Any] | None:
-        """Waits for the update to end, and returns the complete line of metrics.jsonl, if due.
+    def land(self, run: Run) -> tuple[dict[str, Any] | None, Position]:
+        """Waits for the update to end.
+
+        Returns:
+            The complete line of metrics.jsonl, if it is due, and the position after the update.
 
         Raises:
             NotFinite: if training diverged in this update, after noting that in timing.jsonl.
             Mistake: if no example of the update counts, in any process of the job.
         """
         with run.log.clock.spent_on("update"):
-            finite = bool(self.measured.finite)
+            finite, measured = jax.device_get((self.measured.finite, self.measured.noise))
+            finite = bool(finite)
         if not finite:
             if not self.measured.weight:  # of no example: no divergence
                 raise run.feed.none_of_use(f"the update from example {self.start}")
@@ -363,7 +378,14 @@ class InFlight(NamedTuple):
                 f"its loss ({float(self.measured.loss):g}) or a parameter after it is not finite. "
                 f"{saved} A lower recipe.learning_rate or a warm-up usually helps."
             )
-        return self.event and self.event | run.results(self.measured.means)
+        added = self.after.examples_seen - self.start, run.noise_window
+        smoothed = self.after.noise.after(measured.by_norms, *added)
+        run.log.saw_groups(measured.by_groups, measured.groups, *added)
+        event = self.event
+        if event:
+            event = event | run.results(self.measured.means) | noise.line(measured, smoothed)
+            run.log.warn_of_noise(event, smoothed.weight)
+        return event, self.after._replace(noise=smoothed)
 
 
 def loop(run: Run, at: Position, state: update.State) -> tuple[update.State, Position]:
@@ -407,23 +429,27 @@ def loop(run: Run, at: Position, state: update.State) -> tuple[update.State, Pos
                         running=flight and flight.measured.finite)
                 clock.dispatched(waited)
                 if flight:  # the update before this one
-                    log.finished(flight.land(run))
+                    event, at = flight.land(run)
+                    log.finished(event)
 
-                at = Position(end, at.updates + 1)
+                at = Position(end, at.updates + 1, noise=at.noise)
                 due = _due(run, phase, start, end)
                 flight = InFlight(
                     start, at, measured, _event(run, phase, rates, at) if due.log else None)
                 run.tracer.after(at.updates, state)
                 if number == 0:  # waits, so that the first update of a phase is timed alone
-                    flight.land(run)
+                    with clock.spent_on("update"):
+                        jax.block_until_ready(measured.finite)
                     log.timing(
                         "phase", start, phase=phase.name, compile_seconds=ready.compile_seconds,
                         waited_seconds=ready.waited_seconds, programs=ready.obtained,
                         **clock.first_update())
 
-                if due.evaluation or due.save:  # only of a state that is known to be finite
-                    event, flight = flight.land(run), None
+                if due.noise or due.evaluation or due.save:  # of a state known to be finite
+                    (event, at), flight = flight.land(run), None
                     clock.idle()
+                    if due.noise:
+                        sums, event = _measure(run, state, sums, event)
                     if due.evaluation:
                         at = at._replace(pending_evaluation=event)  # what a stop here would save
                         event |= _evaluate(run, state)
@@ -448,6 +474,7 @@ class _Due(NamedTuple):
     """What is to be done after an update."""
 
     log: bool  # a line of metrics.jsonl
+    noise: bool  # a measurement of the noise scale
     evaluation: bool
     save: bool
 
@@ -455,9 +482,9 @@ class _Due(NamedTuple):
 def _due(run: Run, phase: Phase, start: int, end: int) -> _Due:
     """What is due after the update of `phase` from example `start` to `end`."""
     ends = end == phase.end_example
-    evaluation = run.is_due("eval", start, end)
-    return _Due(ends or evaluation or run.is_due("log", start, end), evaluation,
-                ends or run.is_due("checkpoint", start, end))
+    measured, evaluation = run.is_due("noise", start, end), run.is_due("eval", start, end)
+    return _Due(ends or measured or evaluation or run.is_due("log", start, end),
+                measured, evaluation, ends or run.is_due("checkpoint", start, end))
 
 
 def _event(run: Run, phase: Phase, rates: Rates, after: Position) -> dict[str, Any]:
@@ -488,7 +515,8 @@ def _save_last(run: Run, at: Position, state: update.State, flight: InFlight | N
     log, saves = run.log, run.saves
     saves.wait()
     if flight:
-        log.finished(flight.land(run))
+        event, at = flight.land(run)
+        log.finished(event)
     if at.examples_seen != saves.newest:
         log.saved(at, saves.start(state, at))
     saves.wait()
@@ -496,6 +524,20 @@ def _save_last(run: Run, at: Position, state: update.State, flight: InFlight | N
     log.line("told to stop " + (
         f"and saved at example {at.examples_seen}, update {at.updates}" if at.updates else
         "before the first update, so nothing is saved and the run begins anew"))
+
+
+def _measure(
+    run: Run, state: update.State, sums: update.Sums, event: dict[str, Any]
+) -> tuple[update.Sums, dict[str, Any]]:
+    """Measures the noise scale after the update of `event`, to which it is added.
+
+    No update is counted, and a stop waits: this takes no longer than an update or two.
+    """
+    with run.log.clock.spent_on("compile"):
+        calls = run.programs.measure()
+    with run.log.clock.spent_on("evaluation"):
+        sums, measured = run.measure(calls, state, sums, event["examples_seen"])
+    return sums, event | noise.line_of_ghosts(measured)
 
 
 def _evaluate(run: Run, state: update.State) -> dict[str, float]:

@@ -201,6 +201,16 @@ LANGUAGE_CURVES = (
     Curve("growing: linear", f"{GROWING},exchange=linear"),
     Curve("growing: none", f"{GROWING},exchange=none"),
 )
+# How often the noise is measured, and over how many ghost batches.
+MEASURED = ",noise.every_epochs={},noise.ghosts={}"
+NOISE = tuple(
+    Curve(label, preset + MEASURED.format(0.512, 64))
+    for label, preset in (("decaying learning rate", "decay"),
+                          ("increasing batch size", "increase")))
+LANGUAGE_NOISE = tuple(
+    Curve(label, f"bytes,strategy={strategy}" + MEASURED.format(0.02, 32))
+    for label, strategy in (("decaying learning rate", "decay"),
+                            ("growing: sqrt, all per example", "increase")))
 
 
 FIGURES = {figure.name: figure for figure in (
@@ -290,6 +300,14 @@ FIGURES = {figure.name: figure for figure in (
          Panel("language b", "(b)", "test_loss", "update", LANGUAGE, LANGUAGE_CURVES, "")),
         papers=False,
     ),
+    *(Figure(
+        name, "The noise of the gradient, measured, beside the batch",
+        "A batch below the measured noise scale makes steps of noise, and one above it repeats "
+        "what it knows.",
+        (Panel(name, "", "noise_full", "epoch", family, lines, ""),),
+        "experiments.noise.draw", "experiments.noise.tables", summed_up=False, papers=False,
+    ) for name, family, lines in (("noise", CIFAR10, NOISE),
+                                  ("noise_language", LANGUAGE, LANGUAGE_NOISE))),
     Figure(
         "demo_language", "A language model: AdamW under a cosine",
         "A batch that grows by Adam's rule ends with the loss of a rate that falls.",

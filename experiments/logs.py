@@ -102,7 +102,7 @@ def read_run(workdir: str | Path) -> Logs:
     return run
 
 
-def _filled(run: Logs) -> ConfigDict:
+def filled(run: Logs) -> ConfigDict:
     """The run's config with every key of now, so that old and new runs can be compared."""
     version = {"version": run.version} if run.version else {}
     return saved_config({"config": run.config} | version)
@@ -115,7 +115,7 @@ def check_seeds(name: str, runs: Sequence[Logs]) -> None:
         Mistake: naming the first key in which they differ, with both values.
     """
     first, *others = (
-        continuing.flatten(json.loads(_filled(run).to_json())) for run in runs)
+        continuing.flatten(json.loads(filled(run).to_json())) for run in runs)
     for other in others:
         for key in sorted((first.keys() | other.keys()) - FREE):
             values = [config.get(key, "(absent)") for config in (first, other)]

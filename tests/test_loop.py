@@ -15,12 +15,15 @@ from bigbatch.mistake import Mistake
 from bigbatch.programs.programs import Ready
 from bigbatch.schedule.due import make_due
 from bigbatch.schedule.rates import Rates
+from bigbatch.schedule.smoothing import Smoothed
 from bigbatch.storage.continuing import Position
+from bigbatch.update import noise
 from bigbatch.watching.clock import Clock
 from bigbatch.watching.log import Log
 
 N = 40  # examples of an epoch
 TOKENS = 3  # of an example
+WINDOW = 16  # examples over which the noise scale is averaged
 CASES = 1500
 
 
@@ -50,7 +53,7 @@ def draw_case(seed):
     except Mistake:  # of two falls within one update
         return draw_case(f"{seed}, once more")
     every = {what: draw.choice((0.05, 0.2, 0.35, 0.5, 1.0, 3.0))
-             for what in ("log", "eval", "checkpoint")}
+             for what in ("log", "eval", "checkpoint", *["noise"] * draw.randrange(2))}
     updates = sum(phase.updates for phase in phases)
     return Case(
         phases, every, [draw.randrange(3 * updates) for _ in range(draw.randrange(6))],
@@ -63,6 +66,7 @@ class Measured:
     def __init__(self, number, case, effects):
         self.number, self.loss, self.weight = number, float(number), 1.0
         self.means = {"loss": self.loss}
+        self.noise = noise.Measured(noise.Parts(float(number), number**2 + 1.0), None, None)
         self._finite, self._effects = number != case.diverges, effects
 
     @property
@@ -99,6 +103,13 @@ class World:
         number = state + 1
         self.effects.append(("take", number))
         return number, sums, Measured(number, self.case, self.effects), 0.0
+
+    def measure(self):
+        return []
+
+    def measure_noise(self, calls, state, sums, position):
+        self.effects.append(("measure", state))
+        return sums, noise.Measured(None, noise.Parts(2.0, float(position)), 4.0)
 
     def evaluate(self, state):
         self.effects.append(("evaluate", state))
@@ -146,21 +157,25 @@ class World:
         return train.loop(
             train.Run(
                 phases, to_run, (None,) * len(to_run), self, self.take_update, self.evaluate,
-                lambda means: {"train_loss": means["loss"]}, fed,
+                lambda means: {"train_loss": means["loss"]}, self.measure_noise, WINDOW, fed,
                 lambda phase, *_: Rates(phase.learning_rate, phase.momentum, 0, 0, 0),
                 lambda rates: rates, self.case.is_due, N, TOKENS, log, self, self, nothing),
             at, state)
 
 
 def expected_lines(case):
-    """(updates, examples, evaluated) of every line of metrics.jsonl, from the definition alone."""
-    lines, updates = [], 0
+    """Of every line of metrics.jsonl, from the definition alone, (updates, examples, whether the
+    noise was measured, whether it was evaluated, the noise scale of the updates so far)."""
+    lines, updates, smoothed = [], 0, Smoothed()
     for phase in case.phases:
         for start in range(phase.start_example, phase.end_example, phase.batch_size):
             end, updates = start + phase.batch_size, updates + 1
-            evaluated = case.is_due("eval", start, end)
-            if evaluated or end == phase.end_example or case.is_due("log", start, end):
-                lines.append((updates, end, evaluated))
+            smoothed = smoothed.after(
+                noise.Parts(updates, updates**2 + 1.0), phase.batch_size, WINDOW)
+            measured, evaluated = (case.is_due(what, start, end) for what in ("noise", "eval"))
+            if (measured or evaluated or end == phase.end_example
+                    or case.is_due("log", start, end)):
+                lines.append((updates, end, measured, evaluated, smoothed.scale))
     return lines
 
 
@@ -176,7 +191,7 @@ def check_order(effects, case):
         elif kind == "landed":
             landed.add(number)
             assert number in taken
-        elif kind in ("evaluate", "save", "line") and number in taken:
+        elif kind in ("measure", "evaluate", "save", "line") and number in taken:
             assert number in landed, f"{kind} of update {number} before it had landed"
             assert number != case.diverges, f"{kind} of an update that broke down"
             if kind != "line":
@@ -230,14 +245,16 @@ def test_every_schedule_leaves_what_its_definition_says(part):
         alone, broke = run_to_the_end(case, [])
         assert all(event["tokens_seen"] == TOKENS * event["examples_seen"]
                    for event in alone["metrics"])
-        found = [(event["updates"], event["examples_seen"], "test_accuracy" in event)
-                 for event in alone["metrics"]]
+        found = [(event["updates"], event["examples_seen"], "noise_full" in event,
+                  "test_accuracy" in event, event["noise_measured"]) for event in alone["metrics"]]
         assert found == lines, f"seed {seed}"
         assert broke == (case.diverges is not None)
         for event in alone["metrics"]:
             assert event["train_loss"] == event["updates"]
             if "test_accuracy" in event:
                 assert event["test_accuracy"] == event["updates"] / 1e3, "of another state"
+            if "noise_full" in event:
+                assert event["noise_full"] == event["examples_seen"] / 2, "of another position"
         resumed, _ = run_to_the_end(case, case.stops)
         assert resumed["metrics"] == alone["metrics"], f"seed {seed}: {case}"
         assert resumed["checkpoint"][0] == alone["checkpoint"][0] or broke

@@ -12,6 +12,8 @@ from bigbatch.config.meaning import (
     make_phases,
     make_recipe,
     make_strategy,
+    noise_layout,
+    noise_window,
     saved_config,
     tokens_per_example,
 )
@@ -19,6 +21,6 @@ from bigbatch.config.texts import from_argument, refusal, set_from_text
 
 __all__ = [
     "base_config", "check", "epochs_of", "evaluations", "exchange", "from_argument", "make_due",
-    "make_layouts", "make_limits", "make_phases", "make_recipe", "make_strategy", "refusal",
-    "saved_config", "set_from_text", "tokens_per_example",
+    "make_layouts", "make_limits", "make_phases", "make_recipe", "make_strategy", "noise_layout",
+    "noise_window", "refusal", "saved_config", "set_from_text", "tokens_per_example",
 ]

@@ -31,7 +31,7 @@ RANGES = {
         ("eval_batch_size", 1), ("keep_checkpoints", 1), ("data.num_classes", 1),
         ("data.image_size", 1), ("sharding.shards", 0), ("sharding.smallest", 1),
         ("data.augment.pad", 0), ("data.augment.crop", 0), ("data.workers", 0),
-        ("data.read_threads", 1))},
+        ("data.read_threads", 1), ("noise.ghosts", 2))},
     **{key: ("be a finite number over 0", TINY, math.inf) for key in (
         "log_every_epochs", "eval_every_epochs", "checkpoint_every_epochs", "optimizer.epsilon")},
     "seed": ("be 0 or more and below 2**32", 0, 2**32),
@@ -39,7 +39,8 @@ RANGES = {
         "data.train_examples", "data.test_examples")},
     "data.eval_share": ("lie in (0, 1]", TINY, math.nextafter(1.0, 2.0)),
     **{key: ("be a finite number, 0 or more", 0, math.inf) for key in (
-        "optimizer.weight_decay", "optimizer.clip_norm")},
+        "optimizer.weight_decay", "optimizer.clip_norm", "noise.every_epochs",
+        "noise.window_epochs")},
     "label_smoothing": ("lie in [0, 1)", 0, 1),
     "optimizer.beta2": ("lie in [0, 1)", 0, 1),
     "per_example.momentum_floor": ("lie in [0, 1)", 0, 1),
@@ -79,7 +80,8 @@ def check(config: ConfigDict) -> None:
         numbers = _value(config, key)
         if not all(_is_number(number) and least <= number <= most for number in numbers):
             raise Mistake(f"config.{key} is {tuple(numbers)}; its values must {allowed}.")
-    for key, (allowed, least, below) in RANGES.items():
+    # Lengths last, since a length in another unit is computed from other keys.
+    for key, (allowed, least, below) in sorted(RANGES.items(), key=lambda row: row[0] in LENGTHS):
         value = epochs_of(config, key) if key in LENGTHS else _value(config, key)
         if not least <= value < below:
             raise Mistake(f"config.{key} is {_value(config, key)}; it must {allowed}.")
@@ -88,6 +90,13 @@ def check(config: ConfigDict) -> None:
             f"config.scale_up.momentum is {config.scale_up.momentum:g}, but Adam averages the "
             "gradients with its first beta, so a larger one does not lengthen the steps and the "
             "batch cannot grow with it; set it to None, or use optimizer.name=momentum."
+        )
+    if config.sharding.parameters and epochs_of(config, "noise.every_epochs"):
+        raise Mistake(
+            f"config.noise.every_epochs is {config.noise.every_epochs}, but with "
+            "config.sharding.parameters the gradients of several devices come added up, and it "
+            "needs those of single ghost batches: set it to 0 (the noise is still measured by the "
+            "norms in every update), or use sharding.optimizer."
         )
     momentum = make_recipe(config).momentum
     if config.optimizer.name == "sgd" and momentum:

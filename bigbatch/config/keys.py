@@ -26,7 +26,7 @@ MAY_BE_NONE = ("scale_up.momentum", "limits.max_batch_size", "limits.granularity
 # These take a number of epochs, or a text with a unit: see `lengths`. So do the epochs in the pairs
 # of recipe.falls, by_hand and ramp.
 LENGTHS = ("recipe.epochs", "recipe.warmup_epochs", "log_every_epochs", "eval_every_epochs",
-           "checkpoint_every_epochs")
+           "checkpoint_every_epochs", "noise.every_epochs", "noise.window_epochs")
 
 
 def base_config() -> ConfigDict:
@@ -113,6 +113,14 @@ def base_config() -> ConfigDict:
     config.log_every_epochs = Length(0.1)
     config.eval_every_epochs = Length(1.0)
     config.checkpoint_every_epochs = Length(10.0)
+    # How the noise scale of the gradient is measured: see docs/noise.md.
+    config.noise = ConfigDict({
+        # Over how much of the run that of every update, by the norms, is averaged; 0: not at all.
+        "window_epochs": Length("200 updates"),
+        # How often it is measured by all parameters, which takes passes of its own; 0: never.
+        "every_epochs": Length(0.0),
+        "ghosts": 32,  # the coming ghost batches that are then measured, one by one
+    })
     config.keep_checkpoints = 2  # the newest ones; those at phase boundaries are kept too
     config.tensorboard = True
     config.lock()  # so that a misspelt key in a config file is an error and not a new key

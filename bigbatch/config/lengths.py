@@ -21,7 +21,7 @@ _NUMBER = re.compile(r"\s*([-+]?[\d_]*\.?[\d_]*(?:e[-+]?\d{1,3})?)\s*([a-z]+)\s*
 class Length(FieldReference):
     """The value of a key that takes a number or a text; a whole number becomes a float."""
 
-    def __init__(self, default: float):
+    def __init__(self, default: float | str):
         super().__init__(default, field_type=KINDS)
 
     def set(self, value: Any, type_safe: bool = True) -> None:

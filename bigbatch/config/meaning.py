@@ -228,11 +228,27 @@ def make_due(config: ConfigDict, total: int) -> Callable[[str, int, int], bool]:
     """
     every = {what: epochs_of(config, f"{what}_every_epochs")
              for what in ("log", "eval", "checkpoint")}
+    if noise := epochs_of(config, "noise.every_epochs"):
+        every["noise"] = noise
     return due.make_due(every, config.data.train_examples, total)
 
 
+def noise_window(config: ConfigDict) -> int:
+    """The examples over which a run averages the noise scale of its updates."""
+    return due.interval(epochs_of(config, "noise.window_epochs"), config.data.train_examples)
+
+
+def noise_layout(config: ConfigDict, devices: int) -> Layout | None:
+    """The layout of the ghost batches that are measured one by one; None if none ever are."""
+    if not epochs_of(config, "noise.every_epochs"):
+        return None
+    size = config.ghost_size
+    return make_layout(config.noise.ghosts * size, size, devices, size, 0)
+
+
 def evaluations(
-    config: ConfigDict, phases: Sequence[schedule.Phase], examples_seen: int, total: int
+    config: ConfigDict, phases: Sequence[schedule.Phase], examples_seen: int, total: int,
+    key: str = "eval_every_epochs",
 ) -> Iterator[int]:
     """The examples seen at each evaluation of a run from `examples_seen` on.
 
@@ -241,8 +257,12 @@ def evaluations(
         phases: those still to run.
         examples_seen: the position of the run.
         total: the examples of the whole run.
+        key: of the interval, for something else than evaluations; with 0 it is never due.
     """
-    every = due.interval(epochs_of(config, "eval_every_epochs"), config.data.train_examples)
+    epochs = epochs_of(config, key)
+    if not epochs:
+        return
+    every = due.interval(epochs, config.data.train_examples)
     for phase in phases:
         start = max(phase.start_example, examples_seen)
         yield from due.ends_due(every, start, phase.end_example, phase.batch_size, total)

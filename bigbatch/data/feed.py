@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from bigbatch.config import noise_layout
 from bigbatch.data import streaming
 from bigbatch.data.examples import Field, InMemory, Streamed
 from bigbatch.data.resident import lay_out
@@ -69,16 +70,30 @@ class Feed:
             Mistake: if a record cannot be read or decoded, or (in a job of one process, which sees
                 all of them) if all examples of the update were skipped; the message names records.
         """
+        yield from self._microbatches(layout, examples_seen, phase.batch_size)
+
+    def coming(
+        self, layout: Layout, examples_seen: int
+    ) -> Iterator[dict[str, jax.Array | np.ndarray]]:
+        """Yields microbatches of the ghost batches that come next, for a measurement.
+
+        As `update` does; updates take the same examples afterwards.
+        """
+        yield from self._microbatches(layout, examples_seen, layout.ghosts * self.config.ghost_size)
+
+    def _microbatches(
+        self, layout: Layout, examples_seen: int, count: int
+    ) -> Iterator[dict[str, jax.Array | np.ndarray]]:
+        """The microbatches of `count` examples from `examples_seen` on."""
         before = self.skipped
         records_Bx3 = order.records(
-            self.config.seed, examples_seen, phase.batch_size, self.config.data.train_examples
-        )
+            self.config.seed, examples_seen, count, self.config.data.train_examples)
         for examples in lay_out_examples(records_Bx3, layout, self.config.ghost_size):
             fed = {"examples": examples}
             if jax.process_count() > 1:
                 fed = place(fed, cut(self.mesh))
             # No name may hold the arrays here, while the caller asks for the next.
-            yield fed | self._put_next_of(phase, examples_seen, before) if self.stream else fed
+            yield fed | self._put_next_of(count, examples_seen, before) if self.stream else fed
 
     def evaluation(self) -> Iterator[Arrays]:
         """Yields the batches of the whole test set, in order.
@@ -119,10 +134,10 @@ class Feed:
         if self.stream:
             self.stream.close()
 
-    def _put_next_of(self, phase: Phase, examples_seen: int, skipped_before: int) -> Arrays:
-        """As `_put_next`, of an update; raises Mistake if all of its examples were skipped."""
+    def _put_next_of(self, count: int, examples_seen: int, skipped_before: int) -> Arrays:
+        """As `_put_next`, of an update of `count`; raises Mistake if all of them were skipped."""
         arrays = self._put_next(True, examples_seen)
-        if self.skipped - skipped_before == phase.batch_size:
+        if self.skipped - skipped_before == count:
             raise self.none_of_use(f"the update from example {examples_seen}")
         return arrays
 
@@ -156,7 +171,7 @@ class Feed:
 def open_feed(
     config: ConfigDict, fields: Mapping[str, Field], data: InMemory | Streamed, mesh: Mesh,
     phases: Sequence[Phase], layouts: Sequence[Layout], examples_seen: int,
-    evaluated_at: Iterable[int],
+    evaluated_at: Iterable[int], measured_at: Iterable[int] = (),
 ) -> Feed:
     """Puts a data set on the devices, or opens it for streaming from `examples_seen` on.
 
@@ -170,6 +185,8 @@ def open_feed(
         examples_seen: the position at which the run starts or continues.
         evaluated_at: the positions at which the test set is evaluated, ascending; they include
             `examples_seen` if an evaluation precedes the next update. Read for streaming only.
+        measured_at: the positions after `examples_seen` at which the noise scale is measured with
+            `config.noise_layout`, before the evaluation there. Read for streaming only.
 
     Raises:
         Mistake: if a data set is streamed through too many evaluations, or more is on its way
@@ -177,17 +194,11 @@ def open_feed(
     """
     seed = {"seed": np.uint32(config.seed)}
     if isinstance(data, Streamed):
-        known = list(itertools.islice(evaluated_at, EVALUATIONS + 1))
-        if len(known) > EVALUATIONS:
-            raise Mistake(
-                f"config.eval_every_epochs is {config.eval_every_epochs}, and until epoch "
-                f"{phases[-1].end_example / config.data.train_examples:g} that is more than "
-                f"{EVALUATIONS} evaluations, all of which a streamed run must know when it starts: "
-                "set eval_every_epochs to more, or recipe.epochs to less."
-            )
+        known = [_known(config, phases, *pair) for pair in (
+            (evaluated_at, "eval_every_epochs"), (measured_at, "noise.every_epochs"))]
         train, test = (streaming.Split(reader, fields, is_train, config.seed)
                        for reader, is_train in ((data.train, True), (data.test, False)))
-        stream = _open_stream(config, train, test, mesh, phases, layouts, examples_seen, known)
+        stream = _open_stream(config, train, test, mesh, phases, layouts, examples_seen, *known)
         return Feed(config, mesh, place(seed, replicated(mesh)), {}, stream)
     resident, test = place(
         (seed | {name: lay_out(data.train[name]) for name in fields},
@@ -195,6 +206,22 @@ def open_feed(
         replicated(mesh),
     )
     return Feed(config, mesh, resident, test, None)
+
+
+def _known(
+    config: ConfigDict, phases: Sequence[Phase], positions: Iterable[int], key: str
+) -> list[int]:
+    """The positions as a list; raises Mistake if they are too many."""
+    known = list(itertools.islice(positions, EVALUATIONS + 1))
+    if len(known) > EVALUATIONS:
+        group, _, name = key.rpartition(".")
+        raise Mistake(
+            f"config.{key} is {(config[group] if group else config)[name]}, and until epoch "
+            f"{phases[-1].end_example / config.data.train_examples:g} that is more than "
+            f"{EVALUATIONS} of them, all of which a streamed run must know when it starts: set "
+            f"{key} to more, or recipe.epochs to less."
+        )
+    return known
 
 
 def update_shapes(
@@ -282,27 +309,39 @@ def _test_records(config: ConfigDict, devices: int) -> np.ndarray:
 def _open_stream(
     config: ConfigDict, train: streaming.Split, test: streaming.Split, mesh: Mesh,
     phases: Sequence[Phase], layouts: Sequence[Layout], examples_seen: int,
-    evaluated_at: Sequence[int],
+    evaluated_at: Sequence[int], measured_at: Sequence[int],
 ) -> streaming.Stream:
-    """Opens the stream of all that this process reads: updates, with evaluations between them."""
+    """Opens the stream of all that this process reads: updates, with what is between them."""
     own = _own_devices(mesh)
     records_MxDxS = _test_records(config, mesh.size)[:, own]
     evaluation = streaming.Stretch(
         test, 0, 1, config.data.test_examples, records_MxDxS.reshape(len(records_MxDxS), -1)
     )
-    due = set(evaluated_at)
+    due, to_measure = set(evaluated_at), set(measured_at)
     stretches = [evaluation] if examples_seen in due else []
-    for phase, layout in zip(phases, layouts, strict=True):
+
+    def slots(layout: Layout) -> np.ndarray:
         positions, after = examples_by_slot(layout, config.ghost_size)
         slots_MxDxS = np.where(after >= 0, positions, -1)[:, own]
-        slots_MxS = slots_MxDxS.reshape(layout.microbatches, -1)
+        return slots_MxDxS.reshape(layout.microbatches, -1)
+
+    def measured(position: int) -> streaming.Stretch:
+        layout = noise_layout(config, mesh.size)
+        return streaming.Stretch(
+            train, position, 1, layout.ghosts * config.ghost_size, slots(layout))
+
+    for phase, layout in zip(phases, layouts, strict=True):
+        slots_MxS = slots(layout)
         start = max(phase.start_example, examples_seen)
-        between = [position for position in evaluated_at if start < position < phase.end_example]
+        between = [position for position in sorted(due | to_measure)
+                   if start < position < phase.end_example]
         for end in [*between, phase.end_example]:
             updates = (end - start) // phase.batch_size
             stretches.append(
                 streaming.Stretch(train, start, updates, phase.batch_size, slots_MxS)
             )
+            if end in to_measure:
+                stretches.append(measured(end))
             if end in due:
                 stretches.append(evaluation)
             start = end

@@ -23,10 +23,11 @@ from bigbatch.mistake import Mistake
 from bigbatch.models.attention import IMPLEMENTATIONS, Attention, rotary_angles
 from bigbatch.models.blocks import Blocks
 from bigbatch.models.dropout import dropout
+from bigbatch.models.layer_norms import LayerNorm, RMSNorm
 
 # Each takes the statistics in float32 at least. The variance is the mean square of the differences,
 # since the difference of mean squares loses digits where a feature is far from 0.
-NORMS = {"rms": nnx.RMSNorm, "layer": partial(nnx.LayerNorm, use_fast_variance=False)}
+NORMS = {"rms": RMSNorm, "layer": partial(LayerNorm, use_fast_variance=False)}
 OPTIONS = {"norm": NORMS, "positions": ("rotary", "learned"),
            "activation": ("swiglu", "gelu"), "attention": IMPLEMENTATIONS}
 DEVIATION = 0.02  # of the initial weights

@@ -9,13 +9,19 @@ import jax
 from ml_collections import ConfigDict
 
 from bigbatch import schedule
-from bigbatch.config import make_due, make_layouts
+from bigbatch.config import evaluations, make_layouts, noise_layout
 from bigbatch.data import feed
 from bigbatch.mistake import Mistake
 from bigbatch.planning import compiled, topology
 from bigbatch.planning.compiled import Measured
 from bigbatch.programs import lowering
-from bigbatch.programs.compilation import EVALUATE, Kind, Program, programs_of
+from bigbatch.programs.compilation import (
+    EVALUATE,
+    Kind,
+    Program,
+    measuring_programs,
+    programs_of,
+)
 from bigbatch.schedule import Phase
 from bigbatch.schedule.layout import Layout, make_layout
 from bigbatch.tasks import contract
@@ -63,7 +69,8 @@ def compile_for(
 
     Returns:
         `phases`: for each phase what `_Compiler._describe` returns for an update. `evaluations`:
-        for each slice the same for one evaluation, with `slice` and their `count`.
+        for each slice the same for one evaluation, with `slice` and their `count`. `measurements`:
+        the same for those of the noise scale; [] if there are none.
         `states`: for each slice the bytes of the state on a device, as `_Compiler.state_bytes`.
         `seconds_at_least` and `chip_hours_at_least` of the run, by the compiler's estimates, or
         None if it made none. `fits`: whether all programs fit. `compiler`: its version.
@@ -78,23 +85,30 @@ def compile_for(
         on = {
             found: _Compiler(
                 config, net, found, folder, show, accumulates=any(
-                    layout.microbatches > 1
+                    layout.microbatches > 1 or noise_layout(config, found.devices)
                     for layout, other in zip(layouts, slices, strict=True) if other == found))
             for found in dict.fromkeys(slices)
         }
         rows = [on[found].describe(layout)
                 for layout, found in zip(layouts, slices, strict=True)]
-        evaluations = [
-            {"slice": found.name, "count": _count_evaluations(
-                config, phases, [other == found for other in slices]),
+        tested = [
+            {"slice": found.name, "count": _count(
+                config, phases, [other == found for other in slices], "eval_every_epochs"),
              **compiler.describe_evaluation()}
             for found, compiler in on.items()
+        ]
+        measured = [
+            {"slice": found.name, "count": _count(
+                config, phases, [other == found for other in slices], "noise.every_epochs"),
+             **compiler.describe_measurement(noise_layout(config, found.devices))}
+            for found, compiler in on.items() if noise_layout(config, found.devices)
         ]
     seconds, chip_seconds = 0.0, 0.0
     for times, row, found in [
         *((phase.updates, row, found)
           for phase, row, found in zip(phases, rows, slices, strict=True)),
-        *((one["count"], one, found) for one, found in zip(evaluations, on, strict=True)),
+        *((one["count"], one, found) for one, found in zip(tested, on, strict=True)),
+        *((one["count"], one, found) for one, found in zip(measured, on, strict=False)),
     ]:
         if row["seconds"] is None:
             seconds = None
@@ -103,11 +117,12 @@ def compile_for(
         chip_seconds += times * row["seconds"] * found.chips
     return {
         "phases": rows,
-        "evaluations": evaluations,
+        "evaluations": tested,
+        "measurements": measured,
         "states": {found.name: compiler.state_bytes() for found, compiler in on.items()},
         "seconds_at_least": seconds,
         "chip_hours_at_least": None if seconds is None else chip_seconds / 3600,
-        "fits": all(row["fits"] for row in rows + evaluations),
+        "fits": all(row["fits"] for row in rows + tested + measured),
         "compiler": compiled.version(on[slices[0]].mesh),
     }
 
@@ -162,8 +177,10 @@ class _Compiler:
                 beside += _bytes(self.state.params)
         else:
             beside += _bytes(self.test)
-        if kind is Kind.APPLY:
+        if kind in (Kind.APPLY, Kind.MEASURE):
             beside += _bytes(self.resident)
+        if kind is Kind.MEASURE:
+            beside += _bytes(self.state)
         if kind in (Kind.UPDATE, Kind.EVALUATE) and self.accumulates:
             beside += _bytes(update.abstract_sums(self.config, self.net, self.mesh))
         if kind in (Kind.UPDATE, Kind.ACCUMULATE):  # the next microbatch is on the device already
@@ -206,6 +223,13 @@ class _Compiler:
         if not described["fits"]:
             described["advice"] = (
                 f"a --config.eval_batch_size below {rows // self.mesh.size} needs less")
+        return described
+
+    def describe_measurement(self, layout: Layout) -> dict[str, Any]:
+        """`_describe` for one measurement of the noise scale, and `advice` if it does not fit."""
+        described = self._describe(measuring_programs(layout), [layout.microbatches, 1])
+        if not described["fits"]:
+            described["advice"] = "a smaller ghost_size needs less, as each is a pass of its own"
         return described
 
     def _describe(self, programs: Sequence[Program], times: Sequence[int]) -> dict[str, Any]:
@@ -305,16 +329,13 @@ class _Compiler:
         return slots
 
 
-def _count_evaluations(
-    config: ConfigDict, phases: Sequence[Phase], chosen: Sequence[bool]
+def _count(
+    config: ConfigDict, phases: Sequence[Phase], chosen: Sequence[bool], key: str
 ) -> int:
-    """The number of evaluations in those phases whose entry in `chosen` is True."""
-    is_due = make_due(config, phases[-1].end_example)
+    """How often the interval `key` of a config is due in phases whose entry in `chosen` is True."""
     return sum(
-        is_due("eval", start, end)
-        for phase, taken in zip(phases, chosen, strict=True) if taken
-        for start, end in schedule.spans([phase], 0)
-    )
+        1 for phase, taken in zip(phases, chosen, strict=True) if taken
+        for _ in evaluations(config, [phase], 0, phases[-1].end_example, key))
 
 
 def _split(config: ConfigDict, key: str) -> ConfigDict:

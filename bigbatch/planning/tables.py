@@ -17,13 +17,15 @@ def of_plan(planned: Mapping[str, Any]) -> str:
     phases, constant = planned["phases"], planned["constant_batch"]
     updates, tokens = planned["total_updates"], planned["tokens_per_example"]
     noise_titles, noise_of = _noise_columns(planned["exchange"])
+    measured = any(phase["measured_scale"] is not None for phase in phases)
     schedule_rows = [
         [
             phase["index"], phase["name"],
             f"{phase['start_epoch']:.2f} to {phase['end_epoch']:.2f}",
             *([_short(phase["end_example"] * tokens)] if tokens else []),
             _grouped(phase["batch_size"]), _grouped(phase["updates"]), _rate(phase),
-            f"{phase['momentum']:g}", *noise_of(phase), f"{phase['lost_epochs']:.3g}",
+            f"{phase['momentum']:g}", *noise_of(phase), *([_scale(phase)] if measured else []),
+            f"{phase['lost_epochs']:.3g}",
         ]
         for phase in phases
     ]
@@ -39,7 +41,8 @@ def of_plan(planned: Mapping[str, Any]) -> str:
     paragraphs = [
         _table(
             ["", "phase", "epochs", *(["to token"] if tokens else []), "batch", "updates",
-             "learning rate", "momentum", *noise_titles, "epochs lost"],
+             "learning rate", "momentum", *noise_titles,
+             *(["measured scale"] if measured else []), "epochs lost"],
             schedule_rows,
         ),
         planned["picture"],
@@ -91,7 +94,8 @@ def _idle_paragraph(phases: Sequence[Mapping[str, Any]]) -> list[str]:
 def _compiled_paragraphs(compiled: Mapping[str, Any]) -> list[str]:
     """The result of `slices.compile_for` as text and a table."""
     named = [*((str(index), row) for index, row in enumerate(compiled["phases"])),
-             *(("evaluation", row) for row in compiled["evaluations"])]
+             *(("evaluation", row) for row in compiled["evaluations"]),
+             *(("noise scale", row) for row in compiled["measurements"])]
     rows = [
         [
             name, row["slice"], row["devices"], f"{row['compile_seconds']:.0f}",
@@ -170,6 +174,12 @@ def _noise_columns(exchange: str) -> tuple[list[str], Callable[[Mapping[str, Any
     if exchange == "none":
         return [], lambda phase: []
     return ["noise, of peak's"], lambda phase: [f"{phase['noise']:.4g}"]
+
+
+def _scale(phase: Mapping[str, Any]) -> str:
+    """The measured noise scale of a phase, in examples."""
+    scale = phase["measured_scale"]
+    return "" if scale is None else f"{scale:.3g}"
 
 
 def _rate(phase: Mapping[str, Any]) -> str:

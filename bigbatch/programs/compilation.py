@@ -34,6 +34,7 @@ class Kind(enum.Enum):
     ACCUMULATE = "accumulate"  # one of several passes of an update
     APPLY = "apply"  # the reduction and the optimizer, after the passes
     EVALUATE = "evaluate"  # one batch of the test set
+    MEASURE = "measure"  # the noise scale, of what passes have added up
 
 
 class Program(NamedTuple):
@@ -47,6 +48,7 @@ class Program(NamedTuple):
 
 
 INIT, APPLY, EVALUATE = Program(Kind.INIT), Program(Kind.APPLY), Program(Kind.EVALUATE)
+MEASURE = Program(Kind.MEASURE)
 
 
 def programs_of(layout: Layout) -> tuple[Program, ...]:
@@ -54,6 +56,11 @@ def programs_of(layout: Layout) -> tuple[Program, ...]:
     if layout.microbatches == 1:
         return (Program(Kind.UPDATE, layout.slots),)
     return (Program(Kind.ACCUMULATE, layout.slots), APPLY)
+
+
+def measuring_programs(layout: Layout) -> tuple[Program, ...]:
+    """The programs that measure the noise scale of ghost batches with this layout."""
+    return (Program(Kind.ACCUMULATE, layout.slots), MEASURE)
 
 
 class Compiled(NamedTuple):
@@ -127,13 +134,14 @@ def compile_ahead(
 
 
 def compile_order(
-    layouts: Sequence[Layout], begins: bool = False
+    layouts: Sequence[Layout], begins: bool = False, measured: Layout | None = None
 ) -> tuple[list[Program], list[Program]]:
     """Which programs to compile before the first update, and which later.
 
     Args:
         layouts: one for each phase still to run, in order; empty if no update is left.
         begins: whether the run is new, so that INIT is needed.
+        measured: of the ghost batches whose noise scale is measured; None if none are.
 
     Returns:
         (the programs to wait for before the first update, the others), each in order.
@@ -143,9 +151,10 @@ def compile_order(
     if layouts:
         largest = max(layouts, key=lambda layout: layout.slots)
         first = list(dict.fromkeys([*programs_of(layouts[0]), *first, *programs_of(largest)]))
+        in_order += measuring_programs(measured) if measured else ()
     if begins:
         first.insert(0, INIT)
-    return first, [program for program in in_order if program not in first]
+    return first, [program for program in dict.fromkeys(in_order) if program not in first]
 
 
 def count_flops(lowered: jax.stages.Lowered) -> float | None:

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from bigbatch.job.devices import cut, place, replicated
 from bigbatch.schedule.rates import Rates
-from bigbatch.update import network, update
+from bigbatch.update import network, noise, update
 
 
 def take_update(
@@ -66,6 +66,26 @@ def take_update(
     before_reduction()
     state, measured = apply(state, sums, rates)
     return state, sums, measured, microbatches.waited
+
+
+def measure(
+    calls: Sequence[Callable], state: update.State, sums: update.Sums, resident: Mapping,
+    batches: Iterator[Mapping],
+) -> tuple[update.Sums, noise.Measured]:
+    """Measures the noise scale at a state that is not changed, and waits for it.
+
+    Args:
+        calls: the compiled programs of `compilation.measuring_programs`.
+        state: whose gradient is measured.
+        sums: see `room_for_sums`; their arrays are donated.
+        resident: see `feed.Feed`.
+        batches: the microbatches, of one ghost batch a device.
+    """
+    accumulate, finish = calls
+    for number, batch in enumerate(batches):
+        sums, done = accumulate(state, sums, resident, batch, np.bool_(number == 0))
+        done.block_until_ready()
+    return sums, jax.device_get(finish(sums))
 
 
 class _Input:

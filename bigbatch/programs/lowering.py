@@ -54,15 +54,15 @@ def lower_update(
     functions: update.Update, kind: Kind, mesh: Mesh, state: update.State, resident: Mapping,
     batch: Mapping,
 ) -> jax.stages.Lowered:
-    """Lowers one of the three programs of an update.
+    """Lowers one of the three programs of an update, or that which measures its noise.
 
     Args:
         functions: see `update.make_update`.
-        kind: UPDATE, ACCUMULATE or APPLY.
+        kind: UPDATE, ACCUMULATE, APPLY or MEASURE.
         mesh: the devices.
         state: shapes of the state, or arrays.
         resident: the same of `feed.Feed.resident`.
-        batch: the same of a microbatch; not read for APPLY.
+        batch: the same of a microbatch; not read for APPLY and MEASURE.
     """
     def scalar(dtype: np.dtype) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((), dtype, sharding=replicated(mesh))
@@ -71,6 +71,8 @@ def lower_update(
     rates = Rates(*[number] * len(Rates._fields))
     if kind is Kind.UPDATE:
         return functions.update.lower(state, resident, batch, rates)
+    if kind is Kind.MEASURE:
+        return functions.measure.lower(functions.sums)
     if kind is Kind.APPLY:
         return functions.apply.lower(state, functions.sums, rates)
     return functions.accumulate.lower(state, functions.sums, resident, batch, scalar(np.bool_))

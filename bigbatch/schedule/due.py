@@ -20,11 +20,14 @@ def make_due(
 
     Returns:
         is_due(name, start, end): whether the update from position `start` to `end` (examples seen)
-        reaches or passes a multiple of the interval `name`, or ends the run.
+        reaches or passes a multiple of the interval `name`, or ends the run. What has no interval
+        never is due.
     """
     every = {name: interval(epochs, examples) for name, epochs in every_epochs.items()}
 
     def is_due(name: str, start: int, end: int) -> bool:
+        if name not in every:
+            return False
         return end // every[name] > start // every[name] or end == total
 
     return is_due

@@ -17,11 +17,13 @@ from ml_collections import ConfigDict
 from bigbatch import __version__
 from bigbatch.config import make_recipe, saved_config
 from bigbatch.schedule import Phase, Rates, Recipe, rates_at, reference_rate
+from bigbatch.schedule.smoothing import Smoothed
 
 # These keys do not change what is learned.
 FREE = (
     "sharding", "max_per_device_batch", "microbatches", "eval_batch_size", "log_every_epochs",
-    "eval_every_epochs", "checkpoint_every_epochs", "keep_checkpoints", "tensorboard", "data.dir",
+    "eval_every_epochs", "checkpoint_every_epochs", "keep_checkpoints", "tensorboard", "noise",
+    "data.dir",
     "data.workers", "data.read_threads",
     "data.on_bad_image",  # affects only images read from now on
 )
@@ -43,6 +45,7 @@ class Position(NamedTuple):
     # Not None: the run was stopped during the evaluation after its last update. The next start
     # evaluates first, then writes this line of metrics.jsonl together with the results.
     pending_evaluation: dict[str, Any] | None = None
+    noise: Smoothed = Smoothed()  # what the updates so far have measured of the noise scale
 
 
 def position_of(run: Mapping[str, Any]) -> Position:
@@ -52,7 +55,8 @@ def position_of(run: Mapping[str, Any]) -> Position:
     pending = run.get("pending_evaluation", run.get("owed"))  # version 0.1 called it `owed`
     if pending is not None:
         pending = {key: value for key, value in pending.items() if key != "evaluate"}
-    return Position(run["examples_seen"], run["updates"], pending)
+    return Position(
+        run["examples_seen"], run["updates"], pending, Smoothed(*run.get("noise", ())))
 
 
 def describe_run(config: ConfigDict, phases: Sequence[Phase], at: Position) -> dict[str, Any]:

@@ -19,6 +19,7 @@ class Added(NamedTuple):
 
     objective: jax.Array  # what is differentiated
     weight: jax.Array  # of it
+    weights_B: jax.Array  # of each example in it
     measured: Measured  # what is reported
 
 
@@ -48,10 +49,11 @@ def add_up(
         lambda leaf: masked(leaf) if getattr(leaf, "shape", ())[:1] == (examples,) else leaf,
         outputs_B)
     found = contract.losses(config, task, outputs_B, targets_B, examples)
+    weights_B = masked(found.get("objective", found["loss"])[1])
     sums = {name: (jnp.sum(masked(values)), jnp.sum(masked(weights)))
             for name, (values, weights) in found.items()}
     objective, weight = sums.pop("objective", sums["loss"])
-    return Added(objective, weight, sums)
+    return Added(objective, weight, weights_B, sums)
 
 
 def results(

@@ -1,6 +1,6 @@
 """The network that a config names, as pure functions of its parameters and running statistics."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.errors
@@ -12,8 +12,10 @@ from ml_collections import ConfigDict
 from bigbatch import dotted
 from bigbatch.mistake import Mistake
 from bigbatch.models.blocks import Blocks
+from bigbatch.models.layer_norms import LayerNorm, RMSNorm
+from bigbatch.models.normalization import GhostBatchNorm
 from bigbatch.tasks import contract
-from bigbatch.update import dependence, independence, module_checks, task_checks
+from bigbatch.update import dependence, independence, module_checks, noise, task_checks
 
 Tree = Mapping[str, Any]
 Gather = Callable[[dict[tuple, jax.Array]], dict[tuple, jax.Array]]
@@ -36,6 +38,8 @@ class Network(NamedTuple):
     decays: Tree  # like the statistics: the share of each that remains after one ghost batch
     in_norm: Tree  # like the parameters: True for the parameters of normalisation layers
     measured: tuple[str, ...]  # what the task's losses measure of it
+    copied: Tree  # like the parameters: True for those that may come in copies; see `_copied`
+    copied_for: int  # the neighbouring examples that share a copy; 0 if no parameter is copied
 
 
 def build(config: ConfigDict, may_mix: bool = False) -> Network:
@@ -96,27 +100,31 @@ def build(config: ConfigDict, may_mix: bool = False) -> Network:
         abstract = nnx.merge(graph, params, batch_stats, rest)
         module_checks.check_modules(abstract, name)
         module_checks.check_state(params, batch_stats, rest, config)
-        lists = [path for path, part in nnx.iter_modules(abstract) if isinstance(part, Blocks)]
-
         def apply(
             params_dict: Tree, stats_dict: Tree, inputs: Any, train: bool, keys: jax.Array,
             gather: Gather | None = None,
         ) -> tuple[Any, Tree]:
             if gather:
-                params_dict = _gather_outside(lists, params_dict, gather)
+                params_dict = _gather_outside_blocks(abstract, params_dict, gather)
             module = nnx.merge(
-                graph, _fill(params, params_dict), _fill(batch_stats, stats_dict), copy=True
-            )
+                graph, _fill(params, params_dict), _fill(batch_stats, stats_dict), copy=True)
             if gather:
-                _gather_when_called(module, gather)
+                _gather_in_blocks(module, gather)
             outputs = module(inputs, train, keys)
             return outputs, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
 
         shapes = nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
         task, examples = contract.task_of(config), config.ghost_size * dependence.GHOSTS
         inputs, targets = task_checks.prepared(config, task, examples)
+        copied, copied_for = _copied(abstract, params, batch_stats, config.ghost_size)
         with module_checks.naming_the_layer(name, task_checks.described(task, inputs)):
-            found, results = _trace(apply, *shapes, inputs, name)
+            try:
+                found, results = _trace(_copying(apply, copied, copied_for), *shapes, inputs, name)
+            except Exception:
+                # It may read a scale or bias outside of its layer, where copies do not fit. What
+                # else is wrong is told by the trace without them.
+                copied, copied_for = jax.tree.map(lambda _: False, copied), 0
+                found, results = _trace(apply, *shapes, inputs, name)
         measured = task_checks.measured(config, task, results[0], targets, examples, may_mix)
         if not may_mix:
             independence.refuse_mixing(
@@ -132,7 +140,7 @@ def build(config: ConfigDict, may_mix: bool = False) -> Network:
     )
     return Network(
         init, *shapes, apply, nnx.to_pure_dict(decays), _in_norm(abstract, params, linen_layers),
-        measured,
+        measured, copied, copied_for,
     )
 
 
@@ -156,15 +164,16 @@ def _fill(state: nnx.State, values: Tree) -> nnx.State:
     return filled
 
 
-def _gather_outside(lists: Sequence[tuple], params: Tree, gather: Gather) -> Tree:
-    """The parameters with those whole that belong to no list of blocks; `lists` are their paths."""
+def _gather_outside_blocks(module: nnx.Module, params: Tree, gather: Gather) -> Tree:
+    """The parameters of a module, with those whole that belong to no list of blocks."""
+    lists = [path for path, part in nnx.iter_modules(module) if isinstance(part, Blocks)]
     flat = nnx.traversals.flatten_mapping(params)
     outside = {path: leaf for path, leaf in flat.items()
                if not any(path[: len(one)] == one for one in lists)}
     return nnx.traversals.unflatten_mapping({**flat, **gather(outside)})
 
 
-def _gather_when_called(module: nnx.Module, gather: Gather) -> None:
+def _gather_in_blocks(module: nnx.Module, gather: Gather) -> None:
     """Lets every list of blocks gather the parameters of a block when it is called."""
     def of_block(path: tuple) -> Callable[[nnx.State], nnx.State]:
         def whole(state: nnx.State) -> nnx.State:
@@ -199,6 +208,35 @@ def _in_norm(
         path: layers.get(path[:-1], "").endswith("Norm") for path, _ in nnx.to_flat_state(params)
     }
     return nnx.traversals.unflatten_mapping(flat)
+
+
+def _copied(
+    module: nnx.Module, params: nnx.State, batch_stats: nnx.State, ghost_size: int
+) -> tuple[Tree, int]:
+    """Which parameters may come in copies on a leading axis in training, and for how many examples.
+
+    A GhostBatchNorm takes a copy of its scale and bias for each ghost batch, and the layers of
+    `layer_norms` take one for each example. Where ghost batches are normalised, the gradients of
+    the examples in one of them depend on each other, so that a ghost batch is the least that can
+    have copies. Inside of a Linen module no layer is found.
+    """
+    kinds, examples = ((GhostBatchNorm,), ghost_size) if jax.tree.leaves(batch_stats) else (
+        (LayerNorm, RMSNorm), 1)
+    own = {path for path, part in nnx.iter_modules(module) if type(part) in kinds}
+    flat = {path: path[:-1] in own for path, _ in nnx.to_flat_state(params)}
+    return nnx.traversals.unflatten_mapping(flat), examples if any(flat.values()) else 0
+
+
+def _copying(apply: Callable, copied: Tree, copied_for: int) -> Callable:
+    """`apply` with copies of the parameters that may have them, as an update calls it."""
+    if not copied_for:
+        return apply
+
+    def call(params: Tree, stats: Tree, inputs: Any, train: bool, keys: jax.Array) -> Any:
+        copies = noise.with_copies(params, copied, len(keys) // copied_for)
+        return apply(copies, stats, inputs, train, keys)
+
+    return call
 
 
 def _trace(

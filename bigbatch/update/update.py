@@ -12,7 +12,7 @@ to be whole. See `sharding` and `pieces`.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from bigbatch.job.devices import compiler_options, cut
 from bigbatch.models.normalization import fold_weights
 from bigbatch.schedule.rates import Rates
 from bigbatch.tasks import contract, measures
-from bigbatch.update import pieces, sharding
+from bigbatch.update import noise, pieces, sharding
 from bigbatch.update.network import AUGMENTATION, DROPOUT, Network
 from bigbatch.update.optimizer import init_optimizer, make_optimizer
 
@@ -56,6 +56,9 @@ class Sums(NamedTuple):
     measured: measures.Measured  # what the task reports, by name
     weight: jax.Array  # of the objective
     ghosts: jax.Array  # number of ghost batches
+    examples: jax.Array  # those that count
+    groups: noise.Groups  # each device and each pass is one
+    copies: noise.Groups | None  # each copy of the norms is one; None if there are no copies
 
 
 class Metrics(NamedTuple):
@@ -64,6 +67,7 @@ class Metrics(NamedTuple):
     means: dict[str, jax.Array]  # of what the task reports, by name; the "loss" is there
     weight: jax.Array  # of the objective over the whole batch; 0 if no example counted
     finite: jax.Array  # False if the loss, or a parameter after the update, is not finite
+    noise: noise.Measured
 
     @property
     def loss(self) -> jax.Array:
@@ -79,6 +83,8 @@ class Update(NamedTuple):
     # numbers, since the sums are donated to the next pass and cannot be waited for.
     accumulate: Callable
     apply: Callable  # (state, sums, rates) -> state, metrics
+    # sums -> noise.Measured. Of sums that no update is made of; its groups are those of any update.
+    measure: Callable
     sums: Sums  # shapes of what `accumulate` takes; see `abstract_sums`
 
 
@@ -158,7 +164,7 @@ def make_update(
     lies = sharding.specs_of(sharding.state_sharding(config, _shapes(config, network), mesh))
     task = contract.task_of(config)
     task = task._replace(prepare=prepare or task.prepare)
-    microbatch_sums = partial(_microbatch_sums, config, network, task, pieces.gatherer(split))
+    microbatch_sums = partial(_microbatch_sums, config, network, task, split)
     apply_sums = partial(_apply_sums, config, network, split)
 
     def mapped(function: Callable, in_specs: tuple, out_specs: Any) -> Callable:
@@ -171,7 +177,7 @@ def make_update(
     def update(state: State, resident: Mapping, batch: Mapping,
                rates: Rates) -> tuple[State, Metrics]:
         sums = microbatch_sums(state, resident, batch)
-        return apply_sums(state, sums, rates)
+        return apply_sums(state, sums, rates, split.groups > 1)
 
     def accumulate(state: State, sums: Sums, resident: Mapping, batch: Mapping,
                    first: jax.Array) -> tuple[Sums, jax.Array]:
@@ -180,9 +186,14 @@ def make_update(
         sums = jax.tree.map(lambda old, new: jnp.where(first, 0, old) + new[None], sums, new)
         return sums, sums.ghosts + 0
 
+    def own(sums: Sums) -> Sums:
+        return jax.tree.map(lambda leaf: leaf[0], sums)
+
     def apply(state: State, sums: Sums, rates: Rates) -> tuple[State, Metrics]:
-        own = jax.tree.map(lambda leaf: leaf[0], sums)
-        return apply_sums(state, own, rates)
+        return apply_sums(state, own(sums), rates, True)
+
+    def measure(sums: Sums) -> noise.Measured:
+        return _noise(network, split, pieces.reduce(split, own(sums)), True)
 
     jitted = partial(jax.jit, compiler_options=compiler_options(mesh))
     return Update(
@@ -198,6 +209,7 @@ def make_update(
             mapped(apply, (lies, parts, whole), (lies, whole)),
             donate_argnums=0,
         ),
+        measure=jitted(mapped(measure, (parts,), whole)),
         sums=abstract_sums(config, network, mesh),
     )
 
@@ -212,7 +224,9 @@ def abstract_sums(config: ConfigDict, network: Network, mesh: Mesh) -> Sums:
     measured = dict.fromkeys(network.measured, (scalar, scalar))
     gradient = sharding.pieces_at_rest(
         sharding.split_of(config, network.params, mesh), network.params)
-    one = Sums(gradient, network.batch_stats, measured, scalar, scalar)
+    groups = noise.Groups(scalar, scalar, scalar)
+    one = Sums(gradient, network.batch_stats, measured, scalar, scalar, scalar, groups,
+               groups if network.copied_for else None)
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((mesh.size, *leaf.shape), leaf.dtype, sharding=cut(mesh)),
         one,
@@ -220,8 +234,8 @@ def abstract_sums(config: ConfigDict, network: Network, mesh: Mesh) -> Sums:
 
 
 def _microbatch_sums(
-    config: ConfigDict, network: Network, task: contract.Task, gather: Callable | None,
-    state: State, resident: Mapping, batch: Mapping
+    config: ConfigDict, network: Network, task: contract.Task, split: sharding.Split, state: State,
+    resident: Mapping, batch: Mapping
 ) -> Sums:
     """The sums of one device over one microbatch."""
     record, epoch, position, ghosts_after = (batch["examples"][:, column] for column in range(4))
@@ -235,6 +249,7 @@ def _microbatch_sums(
         config, task, fields_of(resident, batch, record),
         keys(jax.random.fold_in(seed, AUGMENTATION)), True)
     dropout_keys = keys(jax.random.fold_in(seed, DROPOUT))
+    gather = pieces.gatherer(split)
 
     def objective(params: Tree) -> tuple[jax.Array, tuple]:
         outputs, rows = network.apply(
@@ -242,7 +257,13 @@ def _microbatch_sums(
         added = measures.add_up(config, task, outputs, targets, counts)
         return added.objective, (added, rows)
 
-    gradient, (added, rows) = jax.grad(objective, has_aux=True)(state.params)
+    params, copies = state.params, None
+    if network.copied_for:
+        params = noise.with_copies(params, network.copied, len(counts) // network.copied_for)
+    gradient, (added, rows) = jax.grad(objective, has_aux=True)(params)
+    if network.copied_for:
+        gradient, copies = noise.without_copies(
+            gradient, network.copied, added.weights_B, network.copied_for)
     fold = partial(_fold_ghosts, ghosts_after_G)
     dtype = jnp.promote_types(config.dtype, jnp.float32)
     return Sums(
@@ -251,6 +272,9 @@ def _microbatch_sums(
         measured=added.measured,
         weight=added.weight,
         ghosts=jnp.sum(ghosts_after_G >= 0).astype(dtype),
+        examples=jnp.sum(counts).astype(dtype),
+        groups=pieces.one_group(split, gradient, added.weight),
+        copies=copies,
     )
 
 
@@ -264,9 +288,12 @@ def _fold_ghosts(ghosts_after_G: jax.Array, rows_GxC: jax.Array, decay: float) -
 
 def _apply_sums(
     config: ConfigDict, network: Network, split: sharding.Split, state: State, sums: Sums,
-    rates: Rates,
+    rates: Rates, grouped: bool,
 ) -> tuple[State, Metrics]:
-    """Does the reduction, then applies the optimizer and updates the running statistics."""
+    """Does the reduction, then applies the optimizer and updates the running statistics.
+
+    `grouped`: whether several groups of examples were added up, by devices or passes.
+    """
     sums = pieces.reduce(split, sums)
     gradient = jax.tree.map(lambda leaf: leaf / sums.weight, sums.gradient)
     norm = partial(pieces.norm, split) if split.cuts else optax.tree.norm
@@ -285,20 +312,37 @@ def _apply_sums(
     if not split.parameters:
         params = pieces.gather(split, params)
     means = {name: value / weight for name, (value, weight) in sums.measured.items()}
-    # Not finite if any parameter is not.
-    total = sum(_totals(split, params), means["loss"])
-    metrics = Metrics(means, sums.weight, jnp.isfinite(total))
+    total = means["loss"]  # and with all parameters not finite if any of them is not
+    if split.parameters and split.cuts:
+        total += pieces.add_over_pieces(split, params, lambda arrays: sum(_totals(arrays)))
+    else:
+        total = sum(_totals(jax.tree.leaves(params)), total)
+    metrics = Metrics(
+        means, sums.weight, jnp.isfinite(total), _noise(network, split, sums, grouped))
     return State(params, batch_stats, opt_state, average), metrics
 
 
-def _totals(split: sharding.Split, params: Tree) -> Iterator[jax.Array]:
-    """The sums of all parameters: for those of one shape together, or for all."""
-    if split.parameters and split.cuts:
-        yield pieces.add_over_pieces(split, params, jnp.sum)
-        return
-    # Those of one shape are added first, since the sum of each array is a separate operation, and
-    # there would be hundreds of them.
+def _totals(arrays: Iterable[jax.Array]) -> Iterator[jax.Array]:
+    """The sums of all numbers, of arrays of one shape together.
+
+    Those are added first, since the sum of each array is a separate operation, and there would be
+    hundreds of them.
+    """
     by_shape: dict[tuple[int, ...], jax.Array] = {}
-    for leaf in jax.tree.leaves(params):
+    for leaf in arrays:
         by_shape[leaf.shape] = by_shape.get(leaf.shape, 0) + leaf
     yield from map(jnp.sum, by_shape.values())
+
+
+def _noise(
+    network: Network, split: sharding.Split, sums: Sums, grouped: bool
+) -> noise.Measured:
+    """The noise scale of the gradient, by the reduced sums; see `noise`."""
+    of = partial(noise.estimate, weight=sums.weight, examples=sums.examples)
+    square = partial(pieces.add_over_pieces, split, sums.gradient, noise.squared_norm)
+    return noise.Measured(
+        None if sums.copies is None else of(
+            noise.squared_norm(noise.only(sums.gradient, network.copied)), groups=sums.copies),
+        of(square(), groups=sums.groups) if grouped else None,
+        sums.groups.count if grouped else None,
+    )

@@ -6,9 +6,14 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from bigbatch.schedule.smoothing import Parts, Smoothed
 from bigbatch.storage.continuing import Position
 from bigbatch.watching import progress
 from bigbatch.watching.clock import Clock
+
+# A batch is warned of from this multiple of the measured noise scale, which itself is known to a
+# factor of 2 or so; and of an average that weighs as much as that of 0.7 of its window.
+NOISE_FACTOR, TRUSTED = 2, 0.5
 
 Write = Callable[[str, Mapping[str, Any]], None]  # (metrics or timing, event)
 
@@ -35,6 +40,8 @@ class Log:
         self._write, self._display, self._examples = write, display, examples
         self._skipped = skipped
         self._pace: dict[int, float] = {}  # seconds an update, by batch size
+        self._by_groups, self._groups = Smoothed(), None
+        self._warned: set[str] = set()  # phases whose batch is known to be beyond the noise
 
     def line(self, text: str) -> None:
         """Shows a line, which no file keeps."""
@@ -48,6 +55,38 @@ class Log:
         """Shows a line, and adds it to timing.jsonl."""
         self.line(text)
         self.timing("notice", examples_seen, text=text)
+
+    def saw_groups(
+        self, parts: Parts | None, groups: Any, examples: int, window: int
+    ) -> None:
+        """Takes note of the noise scale as devices and passes show it, for timing.jsonl.
+
+        Args:
+            parts: of an update; None where there is one device and one pass.
+            groups: how many devices and passes took part.
+            examples: of the update.
+            window: see `Smoothed.after`.
+        """
+        self._by_groups = self._by_groups.after(parts, examples, window)
+        self._groups = None if parts is None else int(groups)
+
+    def warn_of_noise(self, event: Mapping[str, Any], weight: float) -> None:
+        """Warns, once a phase, of a batch that is far beyond the measured noise scale.
+
+        Args:
+            event: a line of metrics.jsonl.
+            weight: of what its noise scale is the average of; see `Smoothed`.
+        """
+        measured, phase, batch = event.get("noise_measured"), event["phase"], event["batch_size"]
+        if measured is None or weight < TRUSTED or phase in self._warned:
+            return
+        if batch > NOISE_FACTOR * measured:
+            self._warned.add(phase)
+            self.notice(
+                f"the batch of {batch} is over {NOISE_FACTOR} times the measured noise scale, "
+                f"{measured:.3g} examples: an update of so many hardly learns more than one of "
+                "fewer, so batches and rates can no longer be exchanged as the schedule does "
+                "(docs/noise.md)", event["examples_seen"])
 
     def finished(self, event: Mapping[str, Any] | None) -> None:
         """Writes the event of an update that has ended, and the speed since the last event.
@@ -65,11 +104,15 @@ class Log:
                 f"epoch {event['epoch']:.2f}, update {event['updates']}: train loss "
                 f"{event['train_loss']:.4f}, test {shown} {event[f'test_{shown}']:.4f}"
                 + (f" (of the averaged weights {averaged:.4f})" if averaged is not None else "")
+                + _noise(event)
             )
         self._write("metrics", event)
         speed = self.clock.speed(event["updates"], event["batch_size"])
         skipped = {"images_skipped": self._skipped()} if self._skipped else {}
         self.timing("speed", event["examples_seen"], **speed, **skipped)
+        if self._groups is not None:
+            self.timing("noise", event["examples_seen"], noise_measured=self._by_groups.scale,
+                        **self._by_groups._asdict(), groups=self._groups)
         if speed["updates_per_second"]:
             self._pace[event["batch_size"]] = 1 / speed["updates_per_second"]
         self._display.advance(event["examples_seen"], self._pace)
@@ -89,3 +132,14 @@ class Log:
         whole = self.clock.whole()
         self.timing("time_share", at.examples_seen, **whole)
         self.line(progress.describe_shares(whole["time_share"], whole["wall_seconds"]))
+
+
+def _noise(event: Mapping[str, Any]) -> str:
+    """The noise as it is predicted, and the batch beside what is measured, for a line.
+
+    "" where nothing is measured.
+    """
+    measured = event.get("noise_full") or event.get("noise_measured")
+    return "" if measured is None else (
+        f"; noise g = {event['noise_scale']:.3g}, batch {event['batch_size']} beside a measured "
+        f"scale of {measured:.3g} examples")

@@ -13,9 +13,9 @@ from bigbatch.storage.logs import read_events
 from tests.support import started
 
 SMALL = started.SMALL
-# 14 updates of 24 examples, 7 of 48 and 3 of 96.
+# 14 updates of 24 examples, 7 of 48 and 3 of 96. The noise scale is measured over 11 ghost batches.
 FLOAT64 = ("dtype=float64", "recipe.batch_size=24", "recipe.falls=((2,2),(4,2))",
-           "recipe.epochs=6")
+           "recipe.epochs=6", "noise.every_epochs=0.9", "noise.ghosts=11")
 # For the tests that have to catch it running.
 LONG = ("recipe.epochs=5000", "log_every_epochs=2", "eval_every_epochs=20",
         "checkpoint_every_epochs=20")
@@ -42,21 +42,34 @@ def handed_over(whole, folder):
     return folder
 
 
-@pytest.mark.parametrize(("devices", "split"), [(1, ""), (2, "optimizer"), (4, "parameters")])
+def check_same_curve(workdir, whole):
+    """The same state, and the same lines: also of the noise scale, by the norms and by all."""
+    assert started.relative_difference(workdir, whole / "run") < 1e-10
+    lines, wanted = (read_events(path / "metrics.jsonl") for path in (workdir, whole / "run"))
+    assert len(lines) == len(wanted) and sum("noise_full" in line for line in lines) > 5
+    assert any(line["noise_measured"] for line in lines)
+    for line, other in zip(lines, wanted, strict=True):
+        assert line.keys() == other.keys() and line.pop("phase") == other.pop("phase")
+        for key, value in line.items():  # the parts of the noise are small differences
+            assert (value, other[key]) == (None, None) or (
+                value == pytest.approx(other[key], rel=1e-8)), key
+
+
+@pytest.mark.parametrize(("devices", "split"), [(1, ""), (2, ""), (4, "optimizer")])
 def test_a_checkpoint_of_8_devices_goes_on_with_fewer(whole, tmp_path, devices, split):
     workdir = handed_over(whole, tmp_path / "run")
     settings = (f"sharding.{split}=true", "sharding.smallest=1") if split else ()
     started.end(started.start(workdir, *FLOAT64, *settings, **SMALL, devices=devices))
     assert checkpoint.find_newest(workdir).run["updates"] == 24
-    assert started.relative_difference(workdir, whole / "run") < 1e-10
+    check_same_curve(workdir, whole)
 
 
 def test_from_one_process_to_two_and_from_one_device_to_six(whole, tmp_path):
     """Phase 0 on 8 devices of one process, 1 on one device, 2 on two processes of 3.
 
-    There two devices share the parameters, of which one pair has a device of each process.
+    There two devices share the optimizer's state, of which one pair has a device of each process.
     """
-    split = ("sharding.parameters=true", "sharding.smallest=1", "sharding.shards=2")
+    split = ("sharding.optimizer=true", "sharding.smallest=1", "sharding.shards=2")
     workdir = handed_over(whole, tmp_path / "run")
     started.end(
         started.start(
@@ -65,7 +78,7 @@ def test_from_one_process_to_two_and_from_one_device_to_six(whole, tmp_path):
     )
     for process in started.start_job(workdir, *FLOAT64, *split, **SMALL, processes=2, devices=3):
         started.end(process)
-    assert started.relative_difference(workdir, whole / "run") < 1e-10
+    check_same_curve(workdir, whole)
     starts = [e["devices"] for e in read_events(workdir / "timing.jsonl") if e["event"] == "start"]
     assert starts == [8, 1, 6]
 

@@ -12,7 +12,7 @@ from flax import nnx
 from bigbatch.mistake import Mistake
 from bigbatch.models.attention import attend, rotary_angles, rotate
 from bigbatch.models.transformer import Transformer
-from bigbatch.update import dependence_rules, independence
+from bigbatch.update import dependence_rules, independence, noise
 from tests.support.network_checks import count, keys, random_state
 
 VOCABULARY, EXAMPLES, LENGTH = 13, 3, 9
@@ -133,7 +133,10 @@ def cross_entropy(logits_BxTxV, tokens_BxT):
 @pytest.mark.parametrize("kind", ["llama", "gpt"])
 @pytest.mark.parametrize("recomputed", [False, True])
 def test_an_update_equals_that_of_the_independent_one(kind, recomputed, float64):
-    """Flax's Optimizer with Optax's AdamW, beside Optax on plain arrays."""
+    """Flax's Optimizer with Optax's AdamW, beside Optax on plain arrays.
+
+    And the slopes of copies of the norms, one for each example, are the examples' own gradients.
+    """
     run, params = of_parameters("float64", **KINDS[kind])
     expected_loss, gradient = jax.jit(jax.value_and_grad(
         lambda params: cross_entropy(reference(params, KINDS[kind]), TOKENS)))(params)
@@ -160,6 +163,17 @@ def test_an_update_equals_that_of_the_independent_one(kind, recomputed, float64)
     close = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-10)
     jax.tree.map(close, nnx.to_pure_dict(found), gradient)
     jax.tree.map(close, nnx.to_pure_dict(nnx.state(module)), expected)
+
+    run, _ = of_parameters("float64", checkpoint_blocks=recomputed, **KINDS[kind])
+    copied = jax.tree_util.tree_map_with_path(
+        lambda path, _: any("norm" in str(key) for key in path), params)
+    slopes = jax.jit(jax.grad(lambda params: cross_entropy(
+        run(params, train=True, keys_B=keys(EXAMPLES)), TOKENS)))(
+            noise.with_copies(params, copied, EXAMPLES))
+    alone = jax.jit(jax.jacrev(lambda params: jax.vmap(cross_entropy)(
+        reference(params, KINDS[kind])[:, None], TOKENS[:, None]) / EXAMPLES))(params)
+    for one, other in zip(noise.only(slopes, copied), noise.only(alone, copied), strict=True):
+        close(one, other)
 
 
 # --- attention -----------------------------------------------------------------------------------

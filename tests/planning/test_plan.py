@@ -14,6 +14,7 @@ from bigbatch.config import make_layouts, make_phases, make_recipe
 from bigbatch.mistake import Mistake
 from bigbatch.plan import plan
 from bigbatch.planning import compare, picture, slices, tables, topology
+from bigbatch.storage.logs import append_event
 from tests.conftest import REPOSITORY
 from tests.support import configs
 
@@ -342,3 +343,27 @@ def test_updates_are_compared_without_slices_and_a_wrong_name_is_refused():
         ("decay", 80_000, None), ("hybrid", 34_751, None), ("increase", 28_891, None)]
     with pytest.raises(Mistake, match="--compare names 'grow'; allowed are constant"):
         compare.compare(config, ["grow"], [])
+
+
+# --- a run's measured noise scale ----------------------------------------------------------------
+def test_the_measured_scale_of_a_run_stands_beside_the_batch_of_each_phase(tmp_path):
+    """Both parts are averaged over a phase's epochs, and divided afterwards."""
+    config = configs.tiny("recipe.falls=((1,2),)")
+    parts = {0.2: (2.0, 100.0), 0.9: (-1.0, 300.0), 1.2: (4.0, 100.0), 1.5: (None, None)}
+    for epoch, (square, trace) in parts.items():
+        append_event(tmp_path / "metrics.jsonl", {
+            "epoch": epoch, "noise_gradient_square": square, "noise_trace": trace})
+    planned = plan(config, 1, tmp_path)
+    assert [phase["measured_scale"] for phase in planned["phases"]] == [400.0, 25.0]
+    assert [re.search(r"the batch of \d+ in phase \S+ is over 2 times", text)[0]
+            for text in planned["notes"] if "measured" in text] == [
+                "the batch of 96 in phase noise/2 is over 2 times"]
+    text = tables.of_plan(planned)
+    assert "measured" in text.splitlines()[0] and max(map(len, text.splitlines())) <= 100
+    # By all parameters where the run has that, and not everywhere then.
+    append_event(tmp_path / "metrics.jsonl", {
+        "epoch": 1.9, "noise_full_gradient_square": 1.0, "noise_full_trace": 120.0})
+    planned = plan(config, 1, tmp_path)
+    assert [phase["measured_scale"] for phase in planned["phases"]] == [None, 120.0]
+    with pytest.raises(Mistake, match="there is no measured noise scale in a metrics.jsonl"):
+        plan(config, 1, tmp_path / "nothing")

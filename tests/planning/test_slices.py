@@ -272,15 +272,23 @@ def test_a_second_plan_compiles_nothing(pod):
 
 
 def test_what_is_remembered_of_one_kind_is_not_said_of_another(libtpu, tmp_path):
-    config = configs.tiny("recipe.falls=()", "limits.max_batch_size=48")
+    config = configs.tiny("recipe.falls=()", "limits.max_batch_size=48", "noise.every_epochs=0.5",
+                          "noise.ghosts=5")
     config.network, config.model = "tests.support.foreign_models.Regression", ConfigDict()
     phases = make_phases(config)
-    two, three = (
-        slices.compile_for(config, phases, slices.parse(name, phases), tmp_path)["phases"][0]
-        for name in ("v2:1x1", "v3:1x1")
-    )
+    told = [slices.compile_for(config, phases, slices.parse(name, phases), tmp_path)
+            for name in ("v2:1x1", "v3:1x1")]
+    two, three = (one["phases"][0] for one in told)
     assert (two["devices"], two["programs"]) == (three["devices"], three["programs"])
     assert two["seconds"] > three["seconds"] > 0
+    # The noise scale of 5 ghost batches, one a device and pass, after every half epoch of two.
+    (measured,) = told[0]["measurements"]
+    assert (measured["programs"], measured["count"]) == (["accumulate 1", "measure"], 4)
+    assert measured["collectives"] == {"all-reduce": [1, measured["collectives"]["all-reduce"][1]]}
+    assert told[0]["seconds_at_least"] == pytest.approx(math.fsum(
+        count * row["seconds"] for count, row in (
+            (phases[0].updates, two), (told[0]["evaluations"][0]["count"],
+                                       told[0]["evaluations"][0]), (4, measured))))
 
 
 def test_the_totals_are_the_sums_of_their_parts(pod):

@@ -142,12 +142,13 @@ def test_a_stream_of_a_users_own_gives_what_the_same_data_in_memory_give(tmp_pat
     for streaming in (False, True):
         workdir = tmp_path / str(streaming)
         train.train_and_evaluate(
-            task_config("Words", f"data.streaming={streaming}", "dtype=float64"), workdir,
-            show=False)
+            task_config("Words", f"data.streaming={streaming}", "dtype=float64",
+                        "noise.every_epochs=0.4", "noise.ghosts=11"), workdir, show=False)
         lines[streaming] = [
             [value for value in event.values() if isinstance(value, float)]
             for event in read_events(workdir / "metrics.jsonl")]
     assert len(lines[True]) == len(lines[False]) > 5
+    assert "noise_full_trace" in (workdir / "metrics.jsonl").read_text()
     for one, other in zip(lines[True], lines[False], strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-10)
 

@@ -24,7 +24,7 @@ from tests.support.updates import (
 
 
 def lowered(updater, slots=1):
-    """The three programs of an update over all of the updater's devices."""
+    """The programs of an update, and of a measurement, over all of the updater's devices."""
     batch = {"examples": jax.ShapeDtypeStruct(
         (updater.mesh.size * slots * updater.config.ghost_size, 4), np.int32,
         sharding=cut(updater.mesh))}
@@ -32,7 +32,7 @@ def lowered(updater, slots=1):
     return {
         kind.value: lower_update(
             updater.functions, kind, updater.mesh, updater.state, resident, batch)
-        for kind in (Kind.UPDATE, Kind.ACCUMULATE, Kind.APPLY)
+        for kind in (Kind.UPDATE, Kind.ACCUMULATE, Kind.APPLY, Kind.MEASURE)
     }
 
 
@@ -41,11 +41,12 @@ def test_an_update_on_eight_devices_holds_one_reduction():
     found = {name: collectives(program.compile().as_text()) for name, program in programs.items()}
     counts = {name: {kind: count for kind, (count, _) in kinds.items()}
               for name, kinds in found.items()}
-    assert counts == {"update": {"all-reduce": 1}, "accumulate": {}, "apply": {"all-reduce": 1}}
+    assert counts == {"update": {"all-reduce": 1}, "accumulate": {}, "apply": {"all-reduce": 1},
+                      "measure": {"all-reduce": 1}}
     # One before XLA merges any: it merges 256 arrays at most, and a network may have a thousand.
     counts = {name: program.as_text().count("stablehlo.all_reduce")
               for name, program in programs.items()}
-    assert counts == {"update": 1, "accumulate": 0, "apply": 1}
+    assert counts == {"update": 1, "accumulate": 0, "apply": 1, "measure": 1}
 
 
 def test_buffers_are_donated():
@@ -57,8 +58,9 @@ def test_buffers_are_donated():
         lambda leaf: place(np.zeros(leaf.shape, leaf.dtype), cut(updater.mesh)),
         updater.functions.sums,
     )
-    programs = {name: program.compile() for name, program in lowered(updater, 2).items()}
     arrays = {"update": state, "accumulate": sums, "apply": state}
+    programs = {name: program.compile() for name, program in lowered(updater, 2).items()
+                if name in arrays}
     for name, program in programs.items():
         # In the first line: "input_output_alias={ {0}: (0, {}, may-alias), ...".
         aliases = program.as_text().split("\n")[0].count("-alias)")

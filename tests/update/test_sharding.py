@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from bigbatch.config import check
 from bigbatch.job.devices import make_mesh
 from bigbatch.mistake import Mistake
 from bigbatch.models.blocks import Blocks
@@ -152,8 +153,9 @@ def test_an_update_scatters_and_gathers_the_parameters_once_and_a_pass_is_silent
     updater = prepare(stack(*OPTIMIZER, "optimizer.clip_norm=0.0", "dtype=float32"), 8)
     size = cut_bytes(updater)
     assert size > 0.8 * sum(leaf.nbytes for leaf in jax.tree.leaves(updater.state.params))
-    assert counted(updater) == {
-        "accumulate": [0, 0, 0], "apply": [1, 1, 1], "update": [1, 1, 1]}
+    # Beside what is whole, a scalar is reduced: the squares of all pieces, for the noise scale.
+    assert counted(updater) == {"accumulate": [0, 0, 0], "apply": [1, 1, 2], "update": [1, 1, 2],
+                                "measure": [0, 1, 2]}
     found = collectives(lowered(updater)["update"].compile().as_text())
     assert found.keys() == {"reduce-scatter", "all-gather", "all-reduce"}
     assert found["reduce-scatter"] == [1, size // 8] and found["all-gather"] == [1, size]
@@ -169,9 +171,11 @@ def test_a_pass_over_parameters_in_pieces_gathers_each_block_twice_and_the_rest_
     updater = prepare(stack(*PARAMETERS, "optimizer.clip_norm=0.0"), 8)
     blocks = len(updater.net.params["blocks"])
     assert counted(updater) == {
-        "accumulate": [1 + 2 * blocks, 1 + blocks, 0],
-        # One for what is whole, one for the sum of all parameters, which tells if it is finite.
-        "apply": [0, 0, 2], "update": [1 + 2 * blocks, 1 + blocks, 2]}
+        "accumulate": [1 + 2 * blocks, 1 + blocks, 1],  # the weight of the pass
+        # What is whole, the squares, and the sum of all parameters, which tells if it is finite.
+        "apply": [0, 0, 3], "measure": [0, 0, 2],
+        # A pass of devices that share all is one group, which tells no noise.
+        "update": [1 + 2 * blocks, 1 + blocks, 3]}
     sums = updater.functions.sums.gradient
     assert sums["head"]["kernel"].shape == (8, WIDTH // 8, 10)
 
@@ -227,6 +231,14 @@ def test_a_split_that_leaves_most_of_it_whole_says_so():
     assert note.startswith("config.sharding cuts 35% of the parameters: the others have no axis")
     assert sharding.notes(stack(*OPTIMIZER), params, make_mesh(jax.devices()[:3])) == []
     assert sharding.notes(stack(), params, mesh) == []
+
+
+def test_ghost_batches_are_not_measured_one_by_one_where_their_gradients_come_added_up():
+    config = stack(*OPTIMIZER, "noise.every_epochs=0.1")
+    check(config)
+    config.sharding.parameters = True
+    with pytest.raises(Mistake, match="every_epochs is 0.1, but with config.sharding.parameters"):
+        check(config)
 
 
 def own(name, options):

@@ -51,6 +51,8 @@ def test_devices_and_passes_change_nothing(devices, passes):
             *([one.means[name] for one in each] for each in (measured, expected)),
             rtol=1e-10, err_msg=name,
         )
+    np.testing.assert_allclose(  # the noise scale by the norms
+        *([one.noise.by_norms for one in each] for each in (measured, expected)), rtol=1e-10)
     assert measured[-1].loss < measured[0].loss
 
 
@@ -139,7 +141,9 @@ def test_draws_follow_the_epoch_and_the_place_in_it(model):
 def test_a_step_of_sgd_is_the_rate_times_the_mean_gradient(devices, passes):
     """And the statistics are k folds: against the network in plain JAX, ghost batch by ghost batch.
 
-    A gradient added up over devices instead of averaged would be 8 times as large.
+    A gradient added up over devices instead of averaged would be 8 times as large. The noise scale
+    is that of the ghost batches' gradients, as each device or pass takes one: over all parameters,
+    and over scales and biases.
     """
     rate, ghost, decay = 0.25, 16, 0.99
     updater = prepare(tiny(
@@ -174,6 +178,18 @@ def test_a_step_of_sgd_is_the_rate_times_the_mean_gradient(devices, passes):
     assert distance(plain_wide_resnet.in_order(state.batch_stats), running) < 1e-12
     assert measured.loss == pytest.approx(np.mean([part[0] for part in parts]), rel=1e-12)
     assert measured.finite
+    assert measured.noise.groups == 5
+    norms = [copy for copy in jax.tree.leaves(updater.net.copied)]
+    assert 0 < sum(norms) < len(norms)
+    for found, chosen in ((measured.noise.by_groups, [True] * len(norms)),
+                          (measured.noise.by_norms, norms)):
+        gradients_Gxd = np.array([
+            np.concatenate([leaf.ravel() for leaf, is_in in zip(
+                jax.tree.leaves(part[1]), chosen, strict=True) if is_in]) for part in parts])
+        products = gradients_Gxd @ gradients_Gxd.T
+        square = (products.sum() - products.trace()) / 20  # the pairs of two of five
+        spread = gradients_Gxd.var(axis=0, ddof=1).sum() * ghost
+        np.testing.assert_allclose(found, (square, spread), rtol=1e-9)
 
 
 class FlaxNorm(nnx.Module):

@@ -58,7 +58,8 @@ def run(monkeypatch, passes, input_seconds=0.0, every=None):
 
     def measured():
         output = device.dispatch(LAST if passes > 1 else PASS)
-        return SimpleNamespace(finite=output, means={"loss": output})
+        unmeasured = SimpleNamespace(by_norms=None, by_groups=None, groups=None)
+        return SimpleNamespace(finite=output, means={"loss": output}, noise=unmeasured)
 
     def accumulate(state, sums, *_):
         return sums, device.dispatch(PASS)
@@ -86,7 +87,7 @@ def run(monkeypatch, passes, input_seconds=0.0, every=None):
             phases, phases, (None,) * len(phases), nothing,
             partial(dispatch.take_update, started=clock.update_started,
                     landed=clock.update_landed),
-            evaluate, lambda means: {"train_loss": float(means["loss"])},
+            evaluate, lambda means: {"train_loss": float(means["loss"])}, None, N,
             SimpleNamespace(resident=None, update=batches),
             lambda phase, *_: Rates(phase.learning_rate, phase.momentum, 0, 0, 0),
             lambda rates: rates, make_due(every, N, phases[-1].end_example), N, None,
