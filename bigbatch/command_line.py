@@ -37,8 +37,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     sys.stderr = unbreakable(sys.stderr)  # for what libraries say there, too
 
     def parse(arguments: Sequence[str]) -> list[str]:
-        # Orbax reports every step of a save at INFO. Set, and not made the default, because absl
-        # raises the verbosity to INFO after parsing wherever it is still the default.
+        # Libraries report their steps at INFO. Set, and not made the default, because absl raises
+        # the verbosity to INFO after parsing wherever it is still the default.
         flags.FLAGS.verbosity = logging.WARNING
         rest, unread = [], iter(arguments)
         for argument in unread:

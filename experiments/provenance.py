@@ -18,7 +18,7 @@ from experiments.machine import jax_devices, own_cores
 
 FILE = "trainings.json"
 # Those whose versions are noted, where they are installed.
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "opencv-python-headless",
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "tensorstore", "numpy", "opencv-python-headless",
             "tensorflow-cpu", "tensorflow", "torch")
 
 

@@ -184,7 +184,7 @@ def test_a_run_shows_its_own_lines_and_nothing_of_its_libraries(tmp_path):
     )
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
     assert "finished" in done.stderr
-    # As absl begins a line: I1124 for INFO. Orbax writes dozens of them in saving a checkpoint.
+    # As absl begins a line: I1124 for INFO.
     assert not re.search(r"^[IWEF]\d{4} ", done.stderr, re.MULTILINE), done.stderr
 
 

@@ -243,12 +243,13 @@ def read(place: Place, wanted: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: if an array is not there, has another shape, or a chunk of it is damaged.
     """
-    arrays: dict[str, Any] = {}
-    under_way: deque[tuple[int, str, list]] = deque()  # bytes, name, futures of pieces
+    landed: dict[str, list[Any]] = {name: [] for name in wanted}
+    under_way: deque[tuple[int, str, list, ts.Future]] = deque()  # bytes, name, devices, numbers
 
     def land() -> int:
-        size, name, pieces = under_way.popleft()
-        arrays[name] = _assembled(wanted[name], pieces)
+        size, name, devices, numbers = under_way.popleft()
+        pieces = [jax.device_put(numbers.result(), device) for device in devices]
+        landed[name] += jax.block_until_ready(pieces) or [numbers.result()]
         return size
 
     with _base(place.where) as base:
@@ -257,16 +258,15 @@ def read(place: Place, wanted: Mapping[str, Any]) -> dict[str, Any]:
         for name, like in wanted.items():
             store = _checked(name, stores[name], like)
             chunk = math.prod(store.chunk_layout.read_chunk.shape or ())  # is decoded as a whole
-            size = sum(math.prod(store[index].shape) + chunk for index, _ in _places(like))
-            size *= like.dtype.itemsize
-            while under_way and size > room:
-                room += land()
-            under_way.append((size, name, [
-                (devices, store[index].read()) for index, devices in _places(like)]))
-            room -= size
+            for index, devices in _places(like):
+                size = (math.prod(store[index].shape) + chunk) * like.dtype.itemsize
+                while under_way and size > room:
+                    room += land()
+                under_way.append((size, name, devices, store[index].read()))
+                room -= size
         while under_way:
             land()
-    return arrays
+    return {name: _assembled(wanted[name], pieces) for name, pieces in landed.items()}
 
 
 def _checked(name: str, store: ts.TensorStore, like: Any) -> ts.TensorStore:
@@ -289,14 +289,12 @@ def _places(like: Any) -> list[tuple[tuple[slice, ...], list[jax.Device]]]:
     return list(places.values())
 
 
-def _assembled(like: Any, pieces: list[tuple[list[jax.Device], ts.Future]]) -> Any:
+def _assembled(like: Any, pieces: list[Any]) -> Any:
     """The array of which these are the pieces of this process."""
     sharding = getattr(like, "sharding", None)
     if sharding is None:
-        return pieces[0][1].result()
-    on_devices = [jax.device_put(read.result(), device)
-                  for devices, read in pieces for device in devices]
-    return jax.make_array_from_single_device_arrays(tuple(like.shape), sharding, on_devices)
+        return pieces[0]
+    return jax.make_array_from_single_device_arrays(tuple(like.shape), sharding, pieces)
 
 
 # --- TensorStore ----------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from bigbatch.job import processes, statuses
 from bigbatch.job.output import say
 from bigbatch.storage import arrays, bucket, checkpoint, parts
 
+SMALL_CHUNK = 1 << 20  # bytes: some of each are in memory beside what is read
 WAIT_SECONDS = 3  # of the first process for the second one's part
 # The axes of a mesh are "data" and "shards".
 SHARDINGS = {
@@ -91,9 +92,8 @@ def check(state: State) -> None:
 def main(workdir: str, port: str, process: str, long: str) -> None:
     """See above."""
     processes.join(f"127.0.0.1:{port}", 2, int(process), dead_peer_seconds=60)
-    arrays.IN_FLIGHT_BYTES = arrays.CHUNK_BYTES = 4 << 20
-    parts.PART_SECONDS = WAIT_SECONDS
-    over, long = mesh(2, 2), int(long)
+    arrays.CHUNK_BYTES, arrays.IN_FLIGHT_BYTES = SMALL_CHUNK, 4 * SMALL_CHUNK
+    over, long = mesh(2, 4), int(long)
     with bucket.opened(workdir) as (folder, mirror):
         if mirror and jax.process_index() == 0:
             mirror._lease = Held()
@@ -109,6 +109,7 @@ def main(workdir: str, port: str, process: str, long: str) -> None:
             checkpoint.save(folder, state, run, 9, set(), mirror).result()
 
         save(2)
+        parts.PART_SECONDS = WAIT_SECONDS
         if jax.process_index() and mirror:
             parts.tell = lambda *_: die()  # its part is in the bucket
         elif jax.process_index():

@@ -1,0 +1,74 @@
+"""How long a save of a large state, split over devices, keeps the loop waiting.
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=2 python -m experiments.speed.saves GIGABYTES
+
+An artificial state in float32, and an update that reads and writes every number of it and computes
+nothing, which is the shortest that there can be. On a CPU a save copies nothing: the first update
+after it takes new memory instead of the old, and what this costs is counted as waiting too. Prints
+one JSON object. Needs twice the state's memory, and as much on the disk of $TMPDIR.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from bigbatch.job.devices import AXIS, make_mesh
+from bigbatch.storage import checkpoint
+from experiments import provenance
+
+ARRAY = 1 << 26  # numbers of each array: 256 MiB
+UPDATES = 5
+
+
+def measure(gigabytes: float) -> dict[str, float]:
+    """Seconds of an update, of the call that saves, of the update after it, and of all the rest."""
+    mesh = make_mesh()
+    split = jax.NamedSharding(mesh, P(AXIS))
+    begin = jax.jit(lambda: jnp.ones((ARRAY,)), out_shardings=split)
+    state = {f"array{number}": begin() for number in range(round(gigabytes * 1e9 / 4 / ARRAY))}
+    update = jax.jit(lambda state: jax.tree.map(lambda array: array * 0.5 + 1, state),
+                     donate_argnums=0)
+
+    def updated() -> float:
+        nonlocal state
+        began = time.perf_counter()
+        state = jax.block_until_ready(update(state))
+        return time.perf_counter() - began
+
+    updated()
+    alone = [updated() for _ in range(UPDATES)]
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        saving = checkpoint.save(Path(folder), state, {"examples_seen": 1}, 1, set())
+        call = time.perf_counter() - began
+        after = updated()
+        saving.result()
+        written = time.perf_counter() - began
+        began = time.perf_counter()
+        faults = checkpoint.faults_of(checkpoint.folder(Path(folder), 1))
+        checked = time.perf_counter() - began
+    if faults:
+        raise RuntimeError(faults)
+    return {
+        "gigabytes": sum(array.nbytes for array in state.values()) / 1e9, "devices": mesh.size,
+        "update": statistics.median(alone), "call": call, "update_after": after,
+        "waiting": call + max(0.0, after - statistics.median(alone)),
+        "written": written, "checked": checked,
+    }
+
+
+def main() -> None:
+    """See above."""
+    described = provenance.describe(provenance.command_line("experiments.speed.saves"))
+    print(json.dumps(described | {"seconds": measure(float(sys.argv[1]))}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
