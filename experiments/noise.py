@@ -21,6 +21,7 @@ from experiments.logs import Logs, filled, finished
 from experiments.tables import Results, Table
 
 STRETCHES = 10  # of a run
+LEVELS = 5  # of batch and noise, at most, that have a row each
 ERRORS = 2.0  # standard errors that |G|^2 must be over 0
 WITHIN = 2.0  # a ratio between its inverse and itself is counted as agreement
 
@@ -163,9 +164,12 @@ def tables(figure: Figure, scale: str, results: Results) -> list[Table]:
         everything += found
         full, norms = (_means([getattr(one, name) for one in found]) for name in ("full", "norms"))
         first = found[0]
-        # Stretches of one batch are a row; a constant batch has a row for each half.
-        keys = [(batch, 2 * at // STRETCHES if len(set(first.batch)) == 1 else 0)
-                for at, batch in enumerate(first.batch)]
+        # Stretches of one batch and one noise are a row. Where the noise falls smoothly, those of
+        # one batch are, and of a batch that is always the same those of each half.
+        keys = list(zip(first.batch, first.predicted, strict=True))
+        if len(set(keys)) > LEVELS:
+            keys = [(batch, 2 * at // STRETCHES if len(set(first.batch)) == 1 else 0)
+                    for at, batch in enumerate(first.batch)]
         for key, group in itertools.groupby(range(STRETCHES), key=keys.__getitem__):
             inside = list(group)
             measured, by_norms = (_means([values[inside]]) for values in (full, norms))
@@ -175,11 +179,11 @@ def tables(figure: Figure, scale: str, results: Results) -> list[Table]:
             cells.append([
                 curve.label, f"{first.epoch[inside[0]]:.3g} to {first.epoch[inside[-1]]:.3g}",
                 _between(*first.predicted[[inside[0], inside[-1]]]),
-                f"{key[0]:,}", _between(lowest, highest),
-                _told(key[0] / middle), _told(by)])
+                f"{key[0]:,}", _told(middle) + f" ({_between(lowest, highest)})"
+                * bool(lowest < highest), _told(key[0] / middle), _told(by)])
     fitted = fit(everything)
-    note = ("Predicted noise: of that at the recipe's peak. Scales are in examples, as geometric "
-            "means over seeds.")
+    note = ("Predicted noise: of that at the recipe's peak. Scales are in examples: geometric "
+            "means over stretches and seeds, and in brackets the lowest and highest stretch.")
     if fitted:
         low, median, high = fitted.ratios
         note += (
@@ -200,7 +204,10 @@ def _of(function: Callable[[np.ndarray], float], values: np.ndarray) -> float:
 
 
 def _told(number: float) -> str:
-    return f"{number:.3g}" if math.isfinite(number) else "not known"
+    """Three digits, and a comma between thousands as everywhere in the tables."""
+    if not math.isfinite(number):
+        return "not known"
+    return f"{float(f'{number:.3g}'):,.0f}" if abs(number) >= 100 else f"{number:.3g}"
 
 
 def _between(first: float, last: float) -> str:

@@ -4,7 +4,8 @@
 
 Trains the runs that are missing (finished runs are left alone, stopped ones continued), then draws
 a picture of each figure and writes tables.md, report.md and report.html. Figures are 1 to 7, A, B
-and 30min, or one panel of them, or all; and beyond the paper `cosine` and `exchange`. Scales:
+and 30min, or one panel of them, or all; and beyond the paper `cosine`, `exchange`, `language`,
+`noise` and `noise_language`. Scales:
 `paper`, the full recipes; `medium`, all of CIFAR-10 with a small network, an hour for each run on
 one core (only Figures 1, 2, 3a and 5); `small`, for a laptop with CIFAR-10; `digits`, the quickest,
 without a download. A run that diverges is a result: it is drawn up to where it diverged, is in no

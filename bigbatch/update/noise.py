@@ -111,10 +111,12 @@ def without_copies(
         examples: of a group, neighbours.
     """
     weights_G = weights_B.reshape(-1, examples).sum(axis=1)
-    gradient = _apart(gradient)
-    groups = Groups(squared_norm(only(gradient, copied)), jnp.sum(jnp.square(weights_G)),
+    slopes = _apart(only(gradient, copied))
+    groups = Groups(squared_norm(slopes), jnp.sum(jnp.square(weights_G)),
                     jnp.sum(weights_G != 0).astype(weights_G.dtype))
-    summed = jax.tree.map(lambda leaf, copy: leaf.sum(axis=0) if copy else leaf, gradient, copied)
+    left = iter(slopes)
+    summed = jax.tree.map(
+        lambda leaf, copy: next(left).sum(axis=0) if copy else leaf, gradient, copied)
     return summed, groups
 
 

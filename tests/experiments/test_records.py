@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from experiments import curves, demo, figures, logs, provenance, records, reproduce
+from experiments import curves, demo, figures, logs, noise, provenance, records, reproduce
 from experiments.speed import measure
 from tests.support.started import REPOSITORY
 from tests.support.tables import rows_of
@@ -15,6 +15,8 @@ SMALL, DEMO = RECORDS / "2026-11-26_small", RECORDS / "2026-11-26_demo"
 COSINE = RECORDS / "2026-11-26_cosine"
 LANGUAGE = RECORDS / "2026-11-26_language"
 SPEED = RECORDS / "2026-11-26_speed.json"
+NOISE = {scale: RECORDS / f"2026-11-26_noise_{scale}" for scale in ("digits", "small", "bytes")}
+NOISE_COST = RECORDS / "2026-11-26_noise_cost.json"
 
 
 def test_every_record_that_is_named_is_there():
@@ -80,7 +82,46 @@ def test_the_language_models_table_is_drawn_again_and_is_that_of_the_page(tmp_pa
         assert shown in page, shown
 
 
-@pytest.mark.parametrize("record", [SMALL, COSINE, LANGUAGE, DEMO], ids=lambda path: path.name)
+@pytest.mark.parametrize("scale", NOISE)
+def test_the_measured_noise_is_drawn_again_and_is_that_of_the_page(scale, tmp_path):
+    name, seeds = {"digits": ("noise", 2), "small": ("noise", 3), "bytes": ("noise_language", 1)}[
+        scale]
+    chosen = figures.select(name, scale)
+    reproduce.draw(chosen, scale, seeds, NOISE[scale], tmp_path)
+    drawn = (tmp_path / "tables.md").read_text(encoding="utf-8")
+    assert drawn == (NOISE[scale] / "tables.md").read_text(encoding="utf-8")
+    page = rows_of((REPOSITORY / "docs" / "noise.md").read_text(encoding="utf-8"))
+    with records.opened(NOISE[scale]) as folder:
+        found = reproduce.read(chosen, scale, seeds, folder, folder)
+    fitted = noise.fit([noise.scales(run) for runs in found.values() for run in runs])
+    shown = [row[1:] for row in page if row[0].startswith(f"{scale}:")]
+    assert shown == [[str(len(found) * seeds), f"{fitted.points} of "
+                      f"{fitted.points + fitted.without}",
+                      *(f"{ratio:.2f}" for ratio in fitted.ratios), f"{fitted.agree:.0%}",
+                      f"{fitted.factor:.2f} x^{fitted.power:.2f}", f"{fitted.spread:.2f}",
+                      f"{fitted.correlation:.3f}"]]
+    if scale == "small":
+        rows = [row for row in rows_of(drawn) if len(row) == 7][1:]
+        assert len(rows) == 8 and all(row in page for row in rows)
+
+
+def test_what_measuring_the_noise_costs_is_the_records():
+    cpu, tpu = json.loads(NOISE_COST.read_text(encoding="utf-8"))
+    page = rows_of((REPOSITORY / "docs" / "noise.md").read_text(encoding="utf-8"))
+    for row in cpu["measurements"]:
+        assert [row["setting"], cpu["hardware"], measure.spread(
+            measure.Measurement(*(row[name] for name in measure.Measurement._fields))),
+            str(len(row["values"]))] in page
+    for row in tpu["compiled"]:
+        assert [row["config"], f"{row['slice']}, by its compiler", f"{row['seconds_ratio']:.4f}",
+                "1"] in page
+        assert row["seconds_ratio"] < 1.01
+    for made in (cpu, tpu):
+        assert re.match(r"[0-9a-f]{40}$", made["revision"]), "measured with uncommitted code"
+
+
+@pytest.mark.parametrize("record", [SMALL, COSINE, LANGUAGE, DEMO, *NOISE.values()],
+                         ids=lambda path: path.name)
 def test_a_record_says_how_it_was_made(record):
     trainings = provenance.read(record)
     assert trainings
