@@ -9,7 +9,7 @@ from bigbatch.export import export_run
 from bigbatch.job import devices
 from bigbatch.storage.logs import read_events
 from tests.storage.test_continuing import assert_same_bits, terminate_at
-from tests.support import started
+from tests.support import small_config, started
 from tests.support.updates import distance
 from tests.update.test_sharding import OPTIMIZER, PARAMETERS, stack
 
@@ -84,17 +84,14 @@ def test_stopped_and_continued_with_the_same_split_it_has_the_same_bits(
     assert_same_bits(jax.device_get(begun.params), jax.device_get(never.params), "begun with")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("settings", [
-    ("sharding.parameters=true", "microbatches=2"), ("sharding.optimizer=true",)])
+    ("sharding.parameters=true", "microbatches=2"),
+    pytest.param(("sharding.optimizer=true",), marks=pytest.mark.slow)])
 def test_two_processes_split_a_state_between_them(tmp_path, settings):
-    """The curve of one process, and a start of one with the checkpoint of two.
-
-    tests/job/test_many_processes.py has a short form.
-    """
+    """The curve of this process, and a start of one process with the checkpoint of two."""
     own = ("dtype=float64", "sharding.smallest=1", "ema=0.9", *settings)
-    started.end(started.start(tmp_path / "one", "dtype=float64", "ema=0.9", **started.SMALL,
-                              devices=4))
+    train.train_and_evaluate(
+        small_config.get_config("resident,dtype=float64,ema=0.9"), tmp_path / "one", show=False)
     job = started.start_job(tmp_path / "two", *own, **started.SMALL, processes=2, devices=2,
                             flags=("--stop_after_phase=0",))
     for process in job:

@@ -72,7 +72,7 @@ def _made_again(function: Callable, params: Any, others: Any) -> Callable:
     What it needs of them besides (the whole arrays, and their casts to another type) it makes from
     them again. A policy of `jax.checkpoint` cannot do this: every value that it keeps passes a
     barrier, where the compiler would rather compute some of them twice. The TPU's then estimates
-    1.4 times the time for an update of GPT-2 small, and 1.8 times the memory.
+    1.4 times the time for an update of GPT-2 small, and 1.9 times the memory.
 
     Args:
         function: of (params, others), returns outputs and what is not differentiated.

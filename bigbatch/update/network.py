@@ -1,6 +1,6 @@
 """The network that a config names, as pure functions of its parameters and running statistics."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.errors
@@ -100,19 +100,16 @@ def build(config: ConfigDict, may_mix: bool = False) -> Network:
         abstract = nnx.merge(graph, params, batch_stats, rest)
         module_checks.check_modules(abstract, name)
         module_checks.check_state(params, batch_stats, rest, config)
-        lists = [path for path, part in nnx.iter_modules(abstract) if isinstance(part, Blocks)]
-
         def apply(
             params_dict: Tree, stats_dict: Tree, inputs: Any, train: bool, keys: jax.Array,
             gather: Gather | None = None,
         ) -> tuple[Any, Tree]:
             if gather:
-                params_dict = _gather_outside(lists, params_dict, gather)
+                params_dict = _gather_outside_blocks(abstract, params_dict, gather)
             module = nnx.merge(
-                graph, _fill(params, params_dict), _fill(batch_stats, stats_dict), copy=True
-            )
+                graph, _fill(params, params_dict), _fill(batch_stats, stats_dict), copy=True)
             if gather:
-                _gather_when_called(module, gather)
+                _gather_in_blocks(module, gather)
             outputs = module(inputs, train, keys)
             return outputs, nnx.to_pure_dict(nnx.state(module, nnx.BatchStat))
 
@@ -161,15 +158,16 @@ def _fill(state: nnx.State, values: Tree) -> nnx.State:
     return filled
 
 
-def _gather_outside(lists: Sequence[tuple], params: Tree, gather: Gather) -> Tree:
-    """The parameters with those whole that belong to no list of blocks; `lists` are their paths."""
+def _gather_outside_blocks(module: nnx.Module, params: Tree, gather: Gather) -> Tree:
+    """The parameters of a module, with those whole that belong to no list of blocks."""
+    lists = [path for path, part in nnx.iter_modules(module) if isinstance(part, Blocks)]
     flat = nnx.traversals.flatten_mapping(params)
     outside = {path: leaf for path, leaf in flat.items()
                if not any(path[: len(one)] == one for one in lists)}
     return nnx.traversals.unflatten_mapping({**flat, **gather(outside)})
 
 
-def _gather_when_called(module: nnx.Module, gather: Gather) -> None:
+def _gather_in_blocks(module: nnx.Module, gather: Gather) -> None:
     """Lets every list of blocks gather the parameters of a block when it is called."""
     def of_block(path: tuple) -> Callable[[nnx.State], nnx.State]:
         def whole(state: nnx.State) -> nnx.State:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from bigbatch.update import noise
 from bigbatch.update.network import Gather
 from bigbatch.update.sharding import WHOLE, Split
 
@@ -34,16 +35,13 @@ def reduce(split: Split, sums: Any) -> Any:
         sums: an `update.Sums` of the device.
     """
     axes = jax.tree.leaves(split.axes)
-    leaves, tree = jax.tree.flatten(sums.gradient)
-    whole = sums._replace(gradient=[
-        leaf for leaf, axis in zip(leaves, axes, strict=True) if axis == WHOLE])
-    cut = [leaf for leaf, axis in zip(leaves, axes, strict=True) if axis != WHOLE]
-    along = [axis for axis in axes if axis != WHOLE]
-    added = _add_up(split, whole)
-    pieces = iter(_scatter(split, cut, along))
+    whole, cut = _apart(split, sums.gradient)
+    added = _add_up(split, sums._replace(gradient=whole))
+    pieces = iter(_scatter(split, cut, [axis for axis in axes if axis != WHOLE]))
     rest = iter(added.gradient)
     gradient = [next(rest if axis == WHOLE else pieces) for axis in axes]
-    return added._replace(gradient=jax.tree.unflatten(tree, gradient))
+    return added._replace(
+        gradient=jax.tree.unflatten(jax.tree.structure(sums.gradient), gradient))
 
 
 def own(split: Split, tree: Tree) -> Tree:
@@ -83,23 +81,59 @@ def gatherer(split: Split) -> Gather | None:
     return gather_named
 
 
-def add_over_pieces(split: Split, tree: Tree, number: Callable[[jax.Array], jax.Array]) -> Any:
-    """The sum of a number of each array of a tree in pieces, each piece counted once.
+def add_over_pieces(
+    split: Split, tree: Tree, number: Callable[[list[jax.Array]], jax.Array]
+) -> jax.Array:
+    """A number of all arrays of a tree in pieces, each piece counted once.
 
     Args:
         split: how the tree is cut.
         tree: in pieces.
-        number: of an array, such as the sum of its squares.
+        number: of some arrays, such as the sum of their squares, which pieces add up to.
     """
-    sums = {True: [], False: []}
-    for leaf, axis in zip(jax.tree.leaves(tree), jax.tree.leaves(split.axes), strict=True):
-        sums[axis == WHOLE].append(number(leaf))
-    return sum(sums[True]) + jax.lax.psum(sum(sums[False]), split.over)
+    whole, cut = _apart(split, tree)
+    return number(whole) + jax.lax.psum(number(cut), split.over) if cut else number(whole)
 
 
 def norm(split: Split, tree: Tree) -> jax.Array:
     """The Euclidean norm of all numbers of a tree in pieces."""
-    return jnp.sqrt(add_over_pieces(split, tree, lambda leaf: jnp.sum(jnp.square(leaf))))
+    return jnp.sqrt(add_over_pieces(split, tree, noise.squared_norm))
+
+
+def one_group(split: Split, gradient: Tree, weight: jax.Array) -> noise.Groups:
+    """The group of examples of a pass, of which all devices together have one sum.
+
+    Where parameters lie in pieces, those of the devices that share them are one group, as their
+    gradients come added up. Each device has its pieces' squares, and the first has the rest.
+
+    Args:
+        split: how the parameters are cut.
+        gradient: of the device in this pass, summed over examples.
+        weight: of its examples.
+    """
+    if split.groups == split.devices:
+        return noise.one_group(gradient, weight)
+    whole, cut = _apart(split, jax.lax.optimization_barrier(gradient))
+    whole, weight = _psum(split, (whole, weight), split.over)
+    one = (jax.lax.axis_index(split.over) == 0).astype(weight.dtype)  # of these devices counts
+    return noise.Groups(
+        noise.squared_norm(cut) + one * noise.squared_norm(whole), one * jnp.square(weight),
+        one * (weight != 0))
+
+
+def _apart(split: Split, tree: Tree) -> tuple[list[jax.Array], list[jax.Array]]:
+    """The arrays of a tree in pieces: those that are whole, and the pieces."""
+    leaves, axes = jax.tree.leaves(tree), jax.tree.leaves(split.axes)
+    return tuple([leaf for leaf, axis in zip(leaves, axes, strict=True)
+                  if (axis == WHOLE) == whole] for whole in (True, False))
+
+
+def _psum(split: Split, tree: Tree, over: str | tuple[str, ...]) -> Tree:
+    """All arrays of a tree added up over the devices along axes of the mesh."""
+    if split.by_array:
+        return jax.lax.psum(tree, over)
+    vector, unravel = ravel_pytree(tree)
+    return unravel(jax.lax.psum(vector, over))
 
 
 def _add_up(split: Split, sums: Any) -> Any:
@@ -150,7 +184,7 @@ def _scatter(
     beside = split.mesh_axes[:-1]  # devices that hold the same pieces
 
     if split.parameters:  # the backward pass has added up those of `over`
-        return jax.lax.psum(arrays, beside) if beside else arrays
+        return _psum(split, arrays, beside) if beside else arrays
     if split.by_array:
         pieces = [jax.lax.psum_scatter(leaf, split.over, scatter_dimension=axis, tiled=True)
                   for leaf, axis in zip(arrays, along, strict=True)]

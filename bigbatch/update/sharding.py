@@ -43,6 +43,14 @@ class Split(NamedTuple):
         """Whether any array is cut."""
         return any(axis != WHOLE for axis in jax.tree.leaves(self.axes))
 
+    @property
+    def groups(self) -> int:
+        """Into how many groups of examples a pass is divided whose gradients are known apart.
+
+        Each device is one, but those that share parameters in pieces are one together.
+        """
+        return self.devices // self.shards if self.parameters and self.cuts else self.devices
+
     def at_rest(self) -> Tree:
         """The specs of the parameters between updates."""
         return jax.tree.map(self.spec if self.parameters else lambda _: P(), self.axes)

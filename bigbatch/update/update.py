@@ -12,7 +12,7 @@ to be whole. See `sharding` and `pieces`.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -162,13 +162,10 @@ def make_update(
     whole, parts = P(), P(mesh.axis_names)
     split = sharding.split_of(config, network.params, mesh)
     network = _with_whole_copies(network, split)
-    # Where parameters lie in pieces, the backward pass adds up the devices' gradients, and only
-    # groups that one device takes alone can be told apart, as those of `config.noise_layout`.
-    device_is_group = not (split.parameters and split.cuts)
     lies = sharding.specs_of(sharding.state_sharding(config, _shapes(config, network), mesh))
     task = contract.task_of(config)
     task = task._replace(prepare=prepare or task.prepare)
-    microbatch_sums = partial(_microbatch_sums, config, network, task, pieces.gatherer(split))
+    microbatch_sums = partial(_microbatch_sums, config, network, task, split)
     apply_sums = partial(_apply_sums, config, network, split)
 
     def mapped(function: Callable, in_specs: tuple, out_specs: Any) -> Callable:
@@ -181,7 +178,7 @@ def make_update(
     def update(state: State, resident: Mapping, batch: Mapping,
                rates: Rates) -> tuple[State, Metrics]:
         sums = microbatch_sums(state, resident, batch)
-        return apply_sums(state, sums, rates, mesh.size > 1 and device_is_group)
+        return apply_sums(state, sums, rates, split.groups > 1)
 
     def accumulate(state: State, sums: Sums, resident: Mapping, batch: Mapping,
                    first: jax.Array) -> tuple[Sums, jax.Array]:
@@ -194,7 +191,7 @@ def make_update(
         return jax.tree.map(lambda leaf: leaf[0], sums)
 
     def apply(state: State, sums: Sums, rates: Rates) -> tuple[State, Metrics]:
-        return apply_sums(state, own(sums), rates, device_is_group)
+        return apply_sums(state, own(sums), rates, True)
 
     def measure(sums: Sums) -> noise.Measured:
         return _noise(network, split, pieces.reduce(split, own(sums)), True)
@@ -238,8 +235,8 @@ def abstract_sums(config: ConfigDict, network: Network, mesh: Mesh) -> Sums:
 
 
 def _microbatch_sums(
-    config: ConfigDict, network: Network, task: contract.Task, gather: Callable | None,
-    state: State, resident: Mapping, batch: Mapping
+    config: ConfigDict, network: Network, task: contract.Task, split: sharding.Split, state: State,
+    resident: Mapping, batch: Mapping
 ) -> Sums:
     """The sums of one device over one microbatch."""
     record, epoch, position, ghosts_after = (batch["examples"][:, column] for column in range(4))
@@ -253,6 +250,7 @@ def _microbatch_sums(
         config, task, fields_of(resident, batch, record),
         keys(jax.random.fold_in(seed, AUGMENTATION)), True)
     dropout_keys = keys(jax.random.fold_in(seed, DROPOUT))
+    gather = pieces.gatherer(split)
 
     def objective(params: Tree) -> tuple[jax.Array, tuple]:
         outputs, rows = network.apply(
@@ -276,7 +274,7 @@ def _microbatch_sums(
         weight=added.weight,
         ghosts=jnp.sum(ghosts_after_G >= 0).astype(dtype),
         examples=jnp.sum(counts).astype(dtype),
-        groups=noise.one_group(gradient, added.weight),
+        groups=pieces.one_group(split, gradient, added.weight),
         copies=copies,
     )
 
@@ -295,7 +293,7 @@ def _apply_sums(
 ) -> tuple[State, Metrics]:
     """Does the reduction, then applies the optimizer and updates the running statistics.
 
-    `grouped`: whether there are several devices or passes.
+    `grouped`: whether several groups of examples were added up, by devices or passes.
     """
     sums = pieces.reduce(split, sums)
     gradient = jax.tree.map(lambda leaf: leaf / sums.weight, sums.gradient)
@@ -315,22 +313,24 @@ def _apply_sums(
     if not split.parameters:
         params = pieces.gather(split, params)
     means = {name: value / weight for name, (value, weight) in sums.measured.items()}
-    # Not finite if any parameter is not.
-    total = sum(_totals(split, params), means["loss"])
+    total = means["loss"]  # and with all parameters not finite if any of them is not
+    if split.parameters and split.cuts:
+        total += pieces.add_over_pieces(split, params, lambda arrays: sum(_totals(arrays)))
+    else:
+        total = sum(_totals(jax.tree.leaves(params)), total)
     metrics = Metrics(
         means, sums.weight, jnp.isfinite(total), _noise(network, split, sums, grouped))
     return State(params, batch_stats, opt_state, average), metrics
 
 
-def _totals(split: sharding.Split, params: Tree) -> Iterator[jax.Array]:
-    """The sums of all parameters: for those of one shape together, or for all."""
-    if split.parameters and split.cuts:
-        yield pieces.add_over_pieces(split, params, jnp.sum)
-        return
-    # Those of one shape are added first, since the sum of each array is a separate operation, and
-    # there would be hundreds of them.
+def _totals(arrays: Iterable[jax.Array]) -> Iterator[jax.Array]:
+    """The sums of all numbers, of arrays of one shape together.
+
+    Those are added first, since the sum of each array is a separate operation, and there would be
+    hundreds of them.
+    """
     by_shape: dict[tuple[int, ...], jax.Array] = {}
-    for leaf in jax.tree.leaves(params):
+    for leaf in arrays:
         by_shape[leaf.shape] = by_shape.get(leaf.shape, 0) + leaf
     yield from map(jnp.sum, by_shape.values())
 
@@ -340,16 +340,13 @@ def _noise(
 ) -> noise.Measured:
     """The noise scale of the gradient, by the reduced sums; see `noise`."""
     of = partial(noise.estimate, weight=sums.weight, examples=sums.examples)
-    by_norms = by_groups = None
-    if sums.copies is not None:
-        by_norms = of(noise.squared_norm(noise.only(sums.gradient, network.copied)),
-                      groups=sums.copies)
-    if grouped:
-        square = (
-            pieces.add_over_pieces(split, sums.gradient, lambda leaf: jnp.sum(jnp.square(leaf)))
-            if split.cuts else noise.squared_norm(jax.tree.leaves(sums.gradient)))
-        by_groups = of(square, groups=sums.groups)
-    return noise.Measured(by_norms, by_groups, sums.groups.count if grouped else None)
+    square = partial(pieces.add_over_pieces, split, sums.gradient, noise.squared_norm)
+    return noise.Measured(
+        None if sums.copies is None else of(
+            noise.squared_norm(noise.only(sums.gradient, network.copied)), groups=sums.copies),
+        of(square(), groups=sums.groups) if grouped else None,
+        sums.groups.count if grouped else None,
+    )
 
 
 def _with_whole_copies(network: Network, split: sharding.Split) -> Network:

@@ -27,7 +27,9 @@ from experiments.markdown_table import markdown_table
 
 RECORD = REPOSITORY / "experiments/records/split_states.json"
 SPLITS = ("whole", "optimizer", "parameters")
-SEVEN_BILLION = "model.blocks=32,model.width=4096,model.heads=32,model.hidden=11008"
+# Of which a device takes two sequences at once, and 16 devices share a state.
+SEVEN_BILLION = ("model.blocks=32,model.width=4096,model.heads=32,model.hidden=11008,"
+                 "ghost_size=2,max_per_device_batch=2,eval_batch_size=2,sharding.shards=16")
 
 
 class Case(NamedTuple):
@@ -44,8 +46,7 @@ CASES = [
     *(Case("gpt_124m", "gpt_124m", "v5litepod-8", split, 64) for split in SPLITS),
     *(Case("llama_1b", "llama_1b", slice_name, "parameters", 1024)
       for slice_name in ("v5litepod-16", "v5litepod-64")),
-    Case("7 billion", f"llama_1b,{SEVEN_BILLION},sharding.shards=16", "v5litepod-256",
-         "parameters", 2048),
+    Case("7 billion", f"llama_1b,{SEVEN_BILLION}", "v5litepod-256", "parameters", 512),
 ]
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from experiments import slices
 from experiments.growth import grown
-from experiments.speed import by_compiler
+from experiments.speed import by_compiler, split_states
 from tests.conftest import REPOSITORY
 from tests.support.tables import rows_of
 
@@ -49,3 +49,16 @@ def test_the_record_is_what_the_docs_say():
     shown = rows_of((REPOSITORY / "docs/speed.md").read_text())
     table = rows_of(by_compiler.table(record["rows"]))
     assert len(table) > 1 and [cells for cells in table if cells not in shown] == []
+
+
+def test_the_record_of_split_states_is_what_the_docs_say():
+    """And no split update of GPT-2 small is estimated to take more time or memory."""
+    rows = json.loads(split_states.RECORD.read_text())["rows"]
+    shown = rows_of((REPOSITORY / "docs/sharding.md").read_text())
+    table = rows_of(split_states.table(rows))
+    assert len(table) > 5 and [cells for cells in table if cells not in shown] == []
+    assert all(row["fits"] for row in rows)
+    small = {row["split"]: row for row in rows if row["model"] == "gpt_124m"}
+    for split in ("optimizer", "parameters"):
+        for key in ("seconds", "memory_bytes"):
+            assert small[split][key] <= small["whole"][key]

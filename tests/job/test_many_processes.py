@@ -67,9 +67,9 @@ def test_a_checkpoint_of_8_devices_goes_on_with_fewer(whole, tmp_path, devices, 
 def test_from_one_process_to_two_and_from_one_device_to_six(whole, tmp_path):
     """Phase 0 on 8 devices of one process, 1 on one device, 2 on two processes of 3.
 
-    There two devices share the parameters, of which one pair has a device of each process.
+    There two devices share the optimizer's state, of which one pair has a device of each process.
     """
-    split = ("sharding.parameters=true", "sharding.smallest=1", "sharding.shards=2")
+    split = ("sharding.optimizer=true", "sharding.smallest=1", "sharding.shards=2")
     workdir = handed_over(whole, tmp_path / "run")
     started.end(
         started.start(

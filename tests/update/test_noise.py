@@ -42,9 +42,8 @@ def test_both_parts_are_those_of_a_linear_regression(weights):
                                 jnp.sum(weights * (group_B == group))) for group in range(5)]
         groups = jax.tree.map(lambda *leaves: sum(leaves), *each)
         assert groups.squares.shape == ()
-        parts = noise.estimate(
-            noise.squared_norm([slopes_BxD.sum(axis=0)]), jnp.sum(weights), jnp.asarray(10.0),
-            groups)
+        square = noise.squared_norm([slopes_BxD.sum(axis=0)])
+        parts = noise.estimate(square, jnp.sum(weights), jnp.asarray(10.0), groups)
         return jnp.array([*parts, groups.count])
 
     found = np.asarray(jax.jit(jax.vmap(one_draw))(jax.random.split(jax.random.key(0), DRAWS)))

@@ -10,11 +10,13 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from bigbatch.config import noise_layout
 from bigbatch.job.devices import make_mesh
 from bigbatch.mistake import Mistake
 from bigbatch.models.blocks import Blocks
 from bigbatch.models.normalization import GhostBatchNorm
 from bigbatch.planning.compiled import collectives
+from bigbatch.schedule.layout import ghosts_by_slot
 from bigbatch.update import network, own_optimizer, sharding, update
 from tests.support.configs import load
 from tests.support.updates import NO_AUGMENTATION, distance, prepare, train, with_model
@@ -152,8 +154,9 @@ def test_an_update_scatters_and_gathers_the_parameters_once_and_a_pass_is_silent
     updater = prepare(stack(*OPTIMIZER, "optimizer.clip_norm=0.0", "dtype=float32"), 8)
     size = cut_bytes(updater)
     assert size > 0.8 * sum(leaf.nbytes for leaf in jax.tree.leaves(updater.state.params))
-    assert counted(updater) == {
-        "accumulate": [0, 0, 0], "apply": [1, 1, 1], "update": [1, 1, 1]}
+    # Beside what is whole, a scalar is reduced: the squares of all pieces, for the noise scale.
+    assert counted(updater) == {"accumulate": [0, 0, 0], "apply": [1, 1, 2], "update": [1, 1, 2],
+                                "measure": [0, 1, 2]}
     found = collectives(lowered(updater)["update"].compile().as_text())
     assert found.keys() == {"reduce-scatter", "all-gather", "all-reduce"}
     assert found["reduce-scatter"] == [1, size // 8] and found["all-gather"] == [1, size]
@@ -169,9 +172,11 @@ def test_a_pass_over_parameters_in_pieces_gathers_each_block_twice_and_the_rest_
     updater = prepare(stack(*PARAMETERS, "optimizer.clip_norm=0.0"), 8)
     blocks = len(updater.net.params["blocks"])
     assert counted(updater) == {
-        "accumulate": [1 + 2 * blocks, 1 + blocks, 0],
-        # One for what is whole, one for the sum of all parameters, which tells if it is finite.
-        "apply": [0, 0, 2], "update": [1 + 2 * blocks, 1 + blocks, 2]}
+        "accumulate": [1 + 2 * blocks, 1 + blocks, 1],  # the weight of the pass
+        # What is whole, the squares, and the sum of all parameters, which tells if it is finite.
+        "apply": [0, 0, 3], "measure": [0, 0, 2],
+        # A pass of devices that share all is one group, which tells no noise.
+        "update": [1 + 2 * blocks, 1 + blocks, 3]}
     sums = updater.functions.sums.gradient
     assert sums["head"]["kernel"].shape == (8, WIDTH // 8, 10)
 
@@ -227,6 +232,15 @@ def test_a_split_that_leaves_most_of_it_whole_says_so():
     assert note.startswith("config.sharding cuts 35% of the parameters: the others have no axis")
     assert sharding.notes(stack(*OPTIMIZER), params, make_mesh(jax.devices()[:3])) == []
     assert sharding.notes(stack(), params, mesh) == []
+
+
+def test_where_gradients_come_added_up_a_pass_measures_one_ghost_batch():
+    """All of them are taken once, by the first device."""
+    config = stack(*PARAMETERS, "noise.every_epochs=0.1", "noise.ghosts=3")
+    ghosts_MxDxS = ghosts_by_slot(noise_layout(config, 4))
+    assert ghosts_MxDxS[:, 0, 0].tolist() == [0, 1, 2] and np.all(ghosts_MxDxS[:, 1:] == -1)
+    config = stack(*OPTIMIZER, "noise.every_epochs=0.1", "noise.ghosts=3")
+    assert ghosts_by_slot(noise_layout(config, 4)).tolist() == [[[0], [1], [2], [-1]]]
 
 
 def own(name, options):
