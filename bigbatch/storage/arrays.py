@@ -11,8 +11,10 @@ import contextlib
 import itertools
 import math
 import shutil
+import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +31,9 @@ CHUNK_BYTES = 16 << 20  # at most, unless a piece cannot be cut evenly
 IN_FLIGHT_BYTES = 256 << 20  # that are being written or read at the same time
 OF_PROCESS = "ocdbt.process_"  # how the name of a process's database begins
 NODES = "n/"  # where a process's database keeps what is neither a chunk nor its manifest
+
+_spare: list[np.ndarray] = []  # memory for copies, see `_copies`
+_of_spare = threading.Lock()  # the loop takes from it, and the save's thread adds to it
 
 Start = tuple[int, ...]  # where a piece begins in its array, one number an axis
 
@@ -54,6 +59,7 @@ class Part(NamedTuple):
 
     layouts: Mapping[str, Layout]  # of all arrays, by name
     pieces: list[Piece]  # those of this process
+    memory: list[np.ndarray]  # of the pieces, where a later save may use it again
     owners: tuple[int, ...]  # the processes that own pieces, and always the first one
 
 
@@ -83,8 +89,34 @@ def part_of(state: Any) -> Part:
     for _, _, data in mine:
         if isinstance(data, jax.Array):
             data.copy_to_host_async()  # so that the copies below overlap
-    return Part(layouts, [Piece(name, start, np.asarray(data)) for name, start, data in mine],
-                tuple(sorted(owners)))
+    copies, memory = _copies([data for _, _, data in mine])
+    return Part(layouts, [Piece(name, start, copy)
+                          for (name, start, _), copy in zip(mine, copies, strict=True)],
+                memory, tuple(sorted(owners)))
+
+
+def _copies(pieces: Sequence[Any]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Copies of pieces on the host, and those of them that leave their memory to later saves.
+
+    Of an array on a CPU NumPy only looks at the buffer, and an update that is to take this buffer
+    over then asks for new memory instead, which a system may give ten times slower than it copies.
+    So only the first save is made like this. Later ones copy into memory that `write` has left.
+    """
+    copies, memory, to_copy = [], [], []
+    for piece in pieces:
+        copy = there = np.asarray(piece)
+        if isinstance(piece, jax.Array) and piece.device.platform == "cpu":
+            with _of_spare:
+                fits = [number for number, spare in enumerate(_spare)
+                        if (spare.shape, spare.dtype) == (there.shape, there.dtype)]
+                if fits:
+                    copy = _spare.pop(fits[0])
+                    to_copy.append((copy, there))
+            memory.append(copy)
+        copies.append(copy)
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda pair: np.copyto(*pair), to_copy))
+    return copies, memory
 
 
 @lru_cache(maxsize=1024)  # each save asks the same of the same arrays
@@ -123,7 +155,8 @@ def _chunk(shape: Sequence[int], piece: Sequence[int], itemsize: int) -> tuple[i
 def write(folder: Path, part: Part) -> Path:
     """Writes this process's part into a database of its own in `folder`, in place of what is there.
 
-    The pieces are taken out of `part`, so that their memory is free once they are written.
+    The pieces are taken out of `part`, so that memory that is not used again is free once they are
+    written.
 
     Returns:
         The folder of the database.
@@ -149,6 +182,13 @@ def write(folder: Path, part: Part) -> Path:
                                   for along, length in zip(start, data.shape, strict=True))
                     writes.append(stores[name].with_transaction(transaction)[where].write(
                         data, can_reference_source_data_indefinitely=True))
+    with _of_spare:
+        del _spare[len(part.memory):]  # two saves may be under way
+    while part.memory:
+        memory = part.memory.pop()
+        memory = memory if memory.flags.writeable else np.full_like(memory, 0)  # not JAX's own
+        with _of_spare:
+            _spare.append(memory)
     return own
 
 
