@@ -111,6 +111,8 @@ def draw(figure: Figure, scale: str, results: Results) -> Picture:
     for colour, curve in zip(COLOURS, panel.curves, strict=False):
         runs = finished(results[curve.config])
         found = [scales(run) for run in runs]
+        if not found:
+            continue
         everything += found
         for name, style, told in (("full", "-", "measured"), ("norms", "--", "by the norms")):
             values = [getattr(one, name) for one in found]
@@ -134,8 +136,10 @@ def draw(figure: Figure, scale: str, results: Results) -> Picture:
             beside.plot(one.norms, one.full, "o", color=colour, markersize=4, alpha=0.7)
     along.set(yscale="log", xlabel="epochs", ylabel="examples", xlim=(0, None))
     along.legend(frameon=False, fontsize=7, loc="upper left")
-    known = np.concatenate([np.concatenate([one.norms, one.full]) for one in everything])
-    ends = np.array([np.nanmin(known) / 1.5, np.nanmax(known) * 1.5])
+    both = [numbers for one in everything for numbers in (one.norms, one.full)]
+    known = np.concatenate([[], *both])
+    known = known[np.isfinite(known)]
+    ends = np.array([known.min() / 1.5, known.max() * 1.5] if known.size else [1.0, 10.0])
     beside.plot(ends, ends, color="black", linewidth=0.8, label="equal")
     beside.fill_between(ends, ends / WITHIN, ends * WITHIN, color="black", alpha=0.07, linewidth=0,
                         label=f"within a factor of {WITHIN:g}")

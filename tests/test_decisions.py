@@ -88,7 +88,7 @@ def test_a_replay_of_its_decisions_leaves_its_bits(whole, tmp_path):
 
 def test_one_device_decides_what_eight_do(whole, tmp_path, monkeypatch):
     state, folder = whole
-    monkeypatch.setattr(train, "make_mesh", lambda: make_mesh(jax.devices()[:1]))
+    monkeypatch.setattr(train, "make_mesh", lambda **_: make_mesh(jax.devices()[:1]))
     alone = run(small(), tmp_path)
     assert grown(tmp_path) == grown(folder)
     for leaf, twin in zip(jax.tree.leaves(alone), jax.tree.leaves(state), strict=True):

@@ -58,19 +58,23 @@ def test_an_environment_that_cannot_be_is_one_line(tmp_path, environment, parts)
 
 
 def test_no_device_is_no_damage_of_a_checkpoint(tmp_path):
+    """And an export needs none."""
     started.end(started.start(tmp_path / "run", **SMALL))
-    for module, more in (("evaluate", ()), ("export", (f"--output={tmp_path}/net",))):
-        process = started.start_python(
-            "-m", f"bigbatch.{module}", f"--workdir={tmp_path}/run", *more, JAX_PLATFORMS="cuda")
-        output = started.end(process, status=2)
-        assert len(output.splitlines()) == 1 and "JAX_PLATFORMS is 'cuda'" in output, output
+    process = started.start_python(
+        "-m", "bigbatch.evaluate", f"--workdir={tmp_path}/run", JAX_PLATFORMS="cuda")
+    output = started.end(process, status=2)
+    assert len(output.splitlines()) == 1 and "JAX_PLATFORMS is 'cuda'" in output, output
+    started.end(started.start_python(
+        "-m", "bigbatch.export", f"--workdir={tmp_path}/run", f"--output={tmp_path}/net",
+        JAX_PLATFORMS="cuda"))
 
 
 @pytest.mark.parametrize(("number", "status"), [
     (signal.SIGTERM, 42), (signal.SIGHUP, 42), (signal.SIGUSR1, 42), (signal.SIGINT, 130)])
 def test_a_signal_while_imports_run_is_heard(tmp_path, number, status):
     process = started.start_python(
-        "-X", "importtime", "-m", "bigbatch.main", f"--workdir={tmp_path}/run")
+        "-X", "importtime", "-m", "bigbatch.main", "--config=digits.py:increase",
+        f"--workdir={tmp_path}/run")
     for line in process.stdout:
         if line.endswith("| jaxlib\n") or " jaxlib." in line:  # the first of the slow ones
             break

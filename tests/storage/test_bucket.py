@@ -173,7 +173,7 @@ def test_killed_and_spoiled_it_goes_on_from_the_newest_whole_checkpoint_on_a_new
     server, whole, monkeypatch, tmp_path
 ):
     beginning, url = "bucket/killed/", "gs://bucket/killed"
-    first = start(url)
+    first = start(url, before=UPDATES_TAKE_TIME)
     started.wait_until(
         lambda: len(finished(server, beginning)) > 1
         and len(server.names(beginning + "programs/")) == 4, first,
@@ -223,17 +223,27 @@ def test_killed_and_spoiled_it_goes_on_from_the_newest_whole_checkpoint_on_a_new
     assert checkpoint.load_run(url)[0]["examples_seen"] == END
 
 
-def start_hosts(url, caches):
+ONE_KIND_OF_DEVICE = (
+    "from jax._src import cache_key\n"
+    "cache_key._hash_accelerator_config = cache_key._hash_devices\n")
+# Longer than it takes to hear of a signal.
+UPDATES_TAKE_TIME = (
+    "import time\n"
+    "from bigbatch import train\n"
+    "take = train.take_update\n"
+    "train.take_update = lambda *given, **named: (time.sleep(0.1), take(*given, **named))[1]\n")
+
+
+def start_hosts(url, caches, before=""):
     """A job of two processes, each with a folder for compiled programs of its own.
 
     On a TPU all hosts know their slice by the same fingerprint, which is a part of a program's key.
     Each process on CPUs makes one of its own, so here it is replaced.
     """
     port = started.free_port()
-    return [start(url, process=(index, 2), port=port, cache=cache, before=(
-        "from jax._src import cache_key\n"
-        "cache_key._hash_accelerator_config = cache_key._hash_devices"))
-        for index, cache in enumerate(caches)]
+    return [start(url, process=(index, 2), port=port, cache=cache,
+                  before=ONE_KIND_OF_DEVICE + before)
+            for index, cache in enumerate(caches)]
 
 
 def test_two_hosts_told_to_stop_release_the_lease_and_new_hosts_go_on_at_once(
@@ -241,7 +251,7 @@ def test_two_hosts_told_to_stop_release_the_lease_and_new_hosts_go_on_at_once(
 ):
     url = "gs://bucket/stopped"
     server.writes.clear()
-    job = start_hosts(url, [started.CACHE] * 2)
+    job = start_hosts(url, [started.CACHE] * 2, UPDATES_TAKE_TIME)
     started.wait_until(
         lambda: len(finished(server, "bucket/stopped/")) > 0
         and len(server.names("bucket/stopped/programs/")) == 4, job[0],

@@ -1,6 +1,7 @@
 """Real processes of the main job: alone, or several as one job on this machine."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -66,6 +67,9 @@ def start_python(
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     } | environment
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    # A TPU's compiler, where a test before has loaded it, has this process ignore the signal, and
+    # what is ignored is inherited.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     return subprocess.Popen(
         [*on, sys.executable, *arguments], cwd=REPOSITORY, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
