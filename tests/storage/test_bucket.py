@@ -207,7 +207,7 @@ def test_killed_and_spoiled_it_goes_on_from_the_newest_whole_checkpoint_on_a_new
     assert sources_of_programs(server, beginning) == {
         "update 6": "bucket", "evaluate": "compiled", "update 12": "bucket"}
     assert len(server.content(beginning + evaluate_it)) > len(program) // 2 and (
-        server.content(beginning + evaluate_it) != program[:-1])
+        server.content(beginning + evaluate_it) != program[:-1]), output
     assert len(list(tmp_path.glob("*.whole"))) >= 3, "the next start fetches them again"
     assert "Waiting for 1 s to see whether that job still renews its lease" in output
     assert started.bits_different(url, whole) == 0

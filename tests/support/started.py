@@ -66,7 +66,9 @@ def start_python(
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     } | environment
-    environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+    # So that it keeps what a user's process keeps, also programs that compile quickly.
+    for name in ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        environment.pop(name, None)
     # A TPU's compiler, where a test before has loaded it, has this process ignore the signal, and
     # what is ignored is inherited.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
