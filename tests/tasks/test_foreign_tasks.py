@@ -86,7 +86,9 @@ def test_what_is_shown_is_the_accuracy_or_else_the_loss(tmp_path, capsys):
 
 
 # --- means are over weights, however the batch is cut --------------------------------------------
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [
+    name if name in ("Mixup", "Words") else pytest.param(name, marks=pytest.mark.slow)
+    for name in NAMES])
 def test_a_task_is_the_same_on_any_devices_in_any_passes(name):
     """Three updates of 5 ghost batches, whose weights are unequal."""
     settings = ("dtype=float64", "recipe.batch_size=80", "recipe.falls=()")
