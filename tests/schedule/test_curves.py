@@ -93,7 +93,9 @@ def plans(drawn):
     if pick(draw.booleans()):
         recipe = dataclasses.replace(
             recipe, warmup_epochs=pick(draw.floats(0.05, 1.5)),
-            warmup_learning_rate=recipe.learning_rate * pick(draw.floats(0, 1)))
+            # Near the smallest of all numbers a product has no digits left.
+            warmup_learning_rate=recipe.learning_rate * pick(
+                draw.just(0.0) | draw.floats(1e-9, 1)))
     most = granularity * pick(draw.integers(batch // granularity, examples // granularity))
     limits = Limits(
         most, granularity if granularity != ghost else None, ghost,
