@@ -84,7 +84,8 @@ def test_from_one_process_to_two_and_from_one_device_to_six(whole, tmp_path):
 
 
 @pytest.mark.parametrize("told, number", [
-    ("one", signal.SIGTERM), pytest.param("all", signal.SIGTERM, marks=pytest.mark.slow), ("one", signal.SIGHUP),
+    ("one", signal.SIGTERM), ("one", signal.SIGHUP),
+    pytest.param("all", signal.SIGTERM, marks=pytest.mark.slow),
     ("all", signal.SIGUSR1),  # as SLURM warns
 ])
 def test_a_signal_ends_all_processes_with_one_agreed_checkpoint(tmp_path, told, number):
