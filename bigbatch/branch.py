@@ -38,7 +38,7 @@ from bigbatch.branching.branches import Branch
 from bigbatch.job import output, processes, statuses
 from bigbatch.mistake import Mistake
 from bigbatch.programs import program_cache
-from bigbatch.storage import bucket, checkpoint
+from bigbatch.storage import bucket, writing
 from bigbatch.storage.logs import replace_text
 from bigbatch.storage.workdir import local_folder
 
@@ -157,7 +157,7 @@ def main(arguments: Sequence[str]) -> None:
         output.answer(results.table(judged))
     except train.Preempted:
         processes.leave(statuses.AGAIN)
-    except checkpoint.WriteError as error:
+    except writing.WriteError as error:
         processes.leave(statuses.FAILED, str(error))
     except jax.errors.JaxRuntimeError as error:
         processes.leave(*processes.explain(error))

@@ -28,7 +28,7 @@ from bigbatch import command_line, train
 from bigbatch.job import output, processes, statuses
 from bigbatch.mistake import Mistake
 from bigbatch.programs import program_cache
-from bigbatch.storage import caches, checkpoint, replay
+from bigbatch.storage import caches, replay, writing
 
 command_line.define_config()
 WORKDIR = flags.DEFINE_string("workdir", None, "For logs and checkpoints: a folder, or gs://bucket/path.")
@@ -74,9 +74,9 @@ def main(arguments: Sequence[str]) -> None:
         processes.leave(statuses.STOPPED_AFTER_PHASE, together=True)
     except train.Preempted:
         processes.leave(statuses.AGAIN, together=True)
-    except checkpoint.ProcessLost as error:
+    except writing.ProcessLost as error:
         processes.leave(statuses.AGAIN, str(error))
-    except (train.NotFinite, checkpoint.WriteError) as error:
+    except (train.NotFinite, writing.WriteError) as error:
         processes.leave(statuses.FAILED, str(error))
     except jax.errors.JaxRuntimeError as error:
         processes.leave(*processes.explain(error))

@@ -51,7 +51,7 @@ def keep(workdir: Path, folders: Sequence[Path], record: Path) -> None:
         for folder in sorted(folders):
             inside = folder.relative_to(workdir).as_posix()
             for name, text in (
-                ("config.json", (folder / "config.json").read_text(encoding="utf-8")),
+                ("config.json", _without_place((folder / "config.json").read_text("utf-8"))),
                 ("metrics.jsonl", _lines(read_events(folder / "metrics.jsonl"))),
                 ("timing.jsonl", _lines(_times(folder / "timing.jsonl"))),
             ):
@@ -80,6 +80,14 @@ def opened(folder: Path) -> Iterator[Path]:
             f"{folder} holds neither runs nor {ARCHIVE}: it is no workdir of experiments.reproduce "
             "and no record."
         )
+
+
+def _without_place(saved: str) -> str:
+    """The text of a config.json, in which the data's folder is called "data" wherever it was."""
+    run = json.loads(saved)
+    if run["config"]["data"].get("dir"):
+        run["config"]["data"]["dir"] = "data"
+    return json.dumps(run, indent=1) + "\n"
 
 
 def _lines(events: Iterable[dict[str, Any]]) -> str:

@@ -12,6 +12,7 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 import jax  # noqa: E402  (reads the environment above)
 import pytest  # noqa: E402
 
+from tests.support.bucket_server import serving  # noqa: E402
 from tests.support.launch_standins import Laptop  # noqa: E402
 
 
@@ -20,6 +21,13 @@ def float32_again():
     """A float64 run switches 64-bit arrays on for its process; each test begins without."""
     yield
     jax.config.update("jax_enable_x64", False)
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """An empty bucket of the name "bucket"."""
+    with serving("bucket", monkeypatch) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
-from bigbatch import schedule, train
+from bigbatch import loop, schedule, train
 from bigbatch.config.course import Course
 from bigbatch.job import preemption
 from bigbatch.mistake import Mistake
@@ -185,8 +185,8 @@ class World:
         log = Log(self.write, display, Clock(None, at.updates), N)
         nothing = SimpleNamespace(before=lambda *_: None, after=lambda *_: None)
         fed = SimpleNamespace(resident=None, update=lambda *_: iter(()))
-        return train.loop(
-            train.Run(
+        return loop.loop(
+            loop.Run(
                 self.case.course(at.growth.decisions), self.case.steering,
                 lambda at: self.case.course(at.growth.decisions), self, self.take_update,
                 self.evaluate, lambda means: {"train_loss": means["loss"]}, self.measure_noise,

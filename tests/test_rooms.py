@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "bigbatch"
 ORDER = [
     {"commands", "main", "plan", "evaluate", "export", "branch", "adapters"},
     {"train"},
+    {"loop"},
     {"checkpoint", "command_line", "planning", "branching"},
     {"programs"},
     {"update"},

@@ -20,7 +20,7 @@ from bigbatch import schedule
 from bigbatch.config import in_examples, make_phases, make_recipe, make_strategy, saved_config
 from bigbatch.job.devices import make_mesh, pin_options
 from bigbatch.mistake import Mistake
-from bigbatch.storage import bucket, checkpoint, continuing, workdir
+from bigbatch.storage import bucket, checkpoint, continuing, workdir, writing
 from bigbatch.update import network, update
 from bigbatch.update.optimizer import init_optimizer
 
@@ -248,7 +248,7 @@ def make(branch: Branch, opened: Opened, reset: bool) -> None:
         # The run's own config: whether the branch's may continue it is checked when it does.
         own = opened.run["config"] | {"seed": config.seed}
         begun = opened.run | {"config": own, "pending_evaluation": None}
-        checkpoint.save(branch.folder, state, begun, 1, {branch.stretch.start}).result()
+        writing.save(branch.folder, state, begun, 1, {branch.stretch.start}).result()
         workdir.write_config(
             branch.folder,
             continuing.describe_run(config, make_phases(config), continuing.position_of(begun)))

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from bigbatch.storage import bucket, checkpoint
+from bigbatch.storage import bucket, writing
 from bigbatch.storage.continuing import Position
 
 # Each save holds a copy of the state in the host's memory, so they are few. With only one, a
@@ -21,7 +21,7 @@ class Saves:
     Attributes:
         newest: the position (examples seen) of the newest checkpoint, written or being written.
         pending: the futures of the checkpoints being written, oldest first.
-        boundaries: see `checkpoint.save`.
+        boundaries: see `writing.save`.
     """
 
     def __init__(
@@ -31,9 +31,9 @@ class Saves:
     ):
         """Args:
         folder: the local folder of the run.
-        mirror: see `checkpoint.save`.
+        mirror: see `writing.save`.
         describe: returns the content of run.json at a position.
-        keep: see `checkpoint.save`.
+        keep: see `writing.save`.
         boundaries: see there.
         newest: the position of the checkpoint that this start continues from; 0 for none.
         """
@@ -53,7 +53,7 @@ class Saves:
         """
         began = time.perf_counter()
         self._finish(SAVES_AT_ONCE - 1)
-        self.pending.append(checkpoint.save(
+        self.pending.append(writing.save(
             self._folder, state, self._describe(at), self._keep, self.boundaries, self._mirror))
         self.newest = at.examples_seen
         return time.perf_counter() - began

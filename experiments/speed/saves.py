@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from bigbatch.job.devices import AXIS, make_mesh
-from bigbatch.storage import checkpoint
+from bigbatch.storage import checkpoint, writing
 from experiments import provenance
 
 ARRAY = 1 << 26  # numbers of each array: 256 MiB
@@ -50,7 +50,7 @@ def measure(gigabytes: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         for number in range(SAVES):
             began = time.perf_counter()
-            saving = checkpoint.save(Path(folder), state, {"examples_seen": number}, 1, set())
+            saving = writing.save(Path(folder), state, {"examples_seen": number}, 1, set())
             call = time.perf_counter() - began
             after = updated()
             saving.result()

@@ -10,22 +10,6 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from bigbatch.programs.origin import Origin, obtain
 from bigbatch.storage.bucket_programs import BucketPrograms
-from tests.support.bucket_server import serving
-
-
-@pytest.fixture(scope="module")
-def serving_all():
-    with pytest.MonkeyPatch.context() as patch, serving("bucket", patch) as server:
-        yield server
-
-
-@pytest.fixture
-def server(serving_all):
-    """An empty bucket."""
-    serving_all.buckets, serving_all.refused, serving_all.unavailable = {"bucket"}, "", ""
-    for what in (serving_all.objects, serving_all.writes, serving_all.requests):
-        what.clear()
-    return serving_all
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from bigbatch import evaluate, train
 from bigbatch.data import sources
-from bigbatch.storage import bucket, checkpoint, lease
+from bigbatch.storage import bucket, checkpoint, lease, writing
 from bigbatch.storage.logs import read_events
 from experiments import logs
 from tests.data.test_sources import as_png, data_config, pictures, prepare
@@ -81,6 +81,16 @@ def finished(server, beginning):
             if re.fullmatch(r"checkpoints/\d+/checksums.json", name)]
 
 
+def flip_a_bit(server, beginning, position):
+    """In the largest object of the state in the checkpoint at a position, whose name it returns."""
+    largest = max((name for name in server.names(beginning) if f"/{position}/state/" in name),
+                  key=lambda name: len(server.content(beginning + name)))
+    content = bytearray(server.content(beginning + largest))
+    content[len(content) // 2] ^= 16
+    server.put(beginning + largest, bytes(content))
+    return largest
+
+
 def test_a_run_in_a_bucket_is_the_run_in_a_folder(server, whole, in_bucket):
     url, _ = in_bucket
     assert started.bits_different(url, whole) == 0
@@ -125,7 +135,7 @@ def test_a_log_claims_no_more_than_the_checkpoint_it_went_up_with(server, tmp_pa
     with bucket.opened("gs://bucket/logs") as (folder, mirror), mirror.held():
         log = folder / "metrics.jsonl"
         log.write_text("one\n")
-        future = checkpoint.save(
+        future = writing.save(
             folder, {"a": np.arange(3.0)}, {"examples_seen": 1}, 1, set(), mirror)
         log.write_text("one\ntwo\n")
         future.result()
@@ -159,11 +169,7 @@ def test_of_a_state_in_the_bucket_nothing_comes_to_this_machines_disk(server, in
     beginning, url = copy(server, "changed_since")
     with bucket.opened(url) as (folder, mirror):
         assert checkpoint.find_newest(folder, mirror).path == checkpoint.folder(folder, END)
-        data = max((name for name in server.names(beginning) if f"{END:015d}/state" in name),
-                   key=lambda name: len(server.content(beginning + name)))
-        flipped = bytearray(server.content(beginning + data))
-        flipped[len(flipped) // 2] ^= 1
-        server.put(beginning + data, bytes(flipped))
+        flip_a_bit(server, beginning, f"{END:015d}")
         said = f"{url}/checkpoints/{END:015d} was whole, and cannot be read: DATA_LOSS.*job again"
         with pytest.raises(ValueError, match=said):
             checkpoint.restore(checkpoint.folder(folder, END), like, mirror)
@@ -188,11 +194,7 @@ def test_killed_and_spoiled_it_goes_on_from_the_newest_whole_checkpoint_on_a_new
     assert "lease.json" in server.names(beginning)
     before, newest = finished(server, beginning)[-2:]
     assert newest < f"{END:015d}"
-    state = max((name for name in server.names(beginning) if f"/{newest}/state/" in name),
-                key=lambda name: len(server.content(beginning + name)))
-    content = bytearray(server.content(beginning + state))
-    content[len(content) // 2] ^= 16
-    server.put(beginning + state, bytes(content))
+    state = flip_a_bit(server, beginning, newest)
     unfinished = f"checkpoints/{END - 1:015d}"
     server.put(f"{beginning}{unfinished}/run.json", b"{}")
     evaluate_it = next(name for name in server.names(beginning) if "jit_evaluate" in name)
@@ -313,15 +315,15 @@ def test_a_job_that_lost_its_lease_finishes_no_checkpoint(server, monkeypatch, w
     with bucket.opened(url) as (folder, mirror), mirror.held():
         log = folder / "metrics.jsonl"
         log.write_text("one\n")
-        checkpoint.save(folder, state, {"examples_seen": 1}, 1, set(), mirror).result()
+        writing.save(folder, state, {"examples_seen": 1}, 1, set(), mirror).result()
         log.write_text("one\ntwo\n")
         if when == "before":
             lose()
         else:
             put = mirror._files.put
             monkeypatch.setattr(mirror._files, "put", lambda *files: lose(put(*files)))
-        with pytest.raises(checkpoint.WriteError, match="process 7 on other.*took the") as lost:
-            checkpoint.save(folder, state, {"examples_seen": 2}, 1, set(), mirror).result()
+        with pytest.raises(writing.WriteError, match="process 7 on other.*took the") as lost:
+            writing.save(folder, state, {"examples_seen": 2}, 1, set(), mirror).result()
         assert [path.name for path in checkpoint.finished(folder)] == [f"{1:015d}"]
     assert f"good checkpoint is {url}/checkpoints/{1:015d})" in str(lost.value)
     assert finished(server, beginning) == [f"{1:015d}"]
@@ -333,17 +335,17 @@ def test_a_job_that_lost_its_lease_finishes_no_checkpoint(server, monkeypatch, w
 def test_last_logs_that_cannot_be_sent_hide_no_other_end(server, capfd):
     with bucket.opened("gs://bucket/ends") as (folder, mirror), mirror.held():
         (folder / "timing.jsonl").write_text("1\n")
-        with checkpoint.sending_last_logs(folder, mirror, []):
+        with writing.sending_last_logs(folder, mirror, []):
             pass
         assert server.content("bucket/ends/timing.jsonl") == b"1\n"
         server.put("bucket/ends/lease.json", b"{}")
         (folder / "timing.jsonl").write_text("1\n2\n")
-        with pytest.raises(train.Preempted), checkpoint.sending_last_logs(folder, mirror, []):
+        with pytest.raises(train.Preempted), writing.sending_last_logs(folder, mirror, []):
             raise train.Preempted("told to stop")
         said = capfd.readouterr().err
         assert "writing gs://bucket/ends/timing.jsonl failed: the workdir gs" in said
-        with pytest.raises(checkpoint.WriteError, match="timing.jsonl failed.*took the lease"):
-            with checkpoint.sending_last_logs(folder, mirror, []):
+        with pytest.raises(writing.WriteError, match="timing.jsonl failed.*took the lease"):
+            with writing.sending_last_logs(folder, mirror, []):
                 pass
     assert server.content("bucket/ends/timing.jsonl") == b"1\n"
 

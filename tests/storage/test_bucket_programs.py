@@ -6,24 +6,8 @@ import pytest
 
 from bigbatch.storage import bucket_programs
 from bigbatch.storage.bucket_programs import BucketPrograms
-from tests.support.bucket_server import serving
 
 PROGRAM = bytes(range(256)) * 100
-
-
-@pytest.fixture(scope="module")
-def serving_all():
-    with pytest.MonkeyPatch.context() as patch, serving("bucket", patch) as server:
-        yield server
-
-
-@pytest.fixture
-def server(serving_all):
-    """An empty bucket."""
-    serving_all.buckets, serving_all.refused, serving_all.unavailable = {"bucket"}, "", ""
-    for what in (serving_all.objects, serving_all.writes, serving_all.requests):
-        what.clear()
-    return serving_all
 
 
 def send(key, program, writing=True, **options):

@@ -19,7 +19,7 @@ from flax import nnx
 from bigbatch import train
 from bigbatch.mistake import Mistake
 from bigbatch.programs import program_cache
-from bigbatch.storage import arrays, caches, checkpoint, checksums, workdir
+from bigbatch.storage import arrays, caches, checkpoint, checksums, workdir, writing
 from bigbatch.storage.logs import read_events
 from tests import soak
 from tests.storage.test_continuing import assert_same_bits, run, small
@@ -251,7 +251,7 @@ def test_retention_counts_what_was_written_and_not_what_is_damaged(tmp_path):
     state = {"weight": np.arange(3.0)}
 
     def save(examples_seen):
-        return checkpoint.save(tmp_path, state, {"examples_seen": examples_seen}, 1, {100})
+        return writing.save(tmp_path, state, {"examples_seen": examples_seen}, 1, {100})
 
     for examples_seen in (100, 200, 300, 400):
         save(examples_seen).result()
@@ -263,7 +263,7 @@ def test_retention_counts_what_was_written_and_not_what_is_damaged(tmp_path):
 
 def test_an_earlier_checkpoint_is_loaded_by_its_position(tmp_path):
     for seen in (100, 200, 300, 400):
-        checkpoint.save(
+        writing.save(
             tmp_path, {"weight": np.full(3, seen)}, {"examples_seen": seen}, 9, set()).result()
     for seen in (100, 400):
         run, state = checkpoint.load_run(tmp_path, seen)
@@ -304,7 +304,7 @@ def test_a_workdir_of_any_name_can_be_read_back(tmp_path, monkeypatch, name):
     folder = workdir.local_folder("run")
     with workdir.open_workdir(folder):
         state = {"weight": np.arange(6.0).reshape(2, 3), "more": {"bias": np.ones(4)}}
-        checkpoint.save(folder, state, {"examples_seen": 100}, 1, set()).result()
+        writing.save(folder, state, {"examples_seen": 100}, 1, set()).result()
     found = checkpoint.find_newest(folder)
     assert (found.path, found.faults) == (checkpoint.folder(folder, 100), [])
     assert_same_bits(checkpoint.load("run"), state, name)
@@ -328,7 +328,7 @@ def test_a_checkpoint_whose_arrays_cannot_be_opened_is_not_whole(tmp_path, monke
     """Its files have their checksums: so Orbax wrote them, in a folder with a pattern's letters."""
     for seen in (1, 2):
         state = {"weight": np.ones(4), "bias": np.ones(seen)}
-        checkpoint.save(tmp_path, state, {"examples_seen": seen}, 9, set()).result()
+        writing.save(tmp_path, state, {"examples_seen": seen}, 9, set()).result()
     newest = checkpoint.folder(tmp_path, 2)
     (newest / checkpoint.STATE / "manifest.ocdbt").unlink()
     (newest / checksums.FILE).unlink()
@@ -340,8 +340,8 @@ def test_a_checkpoint_whose_arrays_cannot_be_opened_is_not_whole(tmp_path, monke
     # Nor is one committed from which a chunk is missing.
     blocks = arrays._blocks
     monkeypatch.setattr(arrays, "_blocks", lambda part: list(blocks(part))[1:])
-    with pytest.raises(checkpoint.WriteError, match="1 of 4 chunks are missing, as weight"):
-        checkpoint.save(tmp_path, state, {"examples_seen": 3}, 9, set()).result()
+    with pytest.raises(writing.WriteError, match="1 of 4 chunks are missing, as weight"):
+        writing.save(tmp_path, state, {"examples_seen": 3}, 9, set()).result()
     assert checkpoint.finished(tmp_path) == [found.path, newest]
 
 
@@ -351,8 +351,8 @@ def test_a_checkpoint_whose_arrays_cannot_be_opened_is_not_whole(tmp_path, monke
 SLOW_SAVES = """
 import time
 from bigbatch import command_line, main
-from bigbatch.storage import checkpoint, workdir
-checkpoint._commit = lambda *_: time.sleep(60)
+from bigbatch.storage import workdir, writing
+writing._commit = lambda *_: time.sleep(60)
 command_line.run(main.main)
 """
 
@@ -500,15 +500,15 @@ def test_a_save_blocks_the_loop_for_an_update_or_a_moment(tmp_path):
 
 def test_a_save_that_fails_in_the_background_is_raised(tmp_path, monkeypatch):
     """Its folder vanishes before it gets its name: nothing the loop itself would notice."""
-    commit = checkpoint._commit
+    commit = writing._commit
 
     def without_its_folder(unfinished, path, run, known):
         if run["examples_seen"] > 700:
             shutil.rmtree(unfinished)
         commit(unfinished, path, run, known)
 
-    monkeypatch.setattr(checkpoint, "_commit", without_its_folder)
-    with pytest.raises(checkpoint.WriteError, match="the last good checkpoint is") as caught:
+    monkeypatch.setattr(writing, "_commit", without_its_folder)
+    with pytest.raises(writing.WriteError, match="the last good checkpoint is") as caught:
         run(small("checkpoint_every_epochs=0.2"), tmp_path)
     good = checkpoint.finished(tmp_path)[-1]
     assert str(good) in str(caught.value)

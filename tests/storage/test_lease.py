@@ -5,13 +5,6 @@ import os
 import pytest
 
 from bigbatch.storage import bucket, lease
-from tests.support.bucket_server import serving
-
-
-@pytest.fixture
-def server(monkeypatch):
-    with serving("bucket", monkeypatch) as server:
-        yield server
 
 
 def leases(count, name):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bigbatch.mistake import Mistake
-from bigbatch.storage import arrays, bucket, checkpoint, tree
+from bigbatch.storage import arrays, bucket, checkpoint, tree, writing
 from tests.support import split_states, started
 from tests.support.bucket_server import serving
 from tests.support.split_states import check, like, made, mesh
@@ -23,7 +23,7 @@ MEBIBYTE = 1 << 20
 
 def save(folder, state, examples_seen=1, mirror=None):
     run = {"examples_seen": examples_seen}
-    return checkpoint.save(folder, state, run, 9, set(), mirror).result()
+    return writing.save(folder, state, run, 9, set(), mirror).result()
 
 
 @pytest.mark.parametrize("chunk", [None, 128])
@@ -71,9 +71,9 @@ def test_a_state_whose_memory_the_next_update_takes_over_is_saved_as_it_was(tmp_
                      out_shardings=jax.tree.map(lambda leaf: leaf.sharding, state))
     state = update(jax.tree.map(lambda leaf: leaf - 1, state))  # in memory of JAX's own
     for number in (1, 2):  # the second save copies into memory that the first has left
-        checkpoint._saves.submit(begin.wait)
+        writing._saves.submit(begin.wait)
         try:
-            saving = checkpoint.save(tmp_path, state, {"examples_seen": number}, 9, set())
+            saving = writing.save(tmp_path, state, {"examples_seen": number}, 9, set())
             after = jax.block_until_ready(update(state))
         finally:
             begin.set()

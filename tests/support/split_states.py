@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 
 from bigbatch.job import processes, statuses
 from bigbatch.job.output import say
-from bigbatch.storage import arrays, bucket, checkpoint, parts
+from bigbatch.storage import arrays, bucket, checkpoint, parts, writing
 
 SMALL_CHUNK = 1 << 20  # bytes: some of each are in memory beside what is read
 WAIT_SECONDS = 3  # of the first process for the second one's part
@@ -106,7 +106,7 @@ def main(workdir: str, port: str, process: str, long: str) -> None:
 
         def save(examples_seen: int) -> None:
             run = {"examples_seen": examples_seen}
-            checkpoint.save(folder, state, run, 9, set(), mirror).result()
+            writing.save(folder, state, run, 9, set(), mirror).result()
 
         save(2)
         parts.PART_SECONDS = WAIT_SECONDS
@@ -116,7 +116,7 @@ def main(workdir: str, port: str, process: str, long: str) -> None:
             arrays._loads = dying(arrays._loads)
         try:
             save(3)
-        except checkpoint.ProcessLost as error:
+        except writing.ProcessLost as error:
             processes.leave(statuses.AGAIN, str(error))
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from bigbatch import schedule, train
+from bigbatch import loop, schedule
 from bigbatch.config.course import Course
 from bigbatch.programs import dispatch
 from bigbatch.programs.programs import Ready
@@ -88,8 +88,8 @@ def run(monkeypatch, passes, input_seconds=0.0, every=None):
         phases, len(phases) - 1, (None,) * len(phases),
         lambda phase, *_: Rates(phase.learning_rate, phase.momentum, 0, 0, 0),
         make_due(every, N, phases[-1].end_example))
-    train.loop(
-        train.Run(
+    loop.loop(
+        loop.Run(
             course, None, None, nothing,
             partial(dispatch.take_update, started=clock.update_started,
                     landed=clock.update_landed),
