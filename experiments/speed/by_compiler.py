@@ -227,17 +227,18 @@ def main() -> None:
         chosen = [case for case in CASES if set(words) <= set(map(str, case))]
         if not chosen:
             raise Mistake(f"--only={options.only}: no row has all of these words.")
+        record = provenance.describe(provenance.command_line("experiments.speed.by_compiler"))
         before = json.loads(RECORD.read_text())["rows"] if RECORD.exists() else []
         after = []
         for case in chosen:
             print(*case, flush=True)
-            after.append(measure(case, Path(caches.folder("plans")).expanduser()))
+            row = measure(case, Path(caches.folder("plans")).expanduser())
+            after.append(row | {"revision": record["revision"]})  # others may be of older ones
         if (lines := grown(numbers(before), numbers(after))) and not options.accept:
             raise RuntimeError(
                 "; ".join(lines) + f" (the record says so: {RECORD.name}; --accept renews it)")
         rows = {_case(row): row for row in [*before, *after]}
         rows = [rows[case] for case in CASES if case in rows]
-        record = provenance.describe(provenance.command_line("experiments.speed.by_compiler"))
         RECORD.write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
         print(table(rows))
 
