@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from bigbatch.storage import checkpoint
+from bigbatch.storage.logs import read_events
 from tests.support.configs import TINY
 
 REPOSITORY = Path(__file__).parents[2]
@@ -97,6 +98,19 @@ def end(process: subprocess.Popen, status: int = 0, seconds: float = 240) -> str
         pytest.fail(f"still running after {seconds} s; it had printed:\n{output}")
     assert process.returncode == status, f"ended with {process.returncode}:\n{output}"
     return output
+
+
+def assert_same_lines(workdir: Path, other: Path) -> list[dict[str, Any]]:
+    """That two runs in float64 have one metrics.jsonl but for rounding; returns its lines."""
+    lines, wanted = (read_events(path / "metrics.jsonl") for path in (workdir, other))
+    for line, twin in zip(lines, wanted, strict=True):
+        assert line.keys() == twin.keys()
+        for key, value in line.items():
+            # What is measured of the noise are small differences of large numbers.
+            is_measured = key.startswith("noise_") and key != "noise_scale"
+            rel = 1e-8 if is_measured else 1e-10
+            assert value == twin[key] or value == pytest.approx(twin[key], rel=rel), key
+    return lines
 
 
 def free_port() -> int:
