@@ -13,7 +13,7 @@ CORE := tests/test_rooms.py tests/test_config.py tests/test_config_files.py \
 LONGEST := test_a_wide_resnet_is_the_same_on_eight_devices_and_in_single_ghost_batches \
 	test_a_step_of_sgd_is_the_rate_times_the_mean_gradient
 
-.PHONY: demo demo-language check test test-slow test-adapters lint soak slices clean
+.PHONY: demo demo-language check test test-slow test-long test-adapters lint soak slices clean
 
 demo: .venv/installed
 	$(BIN)/python -m experiments.demo --output=runs/demo
@@ -29,11 +29,14 @@ check: lint
 
 # All but the slow ones: about 13 minutes on 2 cores.
 test: .venv/installed .tpu/installed
-	$(PYTEST) -m "not slow" tests
+	$(PYTEST) -m "not slow and not long" tests
 
 # Each has a shorter form among the others.
 test-slow: .venv/installed
 	$(PYTEST) -m slow tests
+
+test-long: .venv/installed
+	$(PYTEST) -m long tests
 
 # A schedule in the loops of PyTorch, Trainer, Lightning, and this package's transformer beside those
 # of `transformers`: under 3 minutes on 2 cores, once they are there (gigabytes). `make test` has

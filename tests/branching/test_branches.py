@@ -88,7 +88,7 @@ def test_the_critical_batch_of_a_quadratic_is_found_between_two_factors(run):
         assert events[0]["learning_rate"] == pytest.approx(0.05 * one.factor)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_critical_batch_is_found_within_a_factor_of_2_in_95_percent_of_40_seeds(tmp_path):
     found = []
     for seed in range(40):
