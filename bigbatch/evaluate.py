@@ -22,7 +22,7 @@ from bigbatch.job.output import answer
 from bigbatch.mistake import Mistake
 from bigbatch.storage import checkpoint
 from bigbatch.tasks import contract
-from bigbatch.update import network, update
+from bigbatch.update import network, sharding, update
 from bigbatch.update.evaluation import make_evaluate, networks_of, whole_test_set
 
 
@@ -49,10 +49,9 @@ def evaluate_run(
     """
     mesh = make_mesh()
     with checkpoint.opened(workdir, examples_seen, in_job=True) as found:
-        run, config = found.run, saved_config(found.run)
+        run, config = found.run, sharding.for_any_devices(saved_config(found.run))
         if data_dir:
             config.data.dir = data_dir
-        config.sharding.axes = ()  # which may fit only the number of devices that the run had
         pin_options(config.dtype)
         net = network.build(config)
         shapes = update.abstract_state(config, net, mesh, optimizer=False)
