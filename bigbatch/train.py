@@ -188,6 +188,7 @@ def begin(
 
     # The data and the state, on the devices.
     state = update.abstract_state(config, goal.net, mesh)
+    writing.make_room(state)
     begin_with = {} if newest.path else initial_weights.read(config, state)
     feed = open_feed(
         config, contract.fields_of(config, goal.task), contract.load(config, goal.task), mesh,

@@ -4,14 +4,14 @@
 
 An artificial state in float32, and an update that reads and writes every number of it and computes
 nothing, which is the shortest that there can be. What the first update after a save takes longer is
-counted as waiting too: on a CPU the update after the first save asks for new memory, and later ones
-do not. Prints one JSON object. Needs twice the state's memory, and twice as
-much on the disk of $TMPDIR.
+counted as waiting too. The memory for the copies is made before, as a run does it in the background
+from its start on ("room"); --without_room leaves this out. Prints one JSON object. Needs twice the
+state's memory, and twice as much on the disk of $TMPDIR.
 """
 
+import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -26,11 +26,17 @@ from bigbatch.storage import checkpoint, writing
 from experiments import provenance
 
 ARRAY = 1 << 26  # numbers of each array: 256 MiB
-UPDATES, SAVES = 5, 3
+UPDATES = 5
 
 
-def measure(gigabytes: float) -> dict[str, Any]:
-    """Seconds of an update, and of each save: its call, the update after it, and all together."""
+def measure(gigabytes: float, count: int, with_room: bool) -> dict[str, Any]:
+    """Seconds of an update, and of each save: its call, the update after it, and all together.
+
+    Args:
+        gigabytes: of the state.
+        count: of the saves.
+        with_room: whether their memory is made before.
+    """
     mesh = make_mesh()
     split = jax.NamedSharding(mesh, P(AXIS))
     begin = jax.jit(lambda: jnp.ones((ARRAY,)), out_shardings=split)
@@ -44,11 +50,15 @@ def measure(gigabytes: float) -> dict[str, Any]:
         state = jax.block_until_ready(update(state))
         return time.perf_counter() - began
 
+    began = time.perf_counter()
+    if with_room:
+        writing.make_room(state).result()
+    room = time.perf_counter() - began
     updated()
     alone = statistics.median(updated() for _ in range(UPDATES))
     saves = []
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(SAVES):
+        for number in range(count):
             began = time.perf_counter()
             saving = writing.save(Path(folder), state, {"examples_seen": number}, 1, set())
             call = time.perf_counter() - began
@@ -60,13 +70,19 @@ def measure(gigabytes: float) -> dict[str, Any]:
         if faults := checkpoint.faults_of(checkpoint.folder(Path(folder), number)):
             raise RuntimeError(faults)
     size = sum(array.nbytes for array in state.values()) / 1e9
-    return {"gigabytes": size, "devices": mesh.size, "update": alone, "saves": saves}
+    return {"gigabytes": size, "devices": mesh.size, "room": room, "update": alone, "saves": saves}
 
 
 def main() -> None:
     """See above."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("gigabytes", type=float)
+    parser.add_argument("--saves", type=int, default=3)
+    parser.add_argument("--without_room", action="store_true")
+    options = parser.parse_args()
     described = provenance.describe(provenance.command_line("experiments.speed.saves"))
-    print(json.dumps(described | {"seconds": measure(float(sys.argv[1]))}, indent=1))
+    seconds = measure(options.gigabytes, options.saves, not options.without_room)
+    print(json.dumps(described | {"seconds": seconds}, indent=1))
 
 
 if __name__ == "__main__":

@@ -67,12 +67,20 @@ def test_orbax_reads_a_split_state(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, read, checkpoint.load(tmp_path))
 
 
-def test_a_state_whose_memory_the_next_update_takes_over_is_saved_as_it_was(tmp_path):
+@pytest.mark.parametrize("room", [False, True])
+def test_a_state_whose_memory_the_next_update_takes_over_is_saved_as_it_was(tmp_path, room):
     state, begin = made(mesh(2, 4), SHORT), threading.Event()
+    arrays._spare.clear()
+    if room:
+        writing.make_room(like(mesh(2, 4), SHORT)).result()
     update = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0,
                      out_shardings=jax.tree.map(lambda leaf: leaf.sharding, state))
     state = update(jax.tree.map(lambda leaf: leaf - 1, state))  # in memory of JAX's own
     for number in (1, 2):  # the second save copies into memory that the first has left
+        copies = arrays.part_of(state).memory
+        own = {copy.flags.writeable for copy in copies}  # or the memory is JAX's
+        assert len(copies) == 34 and own == {room or number == 2}
+        arrays._spare += [copy for copy in copies if copy.flags.writeable]
         writing._saves.submit(begin.wait)
         try:
             saving = writing.save(tmp_path, state, {"examples_seen": number}, 9, set())
