@@ -11,6 +11,7 @@ state's memory, and twice as much on the disk of $TMPDIR.
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -82,6 +83,7 @@ def main() -> None:
     options = parser.parse_args()
     described = provenance.describe(provenance.command_line("experiments.speed.saves"))
     seconds = measure(options.gigabytes, options.saves, not options.without_room)
+    described["load"] = round(os.getloadavg()[0], 1)  # of the machine, at the end
     print(json.dumps(described | {"seconds": seconds}, indent=1))
 
 
