@@ -15,6 +15,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,12 @@ from jax.sharding import PartitionSpec as P
 from bigbatch.job.devices import AXIS, make_mesh
 from bigbatch.storage import checkpoint, writing
 from experiments import provenance
+from experiments.figures import REPOSITORY
+from experiments.markdown_table import markdown_table
 
 ARRAY = 1 << 26  # numbers of each array: 256 MiB
 UPDATES = 5
+RECORD = REPOSITORY / "experiments/records/saves.json"  # what the command printed, a list
 
 
 def measure(gigabytes: float, count: int, with_room: bool) -> dict[str, Any]:
@@ -72,6 +76,20 @@ def measure(gigabytes: float, count: int, with_room: bool) -> dict[str, Any]:
             raise RuntimeError(faults)
     size = sum(array.nbytes for array in state.values()) / 1e9
     return {"gigabytes": size, "devices": mesh.size, "room": room, "update": alone, "saves": saves}
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line of Markdown for each time that the command was given, with seconds."""
+    lines = []
+    for row in rows:
+        found = row["seconds"]
+        first, *later = (f"{save['waiting']:.2f}" for save in found["saves"])
+        room = f"{found['room']:.0f}" if found["room"] > 1e-3 else "not made before"
+        written = ", ".join(f"{save['written']:.0f}" for save in found["saves"])
+        lines.append([f"{found['gigabytes']:.1f}", room, f"{found['update']:.2f}", first,
+                      ", ".join(later), written, str(row["load"])])
+    return markdown_table(["GB", "memory made in", "an update", "the first save waits",
+                           "later ones", "written in", "load"], lines)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from experiments import (
     records,
     reproduce,
 )
-from experiments.speed import measure
+from experiments.speed import measure, saves, split_updates
 from tests import soak
 from tests.support.started import REPOSITORY
 from tests.support.tables import rows_of
@@ -154,6 +154,20 @@ def test_what_measuring_the_noise_costs_is_the_records():
         assert row["seconds_ratio"] < 1.01
     for made in (cpu, tpu):
         assert re.match(r"[0-9a-f]{40}$", made["revision"]), "measured with uncommitted code"
+
+
+def test_what_split_states_take_on_a_cpu_are_the_records():
+    page = rows_of((REPOSITORY / "docs" / "sharding.md").read_text(encoding="utf-8"))
+    for module in (split_updates, saves):
+        made = json.loads(module.RECORD.read_text(encoding="utf-8"))
+        made = made if isinstance(made, list) else [made]
+        rows = made if module is saves else made[0]["measurements"]
+        assert [row for row in rows_of(module.table(rows)) if row not in page] == []
+        for one in made:
+            assert one["command"].startswith(f"python -m {module.__name__}")
+            assert re.match(r"[0-9a-f]{40}$", one["revision"]), "measured with uncommitted code"
+    assert all(len(row["values"]) >= 9 for row in
+               json.loads(split_updates.RECORD.read_text(encoding="utf-8"))["measurements"])
 
 
 @pytest.mark.parametrize("record", [SMALL, COSINE, LANGUAGE, DEMO, *NOISE.values()],
