@@ -158,16 +158,14 @@ def test_what_measuring_the_noise_costs_is_the_records():
 
 def test_what_split_states_take_on_a_cpu_are_the_records():
     page = rows_of((REPOSITORY / "docs" / "sharding.md").read_text(encoding="utf-8"))
-    for module in (split_updates, saves):
-        made = json.loads(module.RECORD.read_text(encoding="utf-8"))
-        made = made if isinstance(made, list) else [made]
-        rows = made if module is saves else made[0]["measurements"]
-        assert [row for row in rows_of(module.table(rows)) if row not in page] == []
-        for one in made:
-            assert one["command"].startswith(f"python -m {module.__name__}")
-            assert re.match(r"[0-9a-f]{40}$", one["revision"]), "measured with uncommitted code"
-    assert all(len(row["values"]) >= 9 for row in
-               json.loads(split_updates.RECORD.read_text(encoding="utf-8"))["measurements"])
+    updates, saved = (json.loads(module.RECORD.read_text(encoding="utf-8"))
+                      for module in (split_updates, saves))
+    rows = rows_of(split_updates.table(updates["measurements"])) + rows_of(saves.table(saved))
+    assert [row for row in rows if row not in page] == []
+    assert all(len(row["values"]) >= 9 for row in updates["measurements"])
+    for made in (updates, *saved):
+        assert made["command"].startswith("python -m experiments.speed.")
+        assert re.match(r"[0-9a-f]{40}$", made["revision"]), "measured with uncommitted code"
 
 
 @pytest.mark.parametrize("record", [SMALL, COSINE, LANGUAGE, DEMO, *NOISE.values()],
