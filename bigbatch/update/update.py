@@ -57,7 +57,7 @@ class Sums(NamedTuple):
     weight: jax.Array  # of the objective
     ghosts: jax.Array  # number of ghost batches
     examples: jax.Array  # those that count
-    groups: noise.Groups  # each device and each pass is one
+    groups: noise.Groups | None  # each device and each pass is one; None: config.noise.by_groups
     copies: noise.Groups | None  # each copy of the norms is one; None if there are no copies
 
 
@@ -227,7 +227,8 @@ def abstract_sums(config: ConfigDict, network: Network, mesh: Mesh) -> Sums:
     groups = noise.Groups(scalar, scalar, scalar)
     one = Sums(
         sharding.pieces_at_rest(split, network.params), network.batch_stats, measured, scalar,
-        scalar, scalar, groups, groups if _with_whole_copies(network, split).copied_for else None)
+        scalar, scalar, groups if config.noise.by_groups else None,
+        groups if _with_whole_copies(network, split).copied_for else None)
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((mesh.size, *leaf.shape), leaf.dtype, sharding=cut(mesh)),
         one,
@@ -274,7 +275,7 @@ def _microbatch_sums(
         weight=added.weight,
         ghosts=jnp.sum(ghosts_after_G >= 0).astype(dtype),
         examples=jnp.sum(counts).astype(dtype),
-        groups=pieces.one_group(split, gradient, added.weight),
+        groups=pieces.one_group(split, gradient, added.weight) if config.noise.by_groups else None,
         copies=copies,
     )
 
@@ -341,6 +342,7 @@ def _noise(
     """The noise scale of the gradient, by the reduced sums; see `noise`."""
     of = partial(noise.estimate, weight=sums.weight, examples=sums.examples)
     square = partial(pieces.add_over_pieces, split, sums.gradient, noise.squared_norm)
+    grouped = grouped and sums.groups is not None
     return noise.Measured(
         None if sums.copies is None else of(
             noise.squared_norm(noise.only(sums.gradient, network.copied)), groups=sums.copies),
