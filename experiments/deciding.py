@@ -49,13 +49,14 @@ SETTINGS = {
         "configs/small.py:decay,recipe.batch_size=64,recipe.learning_rate=0.4,recipe.epochs=10.24,"
         "recipe.falls=((3,5),(6,5),(8,5)),limits.max_batch_size=512,checkpoint_every_epochs=100",
         EPOCHS, 0.03),
-    # Half of the preset's tokens with its cosine. Batches need not be multiples of 8, as no layer
-    # normalises examples together, so numbers of updates come out more exactly.
+    # A quarter of the preset's tokens, with its cosine and a warm-up of an eighth. Batches need not
+    # be multiples of 8, as no layer normalises examples together, so numbers of updates come out
+    # more exactly.
     "bytes": Setting(
-        "configs/language.py:bytes,recipe.epochs=16384 examples,ghost_size=1,"
-        "checkpoint_every_epochs=100",
+        "configs/language.py:bytes,recipe.epochs=8192 examples,recipe.warmup_epochs=1024 examples,"
+        "ghost_size=1,checkpoint_every_epochs=100",
         "noise.window_epochs=512 examples,measured.every_epochs=256 examples,"
-        "measured.stay_epochs=1024 examples", 0.01),
+        "measured.stay_epochs=512 examples", 0.01),
 }
 # The schedules, by what the folders of their runs are called.
 SCHEDULES = {
@@ -106,7 +107,7 @@ def train(
     runs.train_missing(
         [runs.Run(f"{config},{text + ',' * bool(text)}seed={seed}",
                   output / "runs" / f"{name}-{seed}") for seed, text in enumerate(settings)],
-        output, "experiments.deciding", data, at_once=1)
+        output, "experiments.deciding", data)
 
 
 def read(folder: Path) -> dict[str, list[Logs]]:
