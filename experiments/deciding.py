@@ -28,7 +28,7 @@ from experiments.markdown_table import markdown_table
 class Setting(NamedTuple):
     """What is trained, and what counts as the same. Both were stated before any of its runs."""
 
-    config: str  # of `decay`
+    config: str  # but for the strategy
     decides: str  # how the run that decides averages, and when it looks
     margin: float  # nats of test loss that are called the same
 
@@ -105,8 +105,8 @@ def train(
 ) -> None:
     """Trains a schedule with its settings for each seed, where that is not done."""
     runs.train_missing(
-        [runs.Run(f"{config},{text + ',' * bool(text)}seed={seed}",
-                  output / "runs" / f"{name}-{seed}") for seed, text in enumerate(settings)],
+        [runs.Run(f"{config},{text},seed={seed}", output / "runs" / f"{name}-{seed}")
+         for seed, text in enumerate(settings)],
         output, "experiments.deciding", data)
 
 
@@ -159,7 +159,7 @@ def main() -> None:
     output, data = output.resolve(), data_settings(options.data_dir)
     with one_line_errors("experiments.deciding"):
         train("measured", config, [f"{RULE},{decides}"] * options.seeds, output, data)
-        train("decay", config, [""] * options.seeds, output, data)
+        train("decay", config, ["strategy=decay"] * options.seeds, output, data)
         decided = read(output)["measured"]
         beside = [fixed(run, decided[seed - 1]) for seed, run in enumerate(decided)]
         for name in beside[0]:
