@@ -7,7 +7,8 @@ schedules that are fixed in advance and take as many updates, as exactly as whol
 batch from the second update on; one that grows once to the largest, or twice, at the place at which
 the number of updates comes out the same; and what another seed has decided. Which of these is best
 is chosen with hindsight, so that what is compared with is better than what one could have known.
-The same command again continues what is there.
+Beside them are `decay` and `increase` with the numbers of updates that they have. The same command
+again continues what is there.
 """
 
 import argparse
@@ -60,9 +61,11 @@ SETTINGS = {
 }
 # The schedules, by what the folders of their runs are called.
 SCHEDULES = {
-    "measured": "measured", "decay": "decay", "onebatch": "one batch", "growsonce": "grows once",
-    "growstwice": "grows twice", "anotherseedsdecisions": "another seed's decisions",
+    "measured": "measured", "decay": "decay", "increase": "increase", "onebatch": "one batch",
+    "growsonce": "grows once", "growstwice": "grows twice",
+    "anotherseedsdecisions": "another seed's decisions",
 }
+OTHERWISE = ("measured", "decay", "increase")  # not made for the updates of a run that decides
 
 
 def fixed(run: Logs, other: Logs) -> dict[str, str]:
@@ -126,7 +129,7 @@ def table(results: dict[str, list[Logs]], margin: float) -> str:
     """Each schedule's updates and ends, and how the deciding runs compare with it."""
     classes = "test_accuracy" in results["measured"][0].events[-1]
     rows, losses = [], {name: final(found, "test_loss") for name, found in results.items()}
-    best = min((name for name in losses if name not in ("measured", "decay")),
+    best = min((name for name in losses if name not in OTHERWISE),
                key=lambda name: statistics.mean(losses[name]))
     for name, found in results.items():
         told = ""
@@ -159,7 +162,8 @@ def main() -> None:
     output, data = output.resolve(), data_settings(options.data_dir)
     with one_line_errors("experiments.deciding"):
         train("measured", config, [f"{RULE},{decides}"] * options.seeds, output, data)
-        train("decay", config, ["strategy=decay"] * options.seeds, output, data)
+        for name in ("decay", "increase"):
+            train(name, config, [f"strategy={name}"] * options.seeds, output, data)
         decided = read(output)["measured"]
         beside = [fixed(run, decided[seed - 1]) for seed, run in enumerate(decided)]
         for name in beside[0]:
