@@ -14,7 +14,7 @@ again continues what is there.
 import argparse
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,10 +113,10 @@ def train(
         output, "experiments.deciding", data)
 
 
-def read(folder: Path) -> dict[str, list[Logs]]:
-    """The runs of each schedule, from a workdir or a record; of those that are there."""
+def read(folder: Path, names: Iterable[str] = SCHEDULES) -> dict[str, list[Logs]]:
+    """The runs of each schedule of `names`, from a workdir or a record; of those that are there."""
     with records.opened(folder) as opened:
-        found = {name: sorted((opened / "runs").glob(f"{name}-*")) for name in SCHEDULES}
+        found = {name: sorted((opened / "runs").glob(f"{name}-*")) for name in names}
         return {name: list(map(logs.read_run, paths)) for name, paths in found.items() if paths}
 
 
@@ -164,7 +164,7 @@ def main() -> None:
         train("measured", config, [f"{RULE},{decides}"] * options.seeds, output, data)
         for name in ("decay", "increase"):
             train(name, config, [f"strategy={name}"] * options.seeds, output, data)
-        decided = read(output)["measured"]
+        decided = read(output, ["measured"])["measured"]
         beside = [fixed(run, decided[seed - 1]) for seed, run in enumerate(decided)]
         for name in beside[0]:
             train(name, config, [settings[name] for settings in beside], output, data)
