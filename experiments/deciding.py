@@ -127,7 +127,7 @@ def final(found: Sequence[Logs], quantity: str) -> list[float]:
 
 def table(results: dict[str, list[Logs]], margin: float) -> str:
     """Each schedule's updates and ends, and how the deciding runs compare with it."""
-    classes = "test_accuracy" in results["measured"][0].events[-1]
+    shares = ["test_accuracy"] * ("test_accuracy" in results["measured"][0].events[-1])
     rows, losses = [], {name: final(found, "test_loss") for name, found in results.items()}
     best = min((name for name in losses if name not in OTHERWISE),
                key=lambda name: statistics.mean(losses[name]))
@@ -142,9 +142,9 @@ def table(results: dict[str, list[Logs]], margin: float) -> str:
             SCHEDULES[name] + ", the best of these" * (name == best), str(len(found)),
             f"{statistics.mean(updates):.0f} ({min(updates)} to {max(updates)})",
             f"{statistics.mean(losses[name]):.4f}",
-            *([f"{statistics.mean(final(found, 'test_accuracy')):.2%}"] * classes), told])
+            *(f"{statistics.mean(final(found, quantity)):.2%}" for quantity in shares), told])
     return markdown_table(
-        ["schedule", "seeds", "updates", "test loss", *(["test accuracy"] * classes),
+        ["schedule", "seeds", "updates", "test loss", *(name.replace("_", " ") for name in shares),
          "test loss of `measured` less this one's (90 % interval), verdict"], rows)
 
 
