@@ -312,6 +312,7 @@ def test_the_words_of_slurm_are_understood(slurm, checkout, tmp_path, ends, stat
         assert slurm.job(number)["ExitCode"] == f"{status}:0"
 
 
+@pytest.mark.slow  # it waits for SLURM's clock; a stand-in for SLURM warns in the tests above
 def test_slurm_warns_starts_again_and_cancels(slurm, tmp_path):
     """On two nodes: SLURM's own warning before the limit, and then `scancel`."""
     workdir = tmp_path / "run"
