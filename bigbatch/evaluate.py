@@ -22,19 +22,17 @@ from bigbatch.job.output import answer
 from bigbatch.mistake import Mistake
 from bigbatch.storage import checkpoint
 from bigbatch.tasks import contract
-from bigbatch.update import network
-from bigbatch.update.evaluation import (
-    make_evaluate,
-    networks_of,
-    on_devices,
-    whole_test_set,
-)
+from bigbatch.update import network, sharding, update
+from bigbatch.update.evaluation import make_evaluate, networks_of, whole_test_set
 
 
 def evaluate_run(
     workdir: str | Path, data_dir: str = "", examples_seen: int | None = None
 ) -> dict[str, Any]:
     """Evaluates a checkpoint in `workdir`; nothing is written.
+
+    Where the run's parameters are in pieces, they are here too, and each process reads those that
+    its devices hold. In a job of several processes all of them make this call.
 
     Args:
         workdir: of a run, finished or not.
@@ -49,18 +47,20 @@ def evaluate_run(
     Raises:
         Mistake: if there is no such checkpoint or it is not whole, or the data is not the run's.
     """
-    run, state = checkpoint.load_run(workdir, examples_seen, checkpoint.NETWORKS)
-    config = saved_config(run)
-    if data_dir:
-        config.data.dir = data_dir
-    pin_options(config.dtype)
-    mesh, net = make_mesh(), network.build(config)
+    mesh = make_mesh()
+    with checkpoint.opened(workdir, examples_seen, in_job=True) as found:
+        run, config = found.run, sharding.for_any_devices(saved_config(found.run))
+        if data_dir:
+            config.data.dir = data_dir
+        pin_options(config.dtype)
+        net = network.build(config)
+        shapes = update.abstract_state(config, net, mesh, optimizer=False)
+        state = checkpoint.restore(found.path, shapes, found.mirror)
     seen = run["examples_seen"]
     task = contract.task_of(config)
     fields, data = contract.fields_of(config, task), contract.load(config, task)
     fed = open_feed(config, fields, data, mesh, (), (), seen, [seen])
-    program = make_evaluate(config, net, mesh)
-    networks = on_devices(config, net, mesh, networks_of(state))
+    program, networks = make_evaluate(config, net, mesh), networks_of(state._asdict())
     with contextlib.closing(fed):
         result = whole_test_set(config, program, networks, fed)
     return {"updates": run["updates"], "examples_seen": seen,

@@ -187,14 +187,15 @@ def begin(
     phases, layouts = course.to_run(at.examples_seen)
 
     # The data and the state, on the devices.
-    begin_with = {} if newest.path else initial_weights.read(config, goal.net)
+    state = update.abstract_state(config, goal.net, mesh)
+    writing.make_room(state)
+    begin_with = {} if newest.path else initial_weights.read(config, state)
     feed = open_feed(
         config, contract.fields_of(config, goal.task), contract.load(config, goal.task), mesh,
         phases, layouts, at.examples_seen, _evaluations(config, course, at),
         due_ends(config, course, at.examples_seen, "noise.every_epochs"))
     at_end.callback(feed.close)
     about = contract.about(config, goal.task)
-    state = update.abstract_state(config, goal.net, mesh)
     if newest.path:
         state = checkpoint.restore(newest.path, state, mirror)
 

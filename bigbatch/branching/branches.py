@@ -11,17 +11,19 @@ import contextlib
 import copy
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from ml_collections import ConfigDict
 
 from bigbatch import schedule
 from bigbatch.config import in_examples, make_phases, make_recipe, make_strategy, saved_config
 from bigbatch.job.devices import make_mesh, pin_options
 from bigbatch.mistake import Mistake
-from bigbatch.storage import bucket, checkpoint, continuing, workdir, writing
-from bigbatch.update import network, update
+from bigbatch.storage import checkpoint, continuing, workdir, writing
+from bigbatch.update import network, sharding, update
 from bigbatch.update.optimizer import init_optimizer
 
 # Evaluations of a stretch. Those of its second half are compared: before, the optimizer's averages
@@ -38,14 +40,6 @@ class Stretch(NamedTuple):
     end: int
     every: int  # the examples between two evaluations; divides the stretch
     batch_size: int  # of the run, throughout the stretch
-
-
-class Opened(NamedTuple):
-    """A checkpoint from which branches begin."""
-
-    path: Path
-    mirror: bucket.Mirror | None  # of a workdir in a bucket
-    run: dict[str, Any]  # the content of run.json
 
 
 class Branch(NamedTuple):
@@ -67,7 +61,7 @@ class Branch(NamedTuple):
 
 
 @contextlib.contextmanager
-def opened_checkpoint(source: str, at: str) -> Iterator[Opened]:
+def opened_checkpoint(source: str, at: str) -> Iterator[checkpoint.Opened]:
     """Finds the checkpoint of a run from which its branches begin.
 
     Args:
@@ -78,17 +72,15 @@ def opened_checkpoint(source: str, at: str) -> Iterator[Opened]:
     Raises:
         Mistake: if there is no such checkpoint, or it is not whole.
     """
-    with bucket.opened(source) as (folder, mirror):
-        found = checkpoint.find_newest(folder, mirror)
-        if found.path is None:
-            raise Mistake(
-                f"{source} has no checkpoint: no run was made there, or it has saved none yet.")
-        if at:
-            config = saved_config(found.run)
-            wanted = in_examples(config, at, "--at")
-            position = _nearest(source, wanted, checkpoint.finished(folder), found.run)
-            found = checkpoint.find_at(folder, position, mirror)
-        yield Opened(found.path, mirror, found.run)
+    with checkpoint.opened(source) as newest:
+        if not at:
+            yield newest
+            return
+        wanted = in_examples(saved_config(newest.run), at, "--at")
+        folder = newest.path.parents[1]
+        position = _nearest(source, wanted, checkpoint.finished(folder), newest.run)
+        found = checkpoint.find_at(folder, position, newest.mirror)
+        yield newest._replace(path=found.path, run=found.run)
 
 
 def _nearest(source: str, wanted: int, paths: Sequence[Path], run: dict[str, Any]) -> int:
@@ -224,7 +216,7 @@ def plan_branches(
     return found
 
 
-def make(branch: Branch, opened: Opened, reset: bool) -> None:
+def make(branch: Branch, opened: checkpoint.Opened, reset: bool) -> None:
     """Writes the workdir of a branch, unless it has been written: its config and first checkpoint.
 
     Args:
@@ -241,10 +233,13 @@ def make(branch: Branch, opened: Opened, reset: bool) -> None:
         config = branch.config
         pin_options(config.dtype)
         net = network.build(config)
-        shapes = update.abstract_state(config, net, make_mesh())
-        state = checkpoint.restore(opened.path, shapes, opened.mirror)
-        if reset:
-            state = state._replace(opt_state=init_optimizer(config, net.in_norm, state.params))
+        shapes = update.abstract_state(sharding.for_any_devices(config), net, make_mesh())
+        wanted = shapes._replace(opt_state=None) if reset else shapes
+        state = checkpoint.restore(opened.path, wanted, opened.mirror)
+        if reset:  # each device makes what it holds
+            lies = jax.tree.map(lambda leaf: leaf.sharding, shapes.opt_state)
+            init = partial(init_optimizer, config, net.in_norm)
+            state = state._replace(opt_state=jax.jit(init, out_shardings=lies)(state.params))
         # The run's own config: whether the branch's may continue it is checked when it does.
         own = opened.run["config"] | {"seed": config.seed}
         begun = opened.run | {"config": own, "pending_evaluation": None}

@@ -101,6 +101,7 @@ class Programs:
         else:
             initial = jax.tree.map(np.asarray, call(seed))
         initial = initial_weights.put(initial, self._begin_with)
+        self._begin_with = {}  # which an update takes over
         return place(initial, jax.tree.map(lambda leaf: leaf.sharding, shapes))
 
     def wait_for(

@@ -33,7 +33,7 @@ OF_PROCESS = "ocdbt.process_"  # how the name of a process's database begins
 NODES = "n/"  # where a process's database keeps what is neither a chunk nor its manifest
 
 _spare: list[np.ndarray] = []  # memory for copies, see `_copies`
-_of_spare = threading.Lock()  # the loop takes from it, and the save's thread adds to it
+_of_spare = threading.Lock()  # the loop takes from it, and the saves' thread adds to it
 
 Start = tuple[int, ...]  # where a piece begins in its array, one number an axis
 
@@ -100,7 +100,8 @@ def _copies(pieces: Sequence[Any]) -> tuple[list[np.ndarray], list[np.ndarray]]:
 
     Of an array on a CPU NumPy only looks at the buffer, and an update that is to take this buffer
     over then asks for new memory instead, which a system may give ten times slower than it copies.
-    So only the first save is made like this. Later ones copy into memory that `write` has left.
+    So pieces are copied into memory that `make_room` has made or `write` has left, and only looked
+    at where there is none.
     """
     copies, memory, to_copy = [], [], []
     for piece in pieces:
@@ -117,6 +118,24 @@ def _copies(pieces: Sequence[Any]) -> tuple[list[np.ndarray], list[np.ndarray]]:
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda pair: np.copyto(*pair), to_copy))
     return copies, memory
+
+
+def make_room(state: Any) -> None:
+    """Makes the memory for the copies of the first save, where this process's devices are CPUs.
+
+    Args:
+        state: a tree of arrays with shardings, or of their shapes and types.
+    """
+    with _of_spare:
+        _spare.clear()  # what another run has left
+    for array in jax.tree.leaves(state):
+        if next(iter(array.sharding.device_set)).platform == "cpu":
+            owners = _owners(array.sharding, array.shape).values()
+            for _ in range(list(owners).count(jax.process_index())):
+                memory = np.empty(array.sharding.shard_shape(array.shape), array.dtype)
+                memory.fill(0)  # a system gives memory when it is first written to
+                with _of_spare:
+                    _spare.append(memory)
 
 
 @lru_cache(maxsize=1024)  # each save asks the same of the same arrays

@@ -8,10 +8,12 @@ This file finds and reads them; `writing.py` writes them. The argument `mirror` 
 workdir in a local folder; see `bucket.Mirror`.
 """
 
+import contextlib
+import hashlib
 import json
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +34,14 @@ class Found(NamedTuple):
     path: Path | None  # None: there is no checkpoint
     run: dict[str, Any]  # the content of its run.json; {} if there is no checkpoint
     faults: list[str]  # one text a damaged file or unfinished checkpoint
+
+
+class Opened(NamedTuple):
+    """A whole checkpoint of a run, to be read."""
+
+    path: Path
+    run: dict[str, Any]  # the content of its run.json
+    mirror: bucket.Mirror | None  # see above
 
 
 def folder(workdir: Path, examples_seen: int) -> Path:
@@ -86,7 +96,7 @@ def _faults_by_all(path: Path, mirror: bucket.Mirror | None) -> list[str]:
         if not mirror and not path.is_dir():
             raise Mistake(
                 f"the job's first process sees {path}, and process {jax.process_index()} does not: "
-                "--workdir must be a folder that all hosts share, such as a network disk, or "
+                "a workdir must be a folder that all hosts share, such as a network disk, or "
                 "gs://BUCKET/PATH."
             )
         return faults_of(path, mirror, (jax.process_index(), jax.process_count()))
@@ -132,9 +142,16 @@ def restore(path: Path, like: Any, mirror: bucket.Mirror | None = None) -> Any:
     Raises:
         Mistake: if the state cannot be read, or is another one.
     """
-    try:
-        place, _ = _opened(path, mirror)
+    with _explained(path, mirror):
+        place, _ = _arrays(path, mirror)
         return tree.with_arrays(like, arrays.read(place, tree.arrays_of(like)))
+
+
+@contextlib.contextmanager
+def _explained(path: Path, mirror: bucket.Mirror | None) -> Iterator[None]:
+    """Turns an error in the block, which reads the checkpoint `path`, into a Mistake."""
+    try:
+        yield
     except (OSError, ValueError) as error:
         if isinstance(error, Mistake):
             raise
@@ -174,35 +191,79 @@ def load_run(
     Raises:
         Mistake: see `load`.
     """
+    with opened(workdir, examples_seen) as found:
+        return found.run, restore(found.path, shapes(found, fields), found.mirror)
+
+
+@contextlib.contextmanager
+def opened(
+    workdir: str | Path, examples_seen: int | None = None, in_job: bool = False
+) -> Iterator[Opened]:
+    """A checkpoint of a run, to be read during the block by `shapes` and `restore`.
+
+    Args:
+        workdir: a folder, or gs://bucket/path.
+        examples_seen: see `load`. A newer one that is not whole is warned of.
+        in_job: see `find_newest`.
+
+    Raises:
+        Mistake: see `load`.
+    """
     with bucket.opened(workdir) as (local, mirror):
         if examples_seen is None:
-            found = find_newest(local, mirror)
+            found = find_newest(local, mirror, in_job)
         else:
-            found = find_at(local, examples_seen, mirror)
+            found = find_at(local, examples_seen, mirror, in_job)
         if found.path is None:
             raise Mistake(
                 f"{workdir} has no checkpoint: no run was made there, or it has saved none yet.")
         for fault in found.faults:  # so an older checkpoint is read than the newest
             warnings.warn(f"{fault}; read is the checkpoint at {found.run['examples_seen']}",
-                          stacklevel=3)
-        try:
-            place, names = _opened(found.path, mirror)
-            names = {key: names[key] for key in names if not fields or key in fields}
-            read = arrays.read(place, arrays.shapes(place, jax.tree.leaves(names)))
-        except (OSError, ValueError) as error:
-            raise Mistake(f"{found.path} cannot be read: {in_short(error)}.") from error
-        return found.run, jax.tree.map(read.__getitem__, names)
+                          stacklevel=4)
+        yield Opened(found.path, found.run, mirror)
 
 
-def find_at(workdir: Path, examples_seen: int, mirror: bucket.Mirror | None) -> Found:
+def shapes(found: Opened, fields: Collection[str] = ()) -> dict[str, Any]:
+    """The shapes and types of a checkpoint's arrays, in the tree that `load` returns.
+
+    Args:
+        found: the checkpoint.
+        fields: see `load_run`.
+
+    Raises:
+        Mistake: if they cannot be read.
+    """
+    with _explained(found.path, found.mirror):
+        there = _shapes(found.path, found.mirror)
+    return {key: there[key] for key in there if not fields or key in fields}
+
+
+def identity(found: Opened) -> str:
+    """A digest that only a checkpoint with the same files has, whichever process reads it."""
+    return hashlib.sha256(
+        _content(found.path / checksums.FILE, found.mirror).encode()).hexdigest()
+
+
+def find_at(
+    workdir: Path, examples_seen: int, mirror: bucket.Mirror | None, in_job: bool = False
+) -> Found:
     """The checkpoint at a position, if it is whole; its path is None if there is none at all.
+
+    Args:
+        workdir: the local folder.
+        examples_seen: the position.
+        mirror: see above.
+        in_job: see `find_newest`.
 
     Raises:
         Mistake: if there are only others, or it is not whole.
     """
-    if mirror:
-        mirror.list_checkpoints()
-    positions = [int(path.name) for path in finished(workdir)]
+    def look() -> list[int]:
+        if mirror:
+            mirror.list_checkpoints()
+        return [int(path.name) for path in finished(workdir)]
+
+    positions = processes.decided_by_first("checkpoints", look) if in_job else look()
     if not positions:
         return Found(None, {}, [])
     where = mirror.url if mirror else workdir
@@ -212,7 +273,8 @@ def find_at(workdir: Path, examples_seen: int, mirror: bucket.Mirror | None) -> 
             f"at {', '.join(map(str, positions))}."
         )
     path = folder(workdir, examples_seen)
-    if wrong := "; ".join(faults_of(path, mirror)):
+    faults = _faults_by_all(path, mirror) if in_job else faults_of(path, mirror)
+    if wrong := "; ".join(faults):
         raise Mistake(f"{wrong}: this checkpoint is not whole.")
     return Found(path, _run_of(path, mirror), [])
 
@@ -225,16 +287,17 @@ def _content(file: Path, mirror: bucket.Mirror | None) -> str:
     return (mirror.read(file) if mirror else file.read_bytes()).decode()
 
 
-def _opened(path: Path, mirror: bucket.Mirror | None) -> tuple[arrays.Place, Any]:
+def _arrays(path: Path, mirror: bucket.Mirror | None) -> tuple[arrays.Place, Any]:
     """Where the arrays of the checkpoint `path` are, and the state's tree with their names."""
     text = _content(path / STATE / tree.FILE, mirror)
     where = mirror.place(path / STATE) if mirror else path / STATE
     return arrays.Place(where, tree.uses_zarr3(text)), tree.read(text)
 
 
-def _shapes(path: Path, mirror: bucket.Mirror | None) -> dict[str, jax.ShapeDtypeStruct]:
-    place, names = _opened(path, mirror)
-    return arrays.shapes(place, jax.tree.leaves(names))
+def _shapes(path: Path, mirror: bucket.Mirror | None) -> dict[str, Any]:
+    place, names = _arrays(path, mirror)
+    there = arrays.shapes(place, jax.tree.leaves(names))
+    return jax.tree.map(there.__getitem__, names)
 
 
 def in_short(error: Exception) -> str:

@@ -33,6 +33,15 @@ class ProcessLost(WriteError):
     """A checkpoint could not be written, because another process of the job was lost."""
 
 
+def make_room(state: Any) -> Future:
+    """Starts to make the memory that saves of a state need, which may take longer than a save.
+
+    Args:
+        state: a tree of arrays with shardings, or of their shapes and types.
+    """
+    return _saves.submit(arrays.make_room, state)
+
+
 def save(
     workdir: Path, state: Any, run: Mapping[str, Any], keep: int, boundaries: set[int],
     mirror: bucket.Mirror | None = None,

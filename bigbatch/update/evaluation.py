@@ -6,16 +6,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from bigbatch.data import augment
 from bigbatch.data.feed import Feed
 from bigbatch.data.resident import fields_of
-from bigbatch.job.devices import compiler_options, place
+from bigbatch.job.devices import compiler_options
 from bigbatch.tasks import contract, measures
-from bigbatch.update import initial_weights, network, pieces, sharding
+from bigbatch.update import network, pieces, sharding
 
 
 def make_evaluate(config: ConfigDict, net: network.Network, mesh: Mesh) -> Callable:
@@ -78,7 +78,7 @@ def networks_of(
     """The parameters and running statistics to evaluate, by the end of the names of their results.
 
     Args:
-        state: the fields of an `update.State`, or what `checkpoint.load` returns.
+        state: the fields of an `update.State`.
         before_gather: called before the average is gathered, where it is in pieces and the
             parameters are not; its exceptions are not caught.
 
@@ -94,27 +94,6 @@ def networks_of(
             params = jax.jit(_same, out_shardings=lie)(params)
         found["_average"] = params, average["batch_stats"]
     return found
-
-
-def on_devices(
-    config: ConfigDict, net: network.Network, mesh: Mesh, networks: Mapping[str, tuple[Any, Any]]
-) -> dict[str, tuple[Any, Any]]:
-    """Networks whose arrays are NumPy's, as a checkpoint has them, with their parameters on `mesh`.
-
-    Each device gets its own pieces where `config.sharding` splits the parameters.
-    """
-    split = sharding.split_of(config, net.params, mesh)
-
-    def put(params: Any) -> Any:
-        named = initial_weights.names(params)  # a checkpoint has the number of a block as a text
-
-        def one(name: str, spec: P) -> jax.Array:
-            return place(named[name], NamedSharding(mesh, spec))
-
-        return jax.tree_util.tree_map_with_path(
-            lambda path, spec: one(initial_weights.name_of(path), spec), split.at_rest())
-
-    return {end: (put(params), statistics) for end, (params, statistics) in networks.items()}
 
 
 def _same(tree: Any) -> Any:

@@ -7,7 +7,7 @@ layers that `config.init_anew` names: these begin as the config's seed has it.
 
 import hashlib
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,20 @@ from ml_collections import ConfigDict
 from bigbatch.job import processes
 from bigbatch.mistake import Mistake
 from bigbatch.storage import checkpoint
-from bigbatch.update.network import Network
 
+Tree = Any
 SHOWN = 5  # misfits in a message
 
 
-def read(config: ConfigDict, net: Network) -> dict[str, np.ndarray]:
-    """The arrays to begin with, by name, in the network's types; {} where there are none.
+def read(config: ConfigDict, shapes: Any) -> dict[str, Any]:
+    """The arrays to begin with, by their names in the state; {} where there are none.
 
-    Every process reads them, and all must find the same.
+    Of a run each process reads what its devices hold, as where a run is continued. A file it reads
+    as a whole. All processes must find the same.
+
+    Args:
+        config: of the new run.
+        shapes: of its state, with how each array lies on the devices; `update.abstract_state`.
 
     Raises:
         Mistake: if they cannot be read or do not fit the network; the text lists the misfits.
@@ -38,26 +43,28 @@ def read(config: ConfigDict, net: Network) -> dict[str, np.ndarray]:
         if anew:
             raise Mistake(f"config.init_anew is {config.init_anew}, but config.init_from is empty.")
         return {}
-    found = _arrays_of(source)
-    needed = names({"params": net.params, "batch_stats": net.batch_stats})
-    if unknown := [layer for layer in anew if not any(_within(name, [layer]) for name in needed)]:
+    network = {"params": shapes.params, "batch_stats": shapes.batch_stats}
+    if unknown := [layer for layer in anew
+                   if not any(_within(name, [layer]) for name in names(network))]:
         raise Mistake(
             f"config.init_anew names {', '.join(unknown)}, which the network has not; it has "
-            f"{', '.join(sorted({name.split('/')[1] for name in needed}))}."
+            f"{', '.join(sorted({name.split('/')[1] for name in names(network)}))}."
         )
-    found = {name: array for name, array in found.items() if not _within(name, anew)}
-    needed = {name: shape for name, shape in needed.items() if not _within(name, anew)}
-    _check(source, found, needed)
-    taken = {name: found[name].astype(needed[name].dtype) for name in sorted(needed)}
-    digest = hashlib.sha256()
-    for name, array in taken.items():
-        digest.update(name.encode() + np.ascontiguousarray(array).tobytes())
-    if processes.decided_by_first("init_from", digest.hexdigest) != digest.hexdigest():
-        raise Mistake(
-            f"config.init_from is {source}, which has other weights here than on the job's first "
-            "host: name a file or a folder that all hosts share and nothing writes to."
-        )
-    return taken
+
+    def without_anew(tree: Tree) -> Tree:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: None if _within(name_of(path), anew) else leaf, tree)
+
+    def check(found: Mapping[str, Any]) -> None:
+        _check(source, {name: array for name, array in found.items() if not _within(name, anew)},
+               names(without_anew(network)))
+
+    wanted = {"": without_anew(network)}
+    if shapes.average:  # begins with the same, in arrays of its own: an update takes all over
+        wanted["average/"] = without_anew(shapes.average)
+    of_source = _of_file if source.endswith(".npz") else _of_run
+    return {before + name: array for before, tree in of_source(source, wanted, check).items()
+            for name, array in names(tree).items()}
 
 
 def names(tree: Any) -> dict[str, Any]:
@@ -70,18 +77,10 @@ def name_of(path: tuple) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def put(state: Any, arrays: Mapping[str, np.ndarray]) -> Any:
-    """A state before the first update, with `arrays` in their places, also in an average."""
-    def put_in(tree: Any) -> Any:
-        def one(path: tuple, leaf: Any) -> Any:
-            given = arrays.get(name_of(path))
-            # Its own array, since an update takes over the memory of those it is given.
-            return leaf if given is None else np.copy(given)
-
-        return jax.tree_util.tree_map_with_path(one, tree)
-
-    tree = put_in({"params": state.params, "batch_stats": state.batch_stats})
-    return state._replace(**tree, average=state.average and put_in(state.average))
+def put(state: Any, arrays: Mapping[str, Any]) -> Any:
+    """A state before the first update, with `arrays` in their places; see `read`."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: arrays.get(name_of(path), leaf), state)
 
 
 def _within(name: str, layers: tuple[str, ...] | list[str]) -> bool:
@@ -90,25 +89,58 @@ def _within(name: str, layers: tuple[str, ...] | list[str]) -> bool:
     return any(path == layer or path.startswith(layer + "/") for layer in layers)
 
 
-def _arrays_of(source: str) -> dict[str, np.ndarray]:
-    if not source.endswith(".npz"):
-        _, state = checkpoint.load_run(source, fields=("params", "batch_stats"))
-        return names({"params": state["params"], "batch_stats": state.get("batch_stats", {})})
+def _of_run(
+    source: str, wanted: Mapping[str, Tree], check: Callable[[Mapping[str, Any]], None]
+) -> dict[str, Tree]:
+    """The newest checkpoint's arrays in the place of each shape; where it lies on devices, there.
+
+    Args:
+        source: the workdir.
+        wanted: trees of shapes.
+        check: is called with the shapes of what is there, by name.
+    """
+    with checkpoint.opened(source, in_job=True) as found:
+        _check_same(source, checkpoint.identity(found))
+        check(names(checkpoint.shapes(found, ("params", "batch_stats"))))
+        return {key: checkpoint.restore(found.path, tree, found.mirror)
+                for key, tree in wanted.items()}
+
+
+def _of_file(
+    source: str, wanted: Mapping[str, Tree], check: Callable[[Mapping[str, Any]], None]
+) -> dict[str, Tree]:
+    """As `_of_run`, of an .npz file, in whole NumPy arrays."""
     try:
         with np.load(Path(source).expanduser()) as file:
-            return {name: file[name] for name in file.files if name != "config"}
+            there = {name: file[name] for name in file.files if name != "config"}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         reason = getattr(error, "strerror", None) or error
         raise Mistake(
             f"config.init_from is {source}, which cannot be read: {reason}; it must be an .npz "
             "file of bigbatch-export, or the workdir of a run."
         ) from None
+    check(there)
+    digest = hashlib.sha256()
+    for name in sorted(there):
+        digest.update(name.encode() + np.ascontiguousarray(there[name]).tobytes())
+    _check_same(source, digest.hexdigest())
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: there[name_of(path[1:])].astype(leaf.dtype), dict(wanted))
+
+
+def _check_same(source: str, digest: str) -> None:
+    """Raises Mistake if this process found other weights than the first one."""
+    if processes.decided_by_first("init_from", lambda: digest) != digest:
+        raise Mistake(
+            f"config.init_from is {source}, which has other weights here than on the job's first "
+            "host: name a file or a folder that all hosts share and nothing writes to."
+        )
 
 
 def _check(
-    source: str, found: Mapping[str, np.ndarray], needed: Mapping[str, jax.ShapeDtypeStruct]
+    source: str, found: Mapping[str, Any], needed: Mapping[str, jax.ShapeDtypeStruct]
 ) -> None:
-    """Raises Mistake if the arrays found are not those needed."""
+    """Raises Mistake if the arrays found, or their shapes, are not those needed."""
     misfits = {name: f"{name} is missing" for name in needed if name not in found}
     misfits |= {name: f"the network has no {name}" for name in found if name not in needed}
     for name in found.keys() & needed.keys():

@@ -11,6 +11,7 @@ statistics are whole. Nothing here changes a shape: a split state is the same tr
 arrays, so a checkpoint of it goes on with any other split.
 """
 
+import copy
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -118,6 +119,16 @@ def state_sharding(config: ConfigDict, shapes: Any, mesh: Mesh) -> Any:
         opt_state=_as_their_parameters(shapes.opt_state, shapes.params, cut, whole),
         average=average,
     )
+
+
+def for_any_devices(config: ConfigDict) -> ConfigDict:
+    """A copy of a run's config that splits its state over any number of devices.
+
+    What the run's user says of axes may fit only the devices that the run had, and groups too.
+    """
+    config = copy.deepcopy(config)
+    config.sharding.axes, config.sharding.shards = (), 0
+    return config
 
 
 def notes(config: ConfigDict, params: Tree, mesh: Mesh) -> list[str]:

@@ -114,16 +114,26 @@ def init_state(config: ConfigDict, network: Network) -> State:
     return make_init(config, network)(np.uint32(config.seed))
 
 
-def abstract_state(config: ConfigDict, network: Network, mesh: Mesh) -> State:
-    """The shapes of the state, with how each array lies on `mesh`; computes nothing."""
-    shapes = _shapes(config, network)
+def abstract_state(
+    config: ConfigDict, network: Network, mesh: Mesh, optimizer: bool = True
+) -> State:
+    """The shapes of the state, with how each array lies on `mesh`; computes nothing.
+
+    Args:
+        config: of the run.
+        network: its network.
+        mesh: the devices.
+        optimizer: False leaves the optimizer's state out.
+    """
+    shapes = _shapes(config, network, optimizer)
     return jax.tree.map(
         lambda leaf, lies: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lies),
         shapes, sharding.state_sharding(config, shapes, mesh))
 
 
-def _shapes(config: ConfigDict, network: Network) -> State:
-    opt_state = jax.eval_shape(partial(init_optimizer, config, network.in_norm), network.params)
+def _shapes(config: ConfigDict, network: Network, optimizer: bool = True) -> State:
+    init = partial(init_optimizer, config, network.in_norm)
+    opt_state = jax.eval_shape(init, network.params) if optimizer else None
     return State(network.params, network.batch_stats, opt_state,
                  _averaged(config, network.params, network.batch_stats))
 

@@ -64,7 +64,7 @@ def given(
 
 
 class BareUpdate:
-    """The update of a run on the first device, always on the run's first batch.
+    """The update of a run, always on the run's first batch.
 
     Attributes:
         functions: those of the run's update.
@@ -74,25 +74,28 @@ class BareUpdate:
     """
 
     def __init__(
-        self, config: ConfigDict, net: network.Network | None = None, augmented: bool = True
+        self, config: ConfigDict, net: network.Network | None = None, augmented: bool = True,
+        devices: int = 1,
     ):
         """Args:
-        config: of a run; `recipe.batch_size` and `microbatches` are read.
+        config: of a run; `recipe.batch_size`, `microbatches` and `sharding` are read.
         net: replaces the network that the config names.
         augmented: whether the training set lies on the device as a run has it, and each update
             takes its examples from there and prepares them. Otherwise images lie there as the
             network gets them, without augmentation.
+        devices: how many of the first devices make the update.
         """
-        self.mesh = mesh = make_mesh(jax.devices()[:1])
+        self.mesh = mesh = make_mesh(jax.devices()[:devices], config.sharding.shards)
         net = net or network.build(config)
         self.functions = update.make_update(config, net, mesh, None if augmented else given)
         state = update.init_state(config, net)
-        self.state = place(jax.tree.map(np.asarray, state), replicated(mesh))
+        self.state = place(jax.tree.map(np.asarray, state), jax.tree.map(
+            lambda leaf: leaf.sharding, update.abstract_state(config, net, mesh)))
         train = contract.load(config, contract.task_of(config)).train
         records_Bx3 = order.records(
             config.seed, 0, config.recipe.batch_size, config.data.train_examples)
         layout = make_layout(
-            len(records_Bx3), config.ghost_size, 1, config.max_per_device_batch,
+            len(records_Bx3), config.ghost_size, mesh.size, config.max_per_device_batch,
             config.microbatches)
         resident: dict[str, Any] = {"seed": np.uint32(config.seed)}
         if augmented:

@@ -11,6 +11,7 @@ import pytest
 from bigbatch import branch, config_files, schedule, train
 from bigbatch.branching import branches, results
 from bigbatch.config import make_phases, make_recipe
+from bigbatch.job.devices import make_mesh
 from bigbatch.mistake import Mistake
 from bigbatch.schedule.deciding import Growth
 from bigbatch.storage import checkpoint, continuing
@@ -68,6 +69,36 @@ def test_the_factor_1_leaves_the_bits_of_the_run_itself(run):
     for other in others:
         with pytest.raises(AssertionError):
             assert_same_bits(other.folder, folder, first.stretch.end)
+
+
+@pytest.mark.parametrize("split", ["optimizer", "parameters"])
+def test_a_run_whose_state_is_in_pieces_is_branched(split, tmp_path, monkeypatch):
+    """On four devices; with its optimizer's state, and with one that has seen nothing."""
+    for module in (train, branches):
+        monkeypatch.setattr(module, "make_mesh", lambda shards=0: make_mesh(
+            jax.devices()[:4], shards))
+    config = quadratic.get_config()
+    config.optimizer.name, config.recipe.momentum = "momentum", 0.9
+    config.recipe.update({"learning_rate": 0.005, "epochs": "1280 examples"})
+    config.sharding.update({split: True, "smallest": 1})
+    train.train_and_evaluate(config, tmp_path, show=False)
+    before, ends = checkpoint.load(tmp_path, 1024), []
+    for reset in (False, True):
+        found = branch.make_branches(
+            [str(tmp_path)], "1024 examples", (2,), "256 examples", tmp_path / str(reset),
+            reset=reset)
+        for one in found:
+            begins = checkpoint.load(one.folder, 1024)
+            expected = jax.tree.map(np.zeros_like, before["opt_state"]) if reset else (
+                before["opt_state"])
+            assert np.any(before["opt_state"][1]["trace"]["w"])
+            jax.tree.map(np.testing.assert_array_equal, begins["opt_state"], expected)
+            np.testing.assert_array_equal(begins["params"]["w"], before["params"]["w"])
+        branch.train_branches(found)
+        ends += [checkpoint.load(one.folder, 1280)["params"]["w"] for one in found]
+        if not reset:
+            assert_same_bits(found[0].folder, tmp_path, 1280)
+    assert len({end.tobytes() for end in ends}) == len(ends) == 4
 
 
 def test_the_critical_batch_of_a_quadratic_is_found_between_two_factors(run):

@@ -16,7 +16,7 @@ from experiments import (
     records,
     reproduce,
 )
-from experiments.speed import measure
+from experiments.speed import measure, saves, split_updates
 from tests import soak
 from tests.support.started import REPOSITORY
 from tests.support.tables import rows_of
@@ -175,6 +175,18 @@ def test_what_measuring_the_noise_costs_is_the_records():
                 "1"] in page
         assert row["seconds_ratio"] < 1.01
     for made in (cpu, *tpus):
+        assert re.match(r"[0-9a-f]{40}$", made["revision"]), "measured with uncommitted code"
+
+
+def test_what_split_states_take_on_a_cpu_are_the_records():
+    page = rows_of((REPOSITORY / "docs" / "sharding.md").read_text(encoding="utf-8"))
+    updates, saved = (json.loads(module.RECORD.read_text(encoding="utf-8"))
+                      for module in (split_updates, saves))
+    rows = rows_of(split_updates.table(updates["measurements"])) + rows_of(saves.table(saved))
+    assert [row for row in rows if row not in page] == []
+    assert all(len(row["values"]) >= 9 for row in updates["measurements"])
+    for made in (updates, *saved):
+        assert made["command"].startswith("python -m experiments.speed.")
         assert re.match(r"[0-9a-f]{40}$", made["revision"]), "measured with uncommitted code"
 
 

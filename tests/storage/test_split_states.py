@@ -13,12 +13,14 @@ import pytest
 
 from bigbatch.mistake import Mistake
 from bigbatch.storage import arrays, bucket, checkpoint, tree, writing
-from tests.support import split_states, started
+from tests.support import read_in_pieces, split_states, started
 from tests.support.bucket_server import serving
 from tests.support.split_states import check, like, made, mesh
 
 SHORT, LONG = 1 << 10, 1 << 26  # numbers; LONG are 256 MB
 MEBIBYTE = 1 << 20
+# So that glibc gives the system back at once what is freed, and a peak is of what is in use.
+GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
 
 
 def save(folder, state, examples_seen=1, mirror=None):
@@ -65,12 +67,20 @@ def test_orbax_reads_a_split_state(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, read, checkpoint.load(tmp_path))
 
 
-def test_a_state_whose_memory_the_next_update_takes_over_is_saved_as_it_was(tmp_path):
+@pytest.mark.parametrize("room", [False, True])
+def test_a_state_whose_memory_the_next_update_takes_over_is_saved_as_it_was(tmp_path, room):
     state, begin = made(mesh(2, 4), SHORT), threading.Event()
+    arrays._spare.clear()
+    if room:
+        writing.make_room(like(mesh(2, 4), SHORT)).result()
     update = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0,
                      out_shardings=jax.tree.map(lambda leaf: leaf.sharding, state))
     state = update(jax.tree.map(lambda leaf: leaf - 1, state))  # in memory of JAX's own
     for number in (1, 2):  # the second save copies into memory that the first has left
+        copies = arrays.part_of(state).memory
+        own = {copy.flags.writeable for copy in copies}  # or the memory is JAX's
+        assert len(copies) == 34 and own == {room or number == 2}
+        arrays._spare += [copy for copy in copies if copy.flags.writeable]
         writing._saves.submit(begin.wait)
         try:
             saving = writing.save(tmp_path, state, {"examples_seen": number}, 9, set())
@@ -91,6 +101,23 @@ def test_a_state_of_other_arrays_is_refused_in_one_line(tmp_path):
     ):
         with pytest.raises(Mistake, match=f"{path} was whole, and cannot be read: .*{said}"):
             checkpoint.restore(path, other)
+
+
+def test_two_processes_evaluate_a_run_and_begin_with_it_without_having_all_of_it(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(arrays, "CHUNK_BYTES", split_states.SMALL_CHUNK)
+    read_in_pieces.save(tmp_path)
+    port = started.free_port()
+    job = [started.start_python("-m", "tests.support.read_in_pieces", str(tmp_path), str(port),
+                                str(process), devices=4, **GIVE_BACK) for process in (0, 1)]
+    for process in job:
+        output = started.end(process, seconds=120)
+        found = json.loads(output.split("evaluation ")[1].splitlines()[0])
+        assert found["test_loss"] == pytest.approx(read_in_pieces.test_loss(), rel=1e-5)
+        for what in ("evaluating", "beginning"):  # half of the array, a piece of it twice
+            taken = int(output.split(f"{what} took ")[1].split(" MB")[0])
+            assert 60 <= taken < 110, f"{what} took {taken} MB, and all is 128"
 
 
 @pytest.mark.parametrize("where", ["folder", "bucket"])

@@ -39,10 +39,10 @@ class Point(nnx.Module):
     """The network: the same output for every example."""
 
     def __init__(self, num_classes, dtype, rngs):
-        self.w = nnx.Param(jnp.zeros(COORDINATES, dtype))
+        self.w = nnx.Param(jnp.zeros((8, COORDINATES // 8), dtype))  # devices can share it
 
     def __call__(self, points, train, keys):
-        return jnp.broadcast_to(self.w[...], points.shape)
+        return jnp.broadcast_to(self.w[...].ravel(), points.shape)
 
 
 def get_config(argument=""):

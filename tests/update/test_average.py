@@ -8,7 +8,6 @@ from bigbatch import checkpoint, evaluate, train
 from bigbatch.export import export_run
 from bigbatch.mistake import Mistake
 from bigbatch.storage.logs import read_events
-from bigbatch.update import initial_weights
 from tests.storage.test_continuing import assert_same_bits, terminate_at
 from tests.support.updates import (
     NO_AUGMENTATION,
@@ -37,16 +36,6 @@ def test_it_begins_with_the_first_weights_and_follows_each_update(devices, passe
         expected = jax.tree.map(lambda old, new, a=kept: a * old + (1 - a) * new, expected, now)
         assert distance(jax.device_get(state.average), expected) < 1e-12, number
         assert distance(now, expected) > 1e-3
-
-
-def test_it_begins_with_the_weights_of_another_run_where_these_are_given():
-    state = jax.device_get(prepare(conv_net("ema=0.9")).state)
-    given = np.full_like(state.params["head"]["bias"], 3.0)
-    put = initial_weights.put(state, {"params/head/bias": given})
-    for params in (put.params, put.average["params"]):
-        np.testing.assert_array_equal(params["head"]["bias"], given)
-    assert put.average["params"]["head"]["bias"] is not put.params["head"]["bias"]
-    assert initial_weights.put(state._replace(average=None), {}).average is None
 
 
 def run(config, workdir):

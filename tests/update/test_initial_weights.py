@@ -7,10 +7,11 @@ import pytest
 from bigbatch import checkpoint, train
 from bigbatch.config import saved_config
 from bigbatch.export import export_run
+from bigbatch.job.devices import make_mesh
 from bigbatch.mistake import Mistake
 from bigbatch.storage.logs import read_events
 from bigbatch.update import initial_weights, network
-from bigbatch.update.update import init_state
+from bigbatch.update.update import abstract_state, init_state
 from tests.support.updates import conv_net
 
 
@@ -24,10 +25,16 @@ def before(tmp_path_factory):
     return folder
 
 
+def read(config):
+    """Of a new run on one device."""
+    mesh = make_mesh(jax.devices()[:1])
+    return initial_weights.read(config, abstract_state(config, network.build(config), mesh))
+
+
 @pytest.mark.parametrize("name", ["run", "net.npz"])
 def test_a_run_begins_with_them_and_goes_on_without(before, name, tmp_path):
     config = conv_net("recipe.epochs=0.5", "recipe.falls=()", f"init_from={before / name}")
-    arrays = initial_weights.read(config, network.build(config))
+    arrays = read(config)
     saved = checkpoint.load(before / "run")
     expected = initial_weights.names({key: saved[key] for key in ("params", "batch_stats")})
     assert arrays.keys() == expected.keys()
@@ -43,17 +50,23 @@ def test_a_run_begins_with_them_and_goes_on_without(before, name, tmp_path):
         train.train_and_evaluate(config, tmp_path / "run", show=False)
 
 
-def test_a_named_layer_begins_anew(before):
-    config = conv_net(f"init_from={before / 'run'}", "init_anew=('head','norm2')", "seed=3")
-    net = network.build(config)
-    drawn = jax.tree.map(np.asarray, init_state(config, net))
-    state = initial_weights.put(drawn, initial_weights.read(config, net))
+@pytest.mark.parametrize("name", ["run", "net.npz"])
+def test_a_named_layer_begins_anew(before, name):
+    """And an average of the weights begins with them, in arrays of its own."""
+    config = conv_net(
+        f"init_from={before / name}", "init_anew=('head','norm2')", "seed=3", "ema=0.9")
+    drawn = jax.tree.map(np.asarray, init_state(config, network.build(config)))
+    state = initial_weights.put(drawn, read(config))
     saved = checkpoint.load(before / "run")
     for layer in ("head", "norm2"):
         jax.tree.map(np.testing.assert_array_equal, state.params[layer], drawn.params[layer])
     np.testing.assert_array_equal(state.batch_stats["norm2"]["mean"], 0)
     jax.tree.map(np.testing.assert_array_equal, state.params["conv1"], saved["params"]["conv1"])
     jax.tree.map(np.testing.assert_array_equal, state.opt_state, drawn.opt_state)
+    for key, tree in state.average.items():
+        jax.tree.map(np.testing.assert_array_equal, tree, getattr(state, key))
+    kernels = [params["conv1"]["kernel"] for params in (state.params, state.average["params"])]
+    assert not np.shares_memory(*map(np.asarray, kernels))
 
 
 @pytest.mark.parametrize(("settings", "message"), [
@@ -67,7 +80,7 @@ def test_a_named_layer_begins_anew(before):
 def test_what_does_not_fit_is_listed(before, settings, message):
     config = conv_net(f"init_from={before / 'run'}", *settings)
     with pytest.raises(Mistake, match=message) as told:
-        initial_weights.read(config, network.build(config))
+        read(config)
     assert "\n" not in str(told.value)
 
 
@@ -78,7 +91,7 @@ def test_an_array_too_much_or_too_few_is_a_misfit_and_a_long_list_is_cut(before,
     config = conv_net(f"init_from={tmp_path / 'other.npz'}")
     with pytest.raises(Mistake, match="params/conv1/bias is missing; .*the network has no "
                                       r"params/tail/kernel.*\('conv1','conv2','tail',\)"):
-        initial_weights.read(config, network.build(config))
+        read(config)
 
 
 def test_an_older_run_began_with_what_its_seed_draws():
@@ -86,8 +99,10 @@ def test_an_older_run_began_with_what_its_seed_draws():
     assert (config.init_from, config.init_anew) == ("", ())
 
 
-def test_a_host_that_reads_other_weights_than_the_first_says_so(before, monkeypatch):
-    monkeypatch.setattr(initial_weights.processes, "decided_by_first", lambda what, decide: "0a")
-    config = conv_net(f"init_from={before / 'run'}")
+@pytest.mark.parametrize("name", ["run", "net.npz"])
+def test_a_host_that_reads_other_weights_than_the_first_says_so(before, name, monkeypatch):
+    monkeypatch.setattr(initial_weights.processes, "decided_by_first",
+                        lambda what, decide: "0a" if what == "init_from" else decide())
+    config = conv_net(f"init_from={before / name}")
     with pytest.raises(Mistake, match="other weights here than on the job's first host"):
-        initial_weights.read(config, network.build(config))
+        read(config)
