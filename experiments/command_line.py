@@ -1,8 +1,9 @@
-"""Errors of the programs in experiments/: one line, and the exit statuses of bigbatch itself."""
+"""What the commands of experiments/ share: one line for an error, and where the data are."""
 
 import contextlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from bigbatch.job import statuses
 from bigbatch.mistake import Mistake
@@ -23,3 +24,12 @@ def one_line_errors(program: str) -> Iterator[None]:
     except KeyboardInterrupt:
         print(f"{program}: stopped; the same command goes on from here.", file=sys.stderr)
         sys.exit(statuses.FAILED)
+
+
+def data_settings(data_dir: str) -> list[str]:
+    """The flags of bigbatch.main that say where the data are; "" leaves that to the config."""
+    if not data_dir:
+        return []
+    if "://" not in data_dir:  # runs start in the repository
+        data_dir = str(Path(data_dir).expanduser().resolve())
+    return [f"--config.data.dir={data_dir}"]

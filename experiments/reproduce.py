@@ -32,7 +32,7 @@ from pathlib import Path
 
 from bigbatch.mistake import Mistake
 from experiments import drawing, figures, logs, provenance, records, report, runs, tables
-from experiments.command_line import one_line_errors
+from experiments.command_line import data_settings, one_line_errors
 
 
 def wanted(
@@ -144,10 +144,7 @@ def main() -> None:
             raise Mistake(f"--at_once is {options.at_once}; it must be 0 or more.")
         chosen = figures.select(options.figure, options.scale)
         needed = wanted(chosen, options.scale, options.seeds, workdir)
-        data_dir = options.data_dir
-        if data_dir and "://" not in data_dir:  # runs start in the repository
-            data_dir = Path(data_dir).expanduser().resolve()
-        settings = [f"--config.data.dir={data_dir}"] * bool(data_dir)
+        settings = data_settings(options.data_dir)
         if options.print_commands:
             for run in runs.missing(list(needed), functools.partial(print, file=sys.stderr)):
                 print(shlex.join(run.command(settings, sys.executable)))

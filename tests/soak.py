@@ -54,6 +54,7 @@ RUNS = {
     )},
 }
 KILLS_A_RUN = 10
+A_RUN_S = 3600  # after which one that nothing kills is taken for one that hangs
 # Of what a soak counts, what must stay 0.
 LOSSES = ("undetected", "bits different", "logs different")
 
@@ -81,7 +82,8 @@ def soak(
     """
     draw, found = random.Random(seed), Counter(dict.fromkeys(LOSSES, 0))
     began = time.monotonic()
-    started.end(started.start(folder / "whole", **run, cache=folder / "cache"))
+    started.end(started.start(folder / "whole", **run, cache=folder / "cache"),
+                seconds=A_RUN_S)
     seconds = time.monotonic() - began
     say(f"the undisturbed run took {seconds:.0f} s")
     while found["kills"] < kills:
@@ -128,7 +130,7 @@ def _killed(
             found.update(("corruptions", f"corruptions: {kind}"))
             say(f"  {kind}: {file}")
     if not ended:
-        started.end(started.start(workdir, **run, cache=cache))
+        started.end(started.start(workdir, **run, cache=cache), seconds=A_RUN_S)
     events = read_events(workdir / "timing.jsonl")
     told = "\n".join(event["text"] for event in events if event["event"] == "notice")
     logs = [(one / "metrics.jsonl").read_bytes() for one in (workdir, folder / "whole")]

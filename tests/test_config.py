@@ -254,6 +254,8 @@ def test_falls_that_are_no_pairs_are_refused(falls):
     ("optimizer.options.b1=0.9", ("options is {'b1': 0.9}", "only an optimizer named by a dotted")),
     ("optimizer.beta2=1", ("config.optimizer.beta2 is 1.0", "[0, 1)")),
     ("label_smoothing=1", ("config.label_smoothing is 1.0", "[0, 1)")),
+    ("noise.every_epochs=0.5,noise.by_groups=false",
+     ("config.noise.every_epochs is 0.5", "config.noise.by_groups is False")),
     ("log_every_epochs=0", ("config.log_every_epochs is 0.0", "over 0")),
     ("eval_every_epochs=-1", ("config.eval_every_epochs is -1.0",)),
     ("checkpoint_every_epochs=1e400", ("config.checkpoint_every_epochs is inf", "finite")),

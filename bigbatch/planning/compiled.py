@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import os
 import re
 import time
 from pathlib import Path
@@ -64,6 +65,7 @@ def measure(
     lowered_text = lowered.as_text()
     key = "\n".join((jax.__version__, version(mesh), repr(settings), repr(Measured._fields),
                      repr(compiler_options(mesh)), lowered_text))
+    key += os.environ.get("LIBTPU_INIT_ARGS", "")  # options of the TPU's compiler
     file = folder and folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
     if file and file.exists():
         return Measured(**json.loads(file.read_text(encoding="utf-8")))

@@ -59,7 +59,7 @@ def kernels(text: str) -> list[int]:
 
 
 def _taken(body: list[str]) -> dict[int, int]:
-    """Of a fusion, {operand: bytes} for those of which it only takes some rows."""
+    """Of a fusion, {operand: bytes} for those of which it only takes a part."""
     numbers, taken, whole = {}, {}, set()
     for line in body:
         if not (found := INSTRUCTION.match(line)):
@@ -69,7 +69,7 @@ def _taken(body: list[str]) -> dict[int, int]:
             numbers[name] = int(arguments)
             continue
         for at, operand in enumerate(re.findall(r"%[\w.\-]+", arguments)):
-            if operation in ("gather", "dynamic-slice") and at == 0:
+            if operation in ("gather", "dynamic-slice", "slice") and at == 0:
                 taken[operand] = taken.get(operand, 0) + shape_bytes(shape)
             else:
                 whole.add(operand)

@@ -57,7 +57,7 @@ class Sums(NamedTuple):
     weight: jax.Array  # of the objective
     ghosts: jax.Array  # number of ghost batches
     examples: jax.Array  # those that count
-    groups: noise.Groups  # each device and each pass is one
+    groups: noise.Groups | None  # each device and each pass is one; None where there is but one
     copies: noise.Groups | None  # each copy of the norms is one; None if there are no copies
 
 
@@ -187,12 +187,11 @@ def make_update(
 
     def update(state: State, resident: Mapping, batch: Mapping,
                rates: Rates) -> tuple[State, Metrics]:
-        sums = microbatch_sums(state, resident, batch)
-        return apply_sums(state, sums, rates, split.groups > 1)
+        return apply_sums(state, microbatch_sums(split.groups > 1, state, resident, batch), rates)
 
     def accumulate(state: State, sums: Sums, resident: Mapping, batch: Mapping,
                    first: jax.Array) -> tuple[Sums, jax.Array]:
-        new = microbatch_sums(state, resident, batch)
+        new = microbatch_sums(True, state, resident, batch)
         # `first` discards the sums of the update before, finite or not: nothing has to be zeroed.
         sums = jax.tree.map(lambda old, new: jnp.where(first, 0, old) + new[None], sums, new)
         return sums, sums.ghosts + 0
@@ -201,10 +200,10 @@ def make_update(
         return jax.tree.map(lambda leaf: leaf[0], sums)
 
     def apply(state: State, sums: Sums, rates: Rates) -> tuple[State, Metrics]:
-        return apply_sums(state, own(sums), rates, True)
+        return apply_sums(state, own(sums), rates)
 
     def measure(sums: Sums) -> noise.Measured:
-        return _noise(network, split, pieces.reduce(split, own(sums)), True)
+        return _noise(network, split, pieces.reduce(split, own(sums)))
 
     jitted = partial(jax.jit, compiler_options=compiler_options(mesh))
     return Update(
@@ -237,7 +236,8 @@ def abstract_sums(config: ConfigDict, network: Network, mesh: Mesh) -> Sums:
     groups = noise.Groups(scalar, scalar, scalar)
     one = Sums(
         sharding.pieces_at_rest(split, network.params), network.batch_stats, measured, scalar,
-        scalar, scalar, groups, groups if _with_whole_copies(network, split).copied_for else None)
+        scalar, scalar, groups if config.noise.by_groups else None,
+        groups if _with_whole_copies(network, split).copied_for else None)
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((mesh.size, *leaf.shape), leaf.dtype, sharding=cut(mesh)),
         one,
@@ -245,10 +245,13 @@ def abstract_sums(config: ConfigDict, network: Network, mesh: Mesh) -> Sums:
 
 
 def _microbatch_sums(
-    config: ConfigDict, network: Network, task: contract.Task, split: sharding.Split, state: State,
-    resident: Mapping, batch: Mapping
+    config: ConfigDict, network: Network, task: contract.Task, split: sharding.Split,
+    grouped: bool, state: State, resident: Mapping, batch: Mapping
 ) -> Sums:
-    """The sums of one device over one microbatch."""
+    """The sums of one device over one microbatch.
+
+    `grouped`: whether it is one of several groups of examples, by devices or passes.
+    """
     record, epoch, position, ghosts_after = (batch["examples"][:, column] for column in range(4))
     ghosts_after_G = ghosts_after[:: config.ghost_size]
     counts = ghosts_after >= 0
@@ -284,7 +287,8 @@ def _microbatch_sums(
         weight=added.weight,
         ghosts=jnp.sum(ghosts_after_G >= 0).astype(dtype),
         examples=jnp.sum(counts).astype(dtype),
-        groups=pieces.one_group(split, gradient, added.weight),
+        groups=(pieces.one_group(split, gradient, added.weight)
+                if grouped and config.noise.by_groups else None),
         copies=copies,
     )
 
@@ -299,12 +303,9 @@ def _fold_ghosts(ghosts_after_G: jax.Array, rows_GxC: jax.Array, decay: float) -
 
 def _apply_sums(
     config: ConfigDict, network: Network, split: sharding.Split, state: State, sums: Sums,
-    rates: Rates, grouped: bool,
+    rates: Rates,
 ) -> tuple[State, Metrics]:
-    """Does the reduction, then applies the optimizer and updates the running statistics.
-
-    `grouped`: whether several groups of examples were added up, by devices or passes.
-    """
+    """Does the reduction, then applies the optimizer and updates the running statistics."""
     sums = pieces.reduce(split, sums)
     gradient = jax.tree.map(lambda leaf: leaf / sums.weight, sums.gradient)
     norm = partial(pieces.norm, split) if split.cuts else optax.tree.norm
@@ -329,7 +330,7 @@ def _apply_sums(
     else:
         total = sum(_totals(jax.tree.leaves(params)), total)
     metrics = Metrics(
-        means, sums.weight, jnp.isfinite(total), _noise(network, split, sums, grouped))
+        means, sums.weight, jnp.isfinite(total), _noise(network, split, sums))
     return State(params, batch_stats, opt_state, average), metrics
 
 
@@ -345,12 +346,11 @@ def _totals(arrays: Iterable[jax.Array]) -> Iterator[jax.Array]:
     yield from map(jnp.sum, by_shape.values())
 
 
-def _noise(
-    network: Network, split: sharding.Split, sums: Sums, grouped: bool
-) -> noise.Measured:
+def _noise(network: Network, split: sharding.Split, sums: Sums) -> noise.Measured:
     """The noise scale of the gradient, by the reduced sums; see `noise`."""
     of = partial(noise.estimate, weight=sums.weight, examples=sums.examples)
     square = partial(pieces.add_over_pieces, split, sums.gradient, noise.squared_norm)
+    grouped = sums.groups is not None
     return noise.Measured(
         None if sums.copies is None else of(
             noise.squared_norm(noise.only(sums.gradient, network.copied)), groups=sums.copies),

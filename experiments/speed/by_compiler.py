@@ -68,8 +68,6 @@ BESIDE_FLAX = ("v2-8", "v5litepod-8", "v6e-8")
 FED_ON = ("v2-8", "v5litepod-8")
 
 
-
-
 class Case(NamedTuple):
     """An update to compile."""
 

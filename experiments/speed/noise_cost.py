@@ -32,6 +32,7 @@ from experiments.speed.measure import Measurement, paired, ratios
 CONFIGS = ("configs/small.py:decay,recipe.batch_size=80", "configs/cifar10.py:decay,model.width=1")
 COMPILED = {  # with the ghost batches that a device takes
     "configs/cifar10.py:decay,dtype=bfloat16": 5,
+    "configs/imagenet_resnet50.py:batch_8k": 4,
     "configs/language.py:bytes,dtype=bfloat16,model.width=256,data.options.length=512": 4,
 }
 

@@ -83,13 +83,17 @@ def test_an_average_is_over_examples_and_its_parts_are_divided_last():
 
 # --- runs ----------------------------------------------------------------------------------------
 def test_a_measurement_between_two_updates_changes_nothing(tmp_path):
-    """The same bits, and the same lines besides those that it adds."""
-    states, lines = [], []
-    for every in (0.0, 0.6):
-        config = small_config.get_config(f"resident,noise.every_epochs={every},noise.ghosts=3")
+    """The same bits, and the same lines besides those that it adds; nor do groups in updates."""
+    states, lines, groups = [], [], []
+    for every, by_groups in ((0.0, False), (0.6, True)):
+        config = small_config.get_config(
+            f"resident,noise.every_epochs={every},noise.ghosts=3,noise.by_groups={by_groups}")
         states.append(jax.device_get(
             train.train_and_evaluate(config, tmp_path / str(every), show=False)))
         lines.append(read_events(tmp_path / str(every) / "metrics.jsonl"))
+        timing = read_events(tmp_path / str(every) / "timing.jsonl")
+        groups.append({event["groups"] for event in timing if event["event"] == "noise"})
+    assert groups == [set(), {6}]
     jax.tree.map(np.testing.assert_array_equal, *states)
     plain, measuring = lines
     added = {key for line in measuring for key in line} - {key for line in plain for key in line}
@@ -99,8 +103,6 @@ def test_a_measurement_between_two_updates_changes_nothing(tmp_path):
                      for line in measuring if line["updates"] in at]
     assert [line["examples_seen"] for line in measuring if "noise_full" in line] == [
         96, 192, 288, 432, 528]  # at or after multiples of 96 examples, and at the end
-    timing = read_events(tmp_path / "0.6" / "timing.jsonl")
-    assert {event["groups"] for event in timing if event["event"] == "noise"} == {6}
 
 
 def test_a_batch_far_beyond_the_measured_scale_is_warned_of_once_a_phase():
