@@ -25,6 +25,7 @@ if __name__ == "__main__":
 
 import contextlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ from bigbatch.programs import program_cache
 from bigbatch.storage import bucket, writing
 from bigbatch.storage.logs import replace_text
 from bigbatch.storage.workdir import local_folder
+
+LISTED = "branches.json"
 
 
 def make_branches(
@@ -61,16 +64,22 @@ def make_branches(
         reset: whether the optimizer begins anew in all branches, also in that of the factor 1.
 
     Raises:
-        Mistake: if there is no such checkpoint, stretch or batch.
+        Mistake: if there is no such checkpoint, stretch or batch, or two runs have one seed.
     """
     factors = sorted({1, *factors})
     if factors[0] < 1 or len(factors) < 2:
         raise Mistake(f"--factors is {factors}; it must have whole numbers over 1, such as 2,4,8.")
+    if len(set(workdirs)) < len(workdirs):
+        raise Mistake(f"--workdir is {','.join(workdirs)}: a run is named twice, so it would be "
+                      "taken for two seeds; name each once, or ask for several --orders.")
+    if "" in workdirs:
+        raise Mistake(f"--workdir is {','.join(workdirs)!r}: a name between commas is missing.")
     if not folder and bucket.in_bucket(workdirs[0]):
         raise Mistake(f"{workdirs[0]} is in a bucket: give a folder for the branches by --output.")
     with contextlib.ExitStack() as opened:
         found = [opened.enter_context(branches.opened_checkpoint(source, at))
                  for source in workdirs]
+        _check_seeds(workdirs, [one.run["config"]["seed"] for one in found])
         seen = found[0].run["examples_seen"]
         folder = local_folder(folder or Path(workdirs[0]) / "branches" / str(seen))
         planned = []
@@ -88,6 +97,16 @@ def make_branches(
             for branch in own:
                 branches.make(branch, one, reset)
     return [branch for own in planned for branch in own]
+
+
+def _check_seeds(workdirs: Sequence[str], seeds: Sequence[int]) -> None:
+    """Raises Mistake if two runs have one seed: they would be taken for two."""
+    for index, seed in enumerate(seeds):
+        if seed in seeds[:index]:
+            raise Mistake(
+                f"{workdirs[seeds.index(seed)]} and {workdirs[index]} both have the seed {seed}, "
+                "so they tell nothing of other seeds; name runs whose seeds differ, or one of "
+                "these.")
 
 
 def train_branches(found: Sequence[Branch]) -> None:
@@ -127,6 +146,8 @@ def main(arguments: Sequence[str]) -> None:
     given = flags.FLAGS
     if not given.workdir:
         raise Mistake("--workdir is missing: the folder of the run to branch from.")
+    if not math.isfinite(given.margin):
+        raise Mistake(f"--margin is {given.margin}; it must be a number, such as 0.01.")
     if not given["for"].value:
         raise Mistake('--for is missing: how many examples the branches see, such as "2 epochs".')
     try:
@@ -146,7 +167,8 @@ def main(arguments: Sequence[str]) -> None:
              "order": one.order, "from": one.stretch.start, "to": one.stretch.end,
              "reset_optimizer": given.reset_optimizer, "command": one.command}
             for one in found]}
-        _write(top, listed)
+        if given.prepare or not (top / LISTED).exists():  # or what was compared before is there
+            _write(top, listed)
         if given.prepare:
             output.answer(json.dumps(listed, indent=1))
             return
@@ -174,7 +196,7 @@ def _factors(texts: Sequence[str]) -> list[int]:
 
 def _write(folder: Path, content: dict[str, Any]) -> None:
     try:
-        replace_text(folder / "branches.json", json.dumps(content, indent=1) + "\n")
+        replace_text(folder / LISTED, json.dumps(content, indent=1) + "\n")
     except OSError as error:
         raise Mistake(f"{error.filename} cannot be written: {error.strerror}") from None
 

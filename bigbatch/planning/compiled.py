@@ -65,7 +65,7 @@ def measure(
     lowered_text = lowered.as_text()
     key = "\n".join((jax.__version__, version(mesh), repr(settings), repr(Measured._fields),
                      repr(compiler_options(mesh)), lowered_text))
-    key += os.environ.get("LIBTPU_INIT_ARGS", "")  # options of the TPU's compiler
+    key += _options_in_environment(on_gpu)
     file = folder and folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
     if file and file.exists():
         return Measured(**json.loads(file.read_text(encoding="utf-8")))
@@ -98,6 +98,12 @@ def measure(
             folder.mkdir(parents=True, exist_ok=True)
             replace_text(file, json.dumps(measured._asdict()))
     return measured
+
+
+def _options_in_environment(on_gpu: bool) -> str:
+    """The compiler's options that the environment sets, but how many devices a CPU shows."""
+    given = os.environ.get("XLA_FLAGS" if on_gpu else "LIBTPU_INIT_ARGS", "").split()
+    return " ".join(one for one in given if "xla_force_host_platform_device_count" not in one)
 
 
 def _costs(compiled: jax.stages.Compiled, text: str, kind: Tpu) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import shutil
 
 import jax
 import numpy as np
@@ -233,6 +234,13 @@ def test_what_cannot_be_branched_is_told(run, tmp_path):
     ):
         with pytest.raises(Mistake, match=told):
             make(**wrong)
+    copied = shutil.copytree(folder, tmp_path / "copied")
+    for second, told in ((folder, "a run is named twice"), (copied, "both have the seed"),
+                         ("", "a name between commas is missing")):
+        with pytest.raises(Mistake, match=told):
+            branch.make_branches(
+                [str(folder), str(second)], "1024 examples", (2,), STRETCH, tmp_path / "made")
+    shutil.rmtree(copied)
     other = tmp_path / "other"  # of another batch: its stretch would be another
     config = quadratic.get_config("1")
     config.recipe.update({"batch_size": 16, "epochs": "2048 examples"})
