@@ -96,11 +96,11 @@ def check(config: ConfigDict) -> None:
             "gradients with its first beta, so a larger one does not lengthen the steps and the "
             "batch cannot grow with it; set it to None, or use optimizer.name=momentum."
         )
-    if epochs_of(config, "noise.every_epochs") and not config.noise.by_groups:
+    if epochs_of(config, "noise.every_epochs") and config.noise.by_groups is False:
         raise Mistake(
             f"config.noise.every_epochs is {_value(config, 'noise.every_epochs')}, but "
             "config.noise.by_groups is False, and single ghost batches are measured as groups; set "
-            "noise.by_groups=True, or noise.every_epochs=0.")
+            "noise.by_groups=None, or noise.every_epochs=0.")
     by_all = config.measured.by == "all"
     if config.strategy == "measured" and by_all and not epochs_of(config, "noise.every_epochs"):
         raise Mistake(

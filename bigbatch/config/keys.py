@@ -122,7 +122,7 @@ def base_config() -> ConfigDict:
         "window_epochs": Length("200 updates"),
         # How often it is measured by all parameters, which takes passes of its own; 0: never.
         "every_epochs": Length(0.0),
-        "by_groups": True,  # also by the devices and passes of each update, for timing.jsonl
+        "by_groups": config_dict.placeholder(bool),  # by devices and passes too; docs/noise.md
         "ghosts": 32,  # the coming ghost batches that are then measured, one by one
     })
     config.keep_checkpoints = 2  # the newest ones; those at phase boundaries are kept too

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from bigbatch.config import epochs_of
 from bigbatch.data import augment
 from bigbatch.data.resident import fields_of
 from bigbatch.job.devices import compiler_options, cut
@@ -233,11 +234,12 @@ def abstract_sums(config: ConfigDict, network: Network, mesh: Mesh) -> Sums:
     scalar = jax.ShapeDtypeStruct((), leaf.dtype)
     measured = dict.fromkeys(network.measured, (scalar, scalar))
     split = sharding.split_of(config, network.params, mesh)
+    network = _with_whole_copies(network, split)
     groups = noise.Groups(scalar, scalar, scalar)
     one = Sums(
         sharding.pieces_at_rest(split, network.params), network.batch_stats, measured, scalar,
-        scalar, scalar, groups if config.noise.by_groups else None,
-        groups if _with_whole_copies(network, split).copied_for else None)
+        scalar, scalar, groups if _measures_groups(config, network) else None,
+        groups if network.copied_for else None)
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((mesh.size, *leaf.shape), leaf.dtype, sharding=cut(mesh)),
         one,
@@ -288,7 +290,7 @@ def _microbatch_sums(
         ghosts=jnp.sum(ghosts_after_G >= 0).astype(dtype),
         examples=jnp.sum(counts).astype(dtype),
         groups=(pieces.one_group(split, gradient, added.weight)
-                if grouped and config.noise.by_groups else None),
+                if grouped and _measures_groups(config, network) else None),
         copies=copies,
     )
 
@@ -357,6 +359,13 @@ def _noise(network: Network, split: sharding.Split, sums: Sums) -> noise.Measure
         of(square(), groups=sums.groups) if grouped else None,
         sums.groups.count if grouped else None,
     )
+
+
+def _measures_groups(config: ConfigDict, network: Network) -> bool:
+    """Whether updates measure the noise by devices and passes: see config.noise.by_groups."""
+    if config.noise.by_groups is not None:
+        return config.noise.by_groups
+    return not network.copied_for or bool(epochs_of(config, "noise.every_epochs"))
 
 
 def _with_whole_copies(network: Network, split: sharding.Split) -> Network:

@@ -38,7 +38,8 @@ def lowered(updater, slots=1):
 
 
 @pytest.mark.parametrize(("make", "compiled"), [
-    (lambda: tiny(*NO_AUGMENTATION), ("update", "accumulate", "apply", "measure")),
+    (lambda: tiny("noise.by_groups=true", *NO_AUGMENTATION),
+     ("update", "accumulate", "apply", "measure")),
     # Of a transformer one program is enough: the others are counted before they are compiled.
     (lambda: small_language.get_config("small"), ("update",)),
 ])

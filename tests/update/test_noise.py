@@ -85,9 +85,8 @@ def test_an_average_is_over_examples_and_its_parts_are_divided_last():
 def test_a_measurement_between_two_updates_changes_nothing(tmp_path):
     """The same bits, and the same lines besides those that it adds; nor do groups in updates."""
     states, lines, groups = [], [], []
-    for every, by_groups in ((0.0, False), (0.6, True)):
-        config = small_config.get_config(
-            f"resident,noise.every_epochs={every},noise.ghosts=3,noise.by_groups={by_groups}")
+    for every in (0.0, 0.6):
+        config = small_config.get_config(f"resident,noise.every_epochs={every},noise.ghosts=3")
         states.append(jax.device_get(
             train.train_and_evaluate(config, tmp_path / str(every), show=False)))
         lines.append(read_events(tmp_path / str(every) / "metrics.jsonl"))

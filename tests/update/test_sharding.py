@@ -151,7 +151,8 @@ def counted(updater):
 
 
 def test_an_update_scatters_and_gathers_the_parameters_once_and_a_pass_is_silent():
-    updater = prepare(stack(*OPTIMIZER, "optimizer.clip_norm=0.0", "dtype=float32"), 8)
+    updater = prepare(stack(*OPTIMIZER, "optimizer.clip_norm=0.0", "dtype=float32",
+                            "noise.by_groups=true"), 8)
     size = cut_bytes(updater)
     assert size > 0.8 * sum(leaf.nbytes for leaf in jax.tree.leaves(updater.state.params))
     # Beside what is whole, a scalar is reduced: the squares of all pieces, for the noise scale.
@@ -169,14 +170,14 @@ def test_an_update_scatters_and_gathers_the_parameters_once_and_a_pass_is_silent
 
 def test_a_pass_over_parameters_in_pieces_gathers_each_block_twice_and_the_rest_once():
     """As it is lowered: a CPU's compiler then gathers once and keeps what it has."""
-    updater = prepare(stack(*PARAMETERS, "optimizer.clip_norm=0.0"), 8)
+    updater = prepare(stack(*PARAMETERS, "optimizer.clip_norm=0.0", "noise.by_groups=true"), 8)
     blocks = len(updater.net.params["blocks"])
     assert counted(updater) == {
         "accumulate": [1 + 2 * blocks, 1 + blocks, 1],  # the weight of the pass
         # What is whole, the squares, and the sum of all parameters, which tells if it is finite.
         "apply": [0, 0, 3], "measure": [0, 0, 2],
         # A pass of devices that share all is one group, which tells no noise.
-        "update": [1 + 2 * blocks, 1 + blocks, 3]}
+        "update": [1 + 2 * blocks, 1 + blocks, 2]}
     sums = updater.functions.sums.gradient
     assert sums["head"]["kernel"].shape == (8, WIDTH // 8, 10)
 

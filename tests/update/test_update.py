@@ -148,7 +148,7 @@ def test_a_step_of_sgd_is_the_rate_times_the_mean_gradient(devices, passes):
     rate, ghost, decay = 0.25, 16, 0.99
     updater = prepare(tiny(
         "dtype=float64", "optimizer.name=sgd", "recipe.momentum=0.0", "optimizer.weight_decay=0.0",
-        f"microbatches={passes}", *NO_AUGMENTATION), devices)
+        f"microbatches={passes}", "noise.by_groups=true", *NO_AUGMENTATION), devices)
     before = jax.device_get(updater.state)
     records, batches = inputs(updater, 5 * ghost)
     images, targets = pictures(updater, records)
