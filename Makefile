@@ -27,7 +27,7 @@ demo-language: .venv/installed
 check: lint
 	$(PYTEST) $(LONGEST:%=--deselect=tests/update/test_update.py::%) $(CORE)
 
-# All but the slow ones: about 13 minutes on 2 cores.
+# All but the slow ones: about 12 minutes on 2 cores.
 test: .venv/installed .tpu/installed
 	$(PYTEST) -m "not slow and not long" tests
 

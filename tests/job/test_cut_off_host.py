@@ -68,6 +68,7 @@ def start_job(workdir, hosts):
     ]
 
 
+@pytest.mark.slow  # a dead process ends a job in test_many_processes.py
 def test_a_host_that_is_cut_off_ends_the_job_and_with_the_cable_back_it_loses_no_bit(
     hosts, tmp_path
 ):

@@ -94,7 +94,8 @@ def one_by_eight(tmp_path_factory, photographs):
     return train_both(tmp_path_factory.mktemp("one_by_eight"), photographs, hosts=1)
 
 
-@pytest.mark.parametrize("hosts", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow  # two processes of one host give it in test_many_processes.py
+@pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_that_feed_their_own_devices_give_the_curve_of_one(
     one_by_eight, photographs, tmp_path, hosts
 ):

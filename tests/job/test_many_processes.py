@@ -79,7 +79,8 @@ def test_from_one_process_to_two_and_from_one_device_to_six(whole, tmp_path):
 
 
 @pytest.mark.parametrize("told, number", [
-    ("one", signal.SIGTERM), ("one", signal.SIGHUP),
+    ("one", signal.SIGTERM),
+    pytest.param("one", signal.SIGHUP, marks=pytest.mark.slow),
     pytest.param("all", signal.SIGTERM, marks=pytest.mark.slow),
     ("all", signal.SIGUSR1),  # as SLURM warns
 ])

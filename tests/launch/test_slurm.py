@@ -245,6 +245,7 @@ def real_job(workdir, epochs):
             f"--compilation_cache={started.CACHE}")
 
 
+@pytest.mark.slow  # its parts are in the tests above
 def test_a_run_that_is_warned_goes_on_to_its_end(cluster, tmp_path):
     """Two processes, which find one another by SLURM's variables; the bits are those of an unbroken
     run."""

@@ -343,6 +343,7 @@ def test_bfloat16_computes_and_float32_keeps():
     check_types(InceptionResNetV2, 107, dropout_rate=0.0, **SMALL_AUXILIARY)
 
 
+@pytest.mark.slow  # so does its training on photographs, and the gradient is Keras's
 def test_a_real_update_reaches_every_parameter(built):
     gradient = gradient_of_one_update(built)
     assert jax.tree.structure(gradient) == jax.tree.structure(built.state.params)
