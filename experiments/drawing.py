@@ -17,7 +17,8 @@ from matplotlib.figure import Figure as Picture
 from matplotlib.lines import Line2D
 
 from bigbatch.dotted import resolve
-from experiments.figures import SCALES, Figure, Panel, config_text, planned, read_digitised
+from experiments import digitised
+from experiments.figures import SCALES, Figure, Panel, config_text, planned
 from experiments.logs import Logs, divergences, finished
 from experiments.tables import Results, label_of, lost_epochs_of, recipe_updates
 
@@ -75,7 +76,7 @@ def draw(figure: Figure, scale: str | None, results: Results) -> Picture:
 def curves(figure: Figure, scale: str | None, results: Results) -> Picture:
     """Lines against epochs or updates, with a row of axes for each quantity."""
     overlaid = scale is not None and SCALES[scale].comparable and figure.papers
-    plotted = {stretch.panel for stretch in read_digitised()}
+    plotted = {stretch.panel for stretch in digitised.read()}
     beside = not overlaid and any(panel.name in plotted for panel in figure.panels)
     rows = [list(row) for _, row in itertools.groupby(
         figure.panels, key=lambda panel: panel.quantity)]
@@ -162,7 +163,7 @@ def _draw_paper(axis: Axes, panel: Panel, width: float, alpha: float) -> None:
     """The paper's points: means of its curves over stretches of the axis, and their ends."""
     for colour, curve in zip(colours(len(panel.curves)), panel.curves, strict=True):
         label = f"{curve.label} (paper)"
-        for found in read_digitised():
+        for found in digitised.read():
             if found.panel == panel.name and found.curve in curve.plotted:
                 axis.plot([found.start, found.end], [found.mean] * 2, color=colour, alpha=alpha,
                           linewidth=width, solid_capstyle="butt", label=label)

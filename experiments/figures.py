@@ -2,11 +2,10 @@
 
 Smith, Kindermans, Ying and Le, "Don't Decay the Learning Rate, Increase the Batch Size", ICLR 2018.
 A curve names a preset that the config files of all scales have under one name. A figure also names
-the functions that draw it and make its tables, so a new figure is one entry of FIGURES. Numbers
-read off the paper's plots are in paper/digitised.csv.
+the functions that draw it and make its tables, so a new figure is one entry of FIGURES. Points read
+off the paper's plots are in digitised.py.
 """
 
-import csv
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,6 @@ from bigbatch.mistake import Mistake
 from bigbatch.schedule import Phase
 
 REPOSITORY = Path(__file__).parents[1]
-DIGITISED = Path(__file__).parent / "paper" / "digitised.csv"
 
 
 class Curve(NamedTuple):
@@ -389,24 +387,3 @@ def planned(text: str) -> tuple[ConfigDict, tuple[Phase, ...]]:
     config = load_config(text)
     check(config)
     return config, tuple(make_phases(config))
-
-
-class Stretch(NamedTuple):
-    """The mean of a plotted curve of the paper over a stretch of its x axis."""
-
-    panel: str
-    curve: str
-    start: float
-    end: float
-    mean: float
-
-
-@functools.cache
-def read_digitised() -> list[Stretch]:
-    """The points that were read off the paper's plots; see paper/README.md."""
-    with DIGITISED.open(encoding="utf-8", newline="") as file:
-        return [
-            Stretch(row["figure"], row["curve"], float(row["from"]), float(row["to"]),
-                    float(row["mean"]))
-            for row in csv.DictReader(file)
-        ]

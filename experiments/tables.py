@@ -8,6 +8,7 @@ import numpy as np
 
 from bigbatch.branching.verdicts import Comparison, compare
 from bigbatch.dotted import resolve
+from experiments import digitised
 from experiments.figures import (
     SCALES,
     Curve,
@@ -15,7 +16,6 @@ from experiments.figures import (
     Panel,
     config_text,
     planned,
-    read_digitised,
 )
 from experiments.logs import Logs, divergences, finished
 from experiments.lost_epochs import equivalent_epochs, progress
@@ -276,7 +276,7 @@ def _paper(panel: Panel, curve: Curve) -> str:
         stated = ", ".join(_number(value, panel.quantity) for value in curve.finals)
         return stated if curve.median is None else (
             f"{stated} (median of five more, from memory: {_number(curve.median, panel.quantity)})")
-    found = [stretch for stretch in read_digitised() if stretch.panel == panel.name]
+    found = [stretch for stretch in digitised.read() if stretch.panel == panel.name]
     last = {stretch.curve: stretch for stretch in found}
     near = 0.95 * max((stretch.end for stretch in found), default=0)
     return ", ".join("~" + _number(last[name].mean, panel.quantity) for name in curve.plotted

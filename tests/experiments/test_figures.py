@@ -10,7 +10,7 @@ import pytest
 
 from bigbatch.branching.verdicts import compare
 from bigbatch.storage.continuing import flatten
-from experiments import figures, lost_epochs, verdicts
+from experiments import digitised, figures, lost_epochs, verdicts
 
 CURVES = [
     pytest.param(panel, curve, id=f"{panel.name}-{curve.label}")
@@ -131,7 +131,7 @@ def test_figures_are_listed_without_matplotlib():
 def test_the_papers_points_belong_to_curves_that_are_drawn():
     drawn = {(panel.name, name) for figure in figures.FIGURES.values() for panel in figure.panels
              for curve in panel.curves for name in curve.plotted}
-    points = figures.read_digitised()
+    points = digitised.read()
     assert len(points) > 200
     assert {(point.panel, point.curve) for point in points} <= drawn
     assert all(point.start < point.end and 0 < point.mean < 1 for point in points)

@@ -13,6 +13,7 @@ import pytest
 from bigbatch.mistake import Mistake
 from bigbatch.storage.logs import read_events
 from experiments import (
+    digitised,
     drawing,
     figures,
     logs,
@@ -322,7 +323,7 @@ def test_a_figure_shows_its_curves_and_the_papers_points(written, name, scale):
             for where in (picture.axes if scale == "small" else [axis])
             for line in where.get_lines() if len(line.get_xdata()) == 2
         }
-        points = {(p.start, p.end, p.mean, p.mean) for p in figures.read_digitised()
+        points = {(p.start, p.end, p.mean, p.mean) for p in digitised.read()
                   if p.panel == panel.name}
         assert points <= segments
         # What the paper states of its curves' ends; over our curves at its scale.
