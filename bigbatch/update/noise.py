@@ -35,6 +35,7 @@ import jax
 import jax.numpy as jnp
 
 from bigbatch.schedule.smoothing import Smoothed, scale_of
+from bigbatch.update.totals import totals
 
 Tree = Any
 
@@ -58,20 +59,13 @@ class Measured(NamedTuple):
     """The noise of one update, or of examples that were only measured."""
 
     by_norms: Parts | None  # by the scales and biases of the norms; None if they have no copies
-    by_groups: Parts | None  # by devices and passes; None if there is one of each
+    by_groups: Parts | None  # by devices and passes; None where these are not measured
     groups: jax.Array | None  # how many of these weigh something
 
 
 def squared_norm(arrays: Iterable[jax.Array]) -> jax.Array:
-    """The sum of the squares of all numbers.
-
-    Squares of one shape are added first, since the sum of each array is a separate operation, and
-    there would be hundreds of them.
-    """
-    by_shape: dict[tuple[int, ...], jax.Array] = {}
-    for array in arrays:
-        by_shape[array.shape] = by_shape.get(array.shape, 0) + jnp.square(array)
-    return sum(map(jnp.sum, by_shape.values()))
+    """The sum of the squares of all numbers."""
+    return sum(totals(map(jnp.square, arrays)))
 
 
 def _apart(gradient: Tree) -> Tree:

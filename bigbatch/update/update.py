@@ -12,7 +12,7 @@ to be whole. See `sharding` and `pieces`.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ from bigbatch.tasks import contract, measures
 from bigbatch.update import noise, pieces, sharding
 from bigbatch.update.network import AUGMENTATION, DROPOUT, Network
 from bigbatch.update.optimizer import init_optimizer, make_optimizer
+from bigbatch.update.totals import totals
 
 Tree = Any
 
@@ -58,7 +59,7 @@ class Sums(NamedTuple):
     weight: jax.Array  # of the objective
     ghosts: jax.Array  # number of ghost batches
     examples: jax.Array  # those that count
-    groups: noise.Groups | None  # each device and each pass is one; None where there is but one
+    groups: noise.Groups | None  # each device and each pass is one; None: not measured
     copies: noise.Groups | None  # each copy of the norms is one; None if there are no copies
 
 
@@ -328,24 +329,12 @@ def _apply_sums(
     means = {name: value / weight for name, (value, weight) in sums.measured.items()}
     total = means["loss"]  # and with all parameters not finite if any of them is not
     if split.parameters and split.cuts:
-        total += pieces.add_over_pieces(split, params, lambda arrays: sum(_totals(arrays)))
+        total += pieces.add_over_pieces(split, params, lambda arrays: sum(totals(arrays)))
     else:
-        total = sum(_totals(jax.tree.leaves(params)), total)
+        total = sum(totals(jax.tree.leaves(params)), total)
     metrics = Metrics(
         means, sums.weight, jnp.isfinite(total), _noise(network, split, sums))
     return State(params, batch_stats, opt_state, average), metrics
-
-
-def _totals(arrays: Iterable[jax.Array]) -> Iterator[jax.Array]:
-    """The sums of all numbers, of arrays of one shape together.
-
-    Those are added first, since the sum of each array is a separate operation, and there would be
-    hundreds of them.
-    """
-    by_shape: dict[tuple[int, ...], jax.Array] = {}
-    for leaf in arrays:
-        by_shape[leaf.shape] = by_shape.get(leaf.shape, 0) + leaf
-    yield from map(jnp.sum, by_shape.values())
 
 
 def _noise(network: Network, split: sharding.Split, sums: Sums) -> noise.Measured:
