@@ -36,7 +36,8 @@ def pin_options(dtype: str) -> None:
     """
     jax.config.update("jax_enable_x64", dtype == "float64")
     for name, value in PINNED.items():
-        if jax.config.values.get(name, value) != value:  # not every version of JAX has all of them
+        # Not every version of JAX has all of them.
+        if name in jax.config.values and jax.config.values[name] != value:
             jax.config.update(name, value)
 
 

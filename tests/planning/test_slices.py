@@ -105,6 +105,17 @@ def test_a_devices_memory_and_clock_are_the_compilers(libtpu, name):
     assert 0.5 < 2 * 2048**3 / (peak * 1e12) / seconds < 1.05, "the share of the published peak"
 
 
+def test_options_in_the_environment_are_another_answer(libtpu, monkeypatch, tmp_path):
+    found = topology.parse("v2-8")
+    mesh = topology.make_mesh(found)
+    lowered = jax.jit(lambda x: x + 1).lower(
+        jax.ShapeDtypeStruct((8,), jnp.float32, sharding=devices.replicated(mesh)))
+    for options, answers in (("", 1), ("--xla_tpu_scoped_vmem_limit_kib=12288", 2), ("", 2)):
+        monkeypatch.setenv("LIBTPU_INIT_ARGS", options)
+        compiled.measure(lowered, found.kind, mesh, tmp_path)
+        assert len(list(tmp_path.iterdir())) == answers
+
+
 def test_text_of_a_program_is_read():
     text = (
         "%a = f32[8,4]{1,0:T(8)} all-reduce(%x), channel_id=1\n"

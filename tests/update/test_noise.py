@@ -10,13 +10,14 @@ import pytest
 from flax import nnx
 
 from bigbatch import train
+from bigbatch.job.devices import make_mesh
 from bigbatch.models.normalization import GhostBatchNorm
 from bigbatch.schedule.smoothing import Smoothed
 from bigbatch.storage.logs import read_events
-from bigbatch.update import network, noise
+from bigbatch.update import network, noise, update
 from bigbatch.watching.clock import Clock
 from bigbatch.watching.log import Log
-from tests.support import small_config
+from tests.support import quadratic, small_config
 from tests.support.updates import with_model
 
 DRAWS, FEATURES = 10_000, 3
@@ -102,6 +103,17 @@ def test_a_measurement_between_two_updates_changes_nothing(tmp_path):
                      for line in measuring if line["updates"] in at]
     assert [line["examples_seen"] for line in measuring if "noise_full" in line] == [
         96, 192, 288, 432, 528]  # at or after multiples of 96 examples, and at the end
+
+
+def test_groups_are_measured_where_the_norms_tell_nothing_or_where_asked():
+    for get_config, asked, measured in (
+            (small_config.get_config, None, False), (small_config.get_config, True, True),
+            (quadratic.get_config, None, True), (quadratic.get_config, False, False)):
+        config = get_config()
+        config.noise.by_groups = asked
+        sums = update.abstract_sums(config, network.build(config), make_mesh(jax.devices()[:2]))
+        assert (sums.groups is not None) == measured
+        assert (sums.copies is not None) == (get_config is small_config.get_config)
 
 
 def test_a_batch_far_beyond_the_measured_scale_is_warned_of_once_a_phase():
