@@ -102,6 +102,17 @@ def test_a_run_whose_state_is_in_pieces_is_branched(split, tmp_path, monkeypatch
     assert len({end.tobytes() for end in ends}) == len(ends) == 4
 
 
+@pytest.mark.parametrize(("flag", "told"), [
+    ("--for=4096 examples", "set these keys back"), ("--margin=nan", "--margin is nan; it must")])
+def test_a_refused_comparison_leaves_the_last_ones_result(run, flag, told):
+    folder, _, judged = run
+    shown = started.end(started.start_python(
+        "-m", "bigbatch.branch", f"--workdir={folder}", "--at=1024 examples", "--factors=4,16",
+        f"--for={STRETCH}", flag, devices=len(jax.devices())), status=2)
+    assert told in shown and "Traceback" not in shown
+    assert json.loads((folder / "branches/1024/branches.json").read_text()) == judged
+
+
 def test_the_critical_batch_of_a_quadratic_is_found_between_two_factors(run):
     _, found, judged = run
     assert (judged["critical_batch"], judged["worse_batch"]) == (4 * 8, 16 * 8)  # CRITICAL is 14
