@@ -126,4 +126,5 @@ def test_the_trees_of_all_optimizers_are_those_that_checkpoints_have(name, expec
             str(getattr(key, "idx", getattr(key, "name", ""))) for key in path[:2])
         kept[top] = kept.get(top, 0) + 1
     wanted = [path for path in expected if path.split("/")[1] == str(place)]
-    assert kept == {path: 1 if path.endswith(("count", "weight")) else parameters for path in wanted}
+    assert kept == {
+        path: 1 if path.endswith(("count", "weight")) else parameters for path in wanted}
