@@ -1,12 +1,13 @@
-"""What the commands of experiments/ share: one line for an error, and where the data are."""
+"""What the commands of experiments/ share: one line for an error, and flags for every run."""
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bigbatch.job import statuses
 from bigbatch.mistake import Mistake
+from experiments import logs
 
 
 @contextlib.contextmanager
@@ -33,3 +34,22 @@ def data_settings(data_dir: str) -> list[str]:
     if "://" not in data_dir:  # runs start in the repository
         data_dir = str(Path(data_dir).expanduser().resolve())
     return [f"--config.data.dir={data_dir}"]
+
+
+def hardware_settings(flags: Sequence[str]) -> list[str]:
+    """The flags `--config.KEY=VALUE` for every run, of keys that change nothing that is learned.
+
+    Raises:
+        Mistake: if one has another form, or another key: the curves would be others than those that
+            the figures and their records name.
+    """
+    free = sorted(logs.FREE - {"seed", "data.dir"})
+    for flag in flags:
+        key, _, value = flag.removeprefix("--config.").partition("=")
+        if not (flag.startswith("--config.") and value
+                and any(key == name or key.startswith(f"{name}.") for name in free)):
+            raise Mistake(
+                f"{flag} is not known here. Every run can be given --config.KEY=VALUE for keys "
+                f"that change nothing that is learned: {', '.join(free)}. --help lists the other "
+                "flags.")
+    return list(flags)

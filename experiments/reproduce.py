@@ -20,6 +20,9 @@ trains nothing, and draws from a workdir or a published record.
 trains nothing either, and prints the command of each run that is not over, each on a line, for a
 cluster's queue, or for `xargs -d '\\n' -P 4 -I COMMAND sh -c COMMAND`, in the repository. Then
 --draw_only draws. (A record needs runs that this program trained, because it names their machine.)
+
+Keys that change nothing that is learned can be set for all runs, to suit the hardware, as with
+`--config.max_per_device_batch=640 --config.eval_batch_size=2500`.
 """
 
 import argparse
@@ -32,7 +35,7 @@ from pathlib import Path
 
 from bigbatch.mistake import Mistake
 from experiments import drawing, figures, logs, provenance, records, report, runs, tables
-from experiments.command_line import data_settings, one_line_errors
+from experiments.command_line import data_settings, hardware_settings, one_line_errors
 
 
 def wanted(
@@ -131,7 +134,7 @@ def main() -> None:
                         help="train and draw nothing; print the commands of the missing runs")
     parser.add_argument("--record", type=Path,
                         help="also keep the runs' logs in this folder, with tables and pictures")
-    options = parser.parse_args()
+    options, flags = parser.parse_known_args()
     workdir = options.workdir.expanduser().resolve()
     output = options.output or workdir
     with one_line_errors("experiments.reproduce"):
@@ -144,7 +147,7 @@ def main() -> None:
             raise Mistake(f"--at_once is {options.at_once}; it must be 0 or more.")
         chosen = figures.select(options.figure, options.scale)
         needed = wanted(chosen, options.scale, options.seeds, workdir)
-        settings = data_settings(options.data_dir)
+        settings = data_settings(options.data_dir) + hardware_settings(flags)
         if options.print_commands:
             for run in runs.missing(list(needed), functools.partial(print, file=sys.stderr)):
                 print(shlex.join(run.command(settings, sys.executable)))

@@ -51,7 +51,7 @@ class Case(NamedTuple):
         phases = schedule.plan_phases(self.recipe, strategy, LIMITS)
         return Course(
             phases, len(phases) - 1, (None,) * len(phases),
-            lambda phase, *_: Rates(phase.learning_rate, phase.momentum, 0, 0, 0),
+            lambda phase, *_: Rates(phase.learning_rate, phase.momentum, 0, 0, 0, 0),
             make_due(self.every, N, phases[-1].end_example))
 
     def parts(self, number):

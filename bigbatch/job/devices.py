@@ -121,8 +121,15 @@ def place(tree: Any, sharding: Any) -> Any:
     return jax.tree.map(one, tree, sharding)
 
 
-def compiler_options(mesh: Mesh) -> dict[str, str] | None:
-    """The XLA options for compiling for this mesh, where they differ from the defaults."""
+def compiler_options(mesh: Mesh, deterministic: bool = False) -> dict[str, Any] | None:
+    """The XLA options for compiling for this mesh, where they differ from the defaults.
+
+    Args:
+        mesh: the devices.
+        deterministic: whether a GPU is to compute the same bits at every start. It then adds up
+            nothing in the order in which threads arrive, and its compiler chooses algorithms by
+            rules in the place of trying which one is fastest.
+    """
     platform = mesh.devices.flat[0].platform
     if platform == "cpu":
         # YNNPACK computes sums several times faster than XLA's own code, but matrix products and
@@ -131,7 +138,7 @@ def compiler_options(mesh: Mesh) -> dict[str, str] | None:
     if platform == "tpu":
         # How many arrays one reduction takes, 256 by default: a network may have a thousand.
         return {"xla_jf_crs_combiner_threshold_count": "65536"}
-    return None
+    return {"xla_gpu_deterministic_ops": True} if deterministic else None
 
 
 def shape_of(array: jax.Array) -> jax.ShapeDtypeStruct:

@@ -47,7 +47,8 @@ class Measured(NamedTuple):
 
 
 def measure(
-    lowered: jax.stages.Lowered, kind: Tpu | Gpu, mesh: Mesh, folder: Path | None
+    lowered: jax.stages.Lowered, kind: Tpu | Gpu, mesh: Mesh, folder: Path | None,
+    deterministic: bool = False,
 ) -> Measured:
     """Compiles a program and returns what the compiler says of it, or reads that from `folder`.
 
@@ -59,12 +60,13 @@ def measure(
         kind: of the devices of `mesh`.
         mesh: the devices.
         folder: for the results; None to keep none.
+        deterministic: as `lowered` was made, see `compiler_options`; its text does not say.
     """
     on_gpu = isinstance(kind, Gpu)
     settings = kind if on_gpu else (kind.version, kind.chip_config, kind.clock_hertz)
     lowered_text = lowered.as_text()
     key = "\n".join((jax.__version__, version(mesh), repr(settings), repr(Measured._fields),
-                     repr(compiler_options(mesh)), lowered_text))
+                     repr(compiler_options(mesh, deterministic)), lowered_text))
     key += _options_in_environment(on_gpu)
     file = folder and folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
     if file and file.exists():

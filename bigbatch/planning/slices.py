@@ -161,7 +161,7 @@ class _Compiler:
                           *feed.resident_shapes(config, self.fields, mesh))
             lower = lowering.lowering(config, self.net, mesh, *shapes)
             self.known[program] = compiled.measure(
-                lower(program), self.slice.kind, mesh, self.folder)
+                lower(program), self.slice.kind, mesh, self.folder, config.deterministic)
         return self.known[program]
 
     def memory(self, program: Program) -> int:

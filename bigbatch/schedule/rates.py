@@ -27,10 +27,14 @@ class Rates(NamedTuple):
     """
 
     learning_rate: float  # eps
-    momentum: float  # what an update leaves of the accumulator; for Adam its first beta
+    # What an update leaves of the accumulator, which after a change of the batch it also carries
+    # over (`rates_at`); for Adam its first beta.
+    momentum: float
     beta2: float  # what an update leaves of Adam's average of squared gradients
     weight_decay: float  # decoupled: an update shrinks the weights by learning_rate x this
     average: float  # what an update leaves of the average of the weights (`config.ema`)
+    # What Nesterov's step adds of the accumulator: the momentum, without what carries it over.
+    look_ahead: float
 
 
 class NoiseDiffers(ArithmeticError):
@@ -118,6 +122,7 @@ def rates_at(
         beta2=_kept(recipe.beta2, keep.beta2, recipe, batch_size),
         weight_decay=recipe.weight_decay * decay,
         average=_kept(recipe.average, keep.average, recipe, batch_size),
+        look_ahead=momentum,
     )
 
 

@@ -126,6 +126,8 @@ def scale_up(recipe: Recipe, learning_rate_factor: float = 1.0, momentum: float 
             f"{recipe.examples} examples of the training set; scale up by less."
         )
     kappa, keep = whole / recipe.batch_size, recipe.per_example
+    # By as much as before over the same examples: the rate times the decay grows with the batch.
+    decay = kappa / learning_rate_factor if keep.weight_decay else 1.0
     if keeps_momentum(recipe) and momentum is None and not recipe.accumulates:
         new_momentum **= kappa
     scaled = dataclasses.replace(
@@ -135,7 +137,7 @@ def scale_up(recipe: Recipe, learning_rate_factor: float = 1.0, momentum: float 
         momentum=new_momentum,
         beta2=recipe.beta2 ** (kappa if keep.beta2 else 1.0),
         average=recipe.average ** (kappa if keep.average else 1.0),
-        weight_decay=recipe.weight_decay * (kappa ** (1.0 - power) if keep.weight_decay else 1.0),
+        weight_decay=recipe.weight_decay * decay,
     )
     if kappa > 1:
         check_floors(scaled, scaled.momentum, scaled.beta2, f"scaled up to a batch of {whole}")

@@ -18,14 +18,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
-from bigbatch.job import processes
+from bigbatch.job import devices, processes
 from bigbatch.mistake import Mistake
 from bigbatch.storage import arrays, bucket, checksums, tree
 
 UNFINISHED = ".unfinished"
 STATE = Path("state/state")  # where the arrays are in a checkpoint: as Orbax has them
 NETWORKS = ("params", "batch_stats", "average")  # the fields of a state that networks are made of
+ADDED = ("mu_weight", "nu_weight")  # arrays that older versions did not save: see update.adam
 
 
 class Found(NamedTuple):
@@ -137,14 +139,26 @@ def restore(path: Path, like: Any, mirror: bucket.Mirror | None = None) -> Any:
 
     Returns:
         The state in the same tree: with a sharding of `like` a jax.Array, without one a NumPy
-        array. A field that is None stays None.
+        array. A field that is None stays None. Of `ADDED` what an older version did not save is
+        nan.
 
     Raises:
         Mistake: if the state cannot be read, or is another one.
     """
     with _explained(path, mirror):
-        place, _ = _arrays(path, mirror)
-        return tree.with_arrays(like, arrays.read(place, tree.arrays_of(like)))
+        place, names = _arrays(path, mirror)
+        wanted, there = tree.arrays_of(like), set(jax.tree.leaves(names))
+        older = {name: array for name, array in wanted.items()
+                 if name not in there and name.rpartition(".")[2] in ADDED}
+        found = arrays.read(place, {name: wanted[name] for name in wanted if name not in older})
+        return tree.with_arrays(like, found | {
+            name: _unknown(array) for name, array in older.items()})
+
+
+def _unknown(like: Any) -> Any:
+    """An array of nan, where it is wanted."""
+    array = np.full(like.shape, np.nan, like.dtype)
+    return devices.place(array, like.sharding) if getattr(like, "sharding", None) else array
 
 
 @contextlib.contextmanager

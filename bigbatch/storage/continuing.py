@@ -22,9 +22,9 @@ from bigbatch.schedule.smoothing import Smoothed
 
 # These keys do not change what is learned.
 FREE = (
-    "sharding", "max_per_device_batch", "microbatches", "eval_batch_size", "log_every_epochs",
-    "eval_every_epochs", "checkpoint_every_epochs", "intervals_from", "keep_checkpoints",
-    "tensorboard", "noise", "data.dir", "data.workers", "data.read_threads",
+    "sharding", "deterministic", "max_per_device_batch", "microbatches", "eval_batch_size",
+    "log_every_epochs", "eval_every_epochs", "checkpoint_every_epochs", "intervals_from",
+    "keep_checkpoints", "tensorboard", "noise", "data.dir", "data.workers", "data.read_threads",
     "data.on_bad_image",  # affects only images read from now on
 )
 # ... but for these, where the run decides by what is measured.

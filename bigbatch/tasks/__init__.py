@@ -2,8 +2,9 @@
 
 `config.task` is the dotted path of a task: of a module (or of an object) with these functions, of
 which the first four must be there. All are pure but `load` and `about`. B is the examples that one
-device takes in one pass: whole ghost batches, `config.ghost_size` neighbours each. So nothing may
-depend on how many there are, nor mix the examples of one ghost batch with those of another.
+device takes in one pass: in training whole ghost batches, `config.ghost_size` neighbours each, in
+evaluation any number. So nothing may depend on how many there are, nor mix the examples of one
+ghost batch with those of another, and what is evaluated mixes none.
 
     fields(config) -> {name: Field(shape, dtype)}
         The arrays of one example as `load` has them, such as images uint8 (H, W, C) and labels

@@ -43,7 +43,7 @@ def make_evaluate(config: ConfigDict, net: network.Network, mesh: Mesh) -> Calla
         evaluate, mesh=mesh, in_specs=(split.at_rest(), P(), P(), P(mesh.axis_names)),
         out_specs=P(), check_vma=False,
     )
-    return jax.jit(mapped, compiler_options=compiler_options(mesh))
+    return jax.jit(mapped, compiler_options=compiler_options(mesh, config.deterministic))
 
 
 def outputs_of(

@@ -123,6 +123,7 @@ def build(config: ConfigDict, may_mix: bool = False) -> Network:
         if not may_mix:
             independence.refuse_mixing(
                 name, found, results, "as layer or group norm does, or use GhostBatchNorm")
+            task_checks.check_evaluation(config, task, name, apply, *shapes)
 
     def init(seed: jax.Array) -> tuple[Tree, Tree]:
         _, drawn, began, _ = construct(seed)

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from bigbatch.schedule.rates import Rates
 from bigbatch.update import own_optimizer
+from bigbatch.update.adam import scale_by_adam
 
 Tree = Any
 
@@ -22,7 +23,7 @@ def make_optimizer(
 
     The rate multiplies the accumulator, not what is added to it: A <- m A + g, w <- w - eps A
     (Smith et al., ICLR 2018, equations 6 and 7). So a change of the rate needs no correction of the
-    accumulator. The optimizer's state depends on none of the rates.
+    accumulator. How the state begins depends on none of the rates.
 
     The gradient's global norm is clipped first, if `clip_norm` is not 0. Here the gradient is the
     mean over the whole batch, so what is clipped does not depend on devices and passes.
@@ -50,9 +51,9 @@ def make_optimizer(
         rates.weight_decay if options.decoupled else options.weight_decay, decay_mask)
     accumulator = own_optimizer.make(config, rates) if own_optimizer.is_own(config) else {
         "momentum": lambda: optax.trace(rates.momentum),
-        "nesterov": lambda: optax.trace(rates.momentum, nesterov=True),
+        "nesterov": lambda: _nesterov(rates),
         "sgd": optax.identity,
-        "adam": lambda: optax.scale_by_adam(rates.momentum, rates.beta2, options.epsilon),
+        "adam": lambda: scale_by_adam(rates.momentum, rates.beta2, options.epsilon),
     }[options.name]()
     steps = [accumulator, decay] if options.decoupled else [decay, accumulator]
     if own_optimizer.is_own(config) and own_optimizer.decays_itself(config):
@@ -65,6 +66,18 @@ def init_optimizer(config: ConfigDict, in_norm: Tree, params: Tree) -> Tree:
     """The optimizer's state before the first update. Checkpoints have the same tree structure."""
     nothing = Rates(*[jnp.zeros(())] * len(Rates._fields))
     return make_optimizer(config, in_norm, nothing).init(params)
+
+
+def _nesterov(rates: Rates) -> optax.GradientTransformation:
+    """A <- m A + g with the step m' A + g: m' is not m where m also carries A over."""
+    accumulator = optax.trace(rates.momentum)
+
+    def update(gradient: Tree, state: Tree, params: Tree = None) -> tuple[Tree, Tree]:
+        accumulated, state = accumulator.update(gradient, state)
+        return jax.tree.map(
+            lambda added, of: rates.look_ahead * added + of, accumulated, gradient), state
+
+    return optax.GradientTransformation(accumulator.init, update)
 
 
 def _clip(most: float, norm: Callable[[Tree], jax.Array]) -> optax.GradientTransformation:

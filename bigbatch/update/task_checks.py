@@ -3,7 +3,7 @@
 Nothing is computed or compiled. `independence` says what can be told in this way.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from bigbatch.mistake import Mistake
 from bigbatch.tasks import contract
 from bigbatch.tasks.contract import Task
-from bigbatch.update import independence
+from bigbatch.update import dependence, independence
 
 OF_A_GHOST = "or at the config.ghost_size neighbours of a ghost batch"
 
@@ -70,6 +70,52 @@ def measured(
         independence.refuse_mixing(
             f"{task.name}.losses", found, shapes, OF_A_GHOST)
     return tuple(sorted(shapes.keys() - {"objective"}))
+
+
+def check_evaluation(
+    config: ConfigDict, task: Task, name: str, apply: Callable, params: Any, batch_stats: Any
+) -> None:
+    """Traces an evaluation, in which each example stands alone.
+
+    Evaluated are the examples of the test set in any number on any device, beside padding, and not
+    whole ghost batches.
+
+    Args:
+        config: of the run.
+        task: its task.
+        name: of the network.
+        apply: see `network.Network.apply`.
+        params: shapes of the parameters.
+        batch_stats: the same of the running statistics.
+
+    Raises:
+        Mistake: if a call with as many examples as are traced raises an exception, or what it
+            reports of one was seen to depend on another.
+    """
+    examples = dependence.GHOSTS  # each takes the place of a ghost batch
+    fields = {key: jax.ShapeDtypeStruct((examples, *field.shape), field.dtype)
+              for key, field in contract.fields_of(config, task).items()}
+
+    def call(constants: tuple[Any, Any], fields: Mapping[str, Any], keys: Any) -> Any:
+        inputs, targets = contract.prepare(config, task, fields, keys, False)
+        outputs, _ = apply(*constants, inputs, False, keys)
+        found = contract.losses(config, task, outputs, targets, examples)
+        return {key: pair for key, pair in found.items() if key != "objective"}
+
+    what = f"{name} with the task {task.name}, in evaluation,"
+    try:
+        shapes, found = independence.trace(call, (params, batch_stats), fields, keys(examples))
+    except (TypeError, ValueError) as error:
+        if isinstance(error, Mistake):
+            raise
+        raise Mistake(
+            f"{what} fails for {examples} examples: {type(error).__name__}: "
+            f"{' '.join(str(error).split())[:300]}. Evaluated are examples in any number, not whole"
+            f" ghost batches of {config.ghost_size}."
+        ) from error
+    independence.refuse_mixing(
+        what, found, shapes, "and at its neighbours in a ghost batch in training alone (`if train`,"
+        " or in the objective of `losses`)")
 
 
 def described(task: Task, inputs: Any) -> str:

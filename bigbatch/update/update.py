@@ -207,7 +207,7 @@ def make_update(
     def measure(sums: Sums) -> noise.Measured:
         return _noise(network, split, pieces.reduce(split, own(sums)))
 
-    jitted = partial(jax.jit, compiler_options=compiler_options(mesh))
+    jitted = partial(jax.jit, compiler_options=compiler_options(mesh, config.deterministic))
     return Update(
         update=jitted(
             mapped(update, (lies, whole, parts, whole), (lies, whole)),

@@ -213,7 +213,8 @@ def test_an_update_of_streamed_pictures_is_that_of_resident_ones(folder):
         phase, start = run.updates[0]
         (batch,) = run.microbatches(phase, start)
         state, measured = update.make_update(config, net, run.mesh).update(
-            state, run.feed.resident, batch, Rates(*map(np.float32, (0.1, 0.9, 0.999, 0.0, 0.0))))
+            state, run.feed.resident, batch,
+            Rates(*map(np.float32, (0.1, 0.9, 0.999, 0.0, 0.0, 0.9))))
         program = evaluation.make_evaluate(config, net, run.mesh)
         sums = [program(state.params, state.batch_stats, run.feed.test, batch)
                 for batch in run.feed.evaluation()]

@@ -134,6 +134,8 @@ def test_the_commands_of_what_is_missing_are_printed(made, tmp_path, monkeypatch
     (("--figure=6", "--at_once=-1"), "--at_once is -1"),
     (("--figure=6", "--record=runs", "--output=runs"), "neither --workdir nor --output"),
     (("--figure=6", "--output=README.md"), "README.md can be no folder: File exists"),
+    (("--figure=6", "--config.ghost_size=64"), "ghost_size=64 is not known here. Every run can be"),
+    (("--figure=6", "--config.microbatches"), "--config.microbatches is not known here"),
 ])
 def test_what_cannot_be_drawn_is_one_line(made, tmp_path, monkeypatch, capsys, arguments, said):
     workdir = tmp_path / "copy"

@@ -2,13 +2,18 @@
 
 import pytest
 
-from bigbatch.config import make_phases
+from bigbatch.config import make_layouts, make_phases
+from bigbatch.data import feed
 from bigbatch.job import chips
 from bigbatch.plan import plan
-from bigbatch.planning import cards, slices, tables, topology
+from bigbatch.planning import cards, compiled, slices, tables, topology
 from bigbatch.planning.kernels import kernels, least_seconds
+from bigbatch.programs import lowering
+from bigbatch.programs.compilation import programs_of
+from bigbatch.tasks import contract
+from bigbatch.update import network, update
 from tests.planning.test_slices import numbers_reduced
-from tests.support import configs
+from tests.support import configs, small_language
 
 
 @pytest.mark.parametrize(("name", "shape", "devices"), (
@@ -73,9 +78,32 @@ def test_the_least_time_is_that_of_launches_memory_or_matrix_units():
     assert least_seconds([10], kind, 2 * 989e12) == pytest.approx(2.0)
 
 
-def test_an_update_on_two_hosts_is_one_reduction(tmp_path):
+@pytest.fixture
+def cuda():
     if not any(cards.PLUGINS.glob("*")):
         pytest.skip(f"needs the compiler for CUDA in {cards.PLUGINS} (make .cuda/installed)")
+
+
+def test_a_deterministic_update_adds_up_tokens_in_one_order(cuda, tmp_path):
+    # The gradient of an embedding is a sum by token. Threads add to it as they come, or else the
+    # tokens are sorted first.
+    config = small_language.get_config("small")
+    phases = make_phases(config)
+    found = slices.parse("h100-1", phases)
+    mesh, layout = topology.make_mesh(found[0]), make_layouts(config, phases, 1)[0]
+    program, = programs_of(layout)
+    kernels_of = {}
+    for deterministic in (False, True):
+        config.deterministic = deterministic
+        net, fields = network.build(config), contract.fields_of(config, contract.task_of(config))
+        lower = lowering.lowering(config, net, mesh, update.abstract_state(config, net, mesh),
+                                  *feed.resident_shapes(config, fields, mesh))
+        kernels_of[deterministic] = compiled.measure(
+            lower(program), found[0].kind, mesh, tmp_path, deterministic).kernels
+    assert kernels_of[False] < kernels_of[True], "and a plan keeps an answer for each"
+
+
+def test_an_update_on_two_hosts_is_one_reduction(cuda, tmp_path):
     config = configs.tiny()
     phases = make_phases(config)
     found = slices.parse("h100:2x2,1=h200-1", phases)

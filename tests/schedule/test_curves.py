@@ -354,7 +354,8 @@ def test_each_can_be_switched_off():
         one, other = (schedule.rates_at(recipe, 1024, 6_000_000) for recipe in (ADAM, off))
         for field in one._fields:
             same = getattr(one, field) == getattr(other, field)
-            assert same == (field != name), field
+            of = "momentum" if field == "look_ahead" else field
+            assert same == (of != name), field
         assert getattr(other, name) == getattr(ADAM, name)
 
 
@@ -377,6 +378,12 @@ def test_scale_up_follows_the_exchange_and_keeps_what_is_per_example():
     assert scaled.beta2 == 0.999**4 and scaled.average == 0.9999**4
     assert scaled.momentum == 0.9**4
     assert scaled.weight_decay * 0.2 / 512 == pytest.approx(0.1 * 0.1 / 128)
+    # A raised momentum makes steps longer, and leaves the rate's part of the decay.
+    sgd = dataclasses.replace(COSINE, weight_decay=0.1)
+    scaled = schedule.scale_up(sgd, 5.0, momentum=0.98, granularity=128)
+    assert scaled.batch_size == 25 * sgd.batch_size
+    assert scaled.weight_decay * scaled.learning_rate / scaled.batch_size == pytest.approx(
+        sgd.weight_decay * sgd.learning_rate / sgd.batch_size)
     with pytest.raises(Mistake, match="'none' leaves the rate alone"):
         schedule.scale_up(dataclasses.replace(ADAM, exchange="none"), 2.0)
 

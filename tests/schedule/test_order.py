@@ -50,7 +50,7 @@ def converted(name: str, rates: Rates, kappa: int, batch_before: int | None = No
 def reference(name: str, h: float) -> Rates:
     """The rates of the small batches, of which an update takes the time h."""
     rate = h**0.5 if name == "adam" else 4 * h**2
-    return Rates(rate, 1 - 2 * h, 1 - 3 * h, 0.5 * h / rate, 0.0)
+    return Rates(rate, 1 - 2 * h, 1 - 3 * h, 0.5 * h / rate, 0.0, 1 - 2 * h)
 
 
 @cache
@@ -113,7 +113,9 @@ def _moments(config, h, updates, small: Rates, large: Rates) -> tuple[jax.Array,
         if config.optimizer.name == "adam":
             count = jnp.round(AGE / (size * h)).astype(jnp.int32)
             square = jnp.full_like(params["w"], (1 - rates.beta2**count) / (size * h))
-            kept = optax.tree_utils.tree_set(kept, count=count, nu={"w": square})
+            kept = optax.tree_utils.tree_set(
+                kept, count=count, nu={"w": square}, mu_weight=1 - rates.momentum**count,
+                nu_weight=1 - rates.beta2**count)
         return params, kept
 
     one, others = start(small, 1), jax.vmap(start, (0, None))(large, KAPPA)

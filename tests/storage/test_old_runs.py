@@ -108,8 +108,8 @@ def test_a_pending_evaluation_of_version_0_1_is_read():
     ("momentum", ["opt_state/0/trace", "opt_state/1/trace"]),
     ("nesterov", ["opt_state/0/trace", "opt_state/1/trace"]),
     ("sgd", []),
-    ("adam", ["opt_state/0/count", "opt_state/0/mu", "opt_state/0/nu", "opt_state/1/count",
-              "opt_state/1/mu", "opt_state/1/nu"]),
+    ("adam", [f"opt_state/{place}/{field}" for place in (0, 1)
+              for field in ("count", "mu", "nu", "mu_weight", "nu_weight")]),
 ])
 @pytest.mark.parametrize("decoupled", [False, True])
 def test_the_trees_of_all_optimizers_are_those_that_checkpoints_have(name, expected, decoupled):
@@ -126,4 +126,5 @@ def test_the_trees_of_all_optimizers_are_those_that_checkpoints_have(name, expec
             str(getattr(key, "idx", getattr(key, "name", ""))) for key in path[:2])
         kept[top] = kept.get(top, 0) + 1
     wanted = [path for path in expected if path.split("/")[1] == str(place)]
-    assert kept == {path: 1 if path.endswith("count") else parameters for path in wanted}
+    assert kept == {
+        path: 1 if path.endswith(("count", "weight")) else parameters for path in wanted}

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from bigbatch.update.adam import scale_by_adam
+
 
 def lars(momentum, weight_decay):
     """You et al. 2017, as `optax.lars` has it."""
@@ -17,7 +19,7 @@ def lars(momentum, weight_decay):
 def lamb(b1, b2, weight_decay):
     """You et al. 2020, as `optax.lamb` has it."""
     return optax.chain(
-        optax.scale_by_adam(b1, b2, eps=1e-6),
+        scale_by_adam(b1, b2, eps=1e-6),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_trust_ratio(),
     )
@@ -28,7 +30,7 @@ def muon(beta, b2):
     matrices = optax.contrib.scale_by_muon(beta=beta, weight_dimension_numbers=lambda params: (
         jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), params)))
     return optax.partition(
-        {"muon": matrices, "adam": optax.scale_by_adam(beta, b2)},
+        {"muon": matrices, "adam": scale_by_adam(beta, b2)},
         lambda params: jax.tree.map(lambda leaf: "muon" if leaf.ndim == 2 else "adam", params),
     )
 

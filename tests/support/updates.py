@@ -49,7 +49,8 @@ class Updater(NamedTuple):
         """Rates of the parameters' type, the config's own where they are not given."""
         recipe = make_recipe(self.config)
         own = schedule.rates_at(recipe, recipe.batch_size, 0)._replace(
-            learning_rate=learning_rate, momentum=momentum, **others)
+            learning_rate=learning_rate, momentum=momentum,
+            **{"look_ahead": momentum} | others)
         return jax.tree.map(self.number, own)
 
     @property

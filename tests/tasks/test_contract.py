@@ -74,6 +74,14 @@ REFUSED = {
         losing(lambda found: {"loss": (found["loss"][0] - found["loss"][0].mean(),
                                        found["loss"][1])}),
         r"losses mixes the examples of a batch at .*test_contract.py:\d+"),
+    "losses_by_ghost_batches": (
+        losing(lambda found: {"loss": (
+            found["loss"][0].reshape(-1, 16)[:, ::-1].reshape(-1), found["loss"][1])}),
+        "in evaluation, fails for 2 examples: TypeError: .*any number, not whole"),
+    "losses_pair": (
+        losing(lambda found: {"loss": (
+            found["loss"][0].reshape(-1, 2)[:, ::-1].reshape(-1), found["loss"][1])}),
+        "in evaluation, mixes the examples of a batch"),
     "no_loss": (
         losing(lambda found: {"accuracy": found["accuracy"]}),
         r"losses returned accuracy; it must return a dict of \(values, weights\) by name, and 'l"),

@@ -276,13 +276,14 @@ class Apart(nnx.Module):
         x = jnp.take_along_axis(x, jnp.argsort(x, axis=1), axis=1)
         x = self.attention(x + jax.nn.one_hot(jnp.arange(16), 8))
         x = jax.lax.scan(lambda x, _: (x - x.mean(axis=1, keepdims=True), None), x, length=2)[0]
-        ghosts = x.reshape(-1, 16, *x.shape[1:])
-        x = (ghosts - ghosts.mean(axis=1, keepdims=True)).reshape(x.shape)
-        # Ghost batches by masks, of which the check cannot see that they keep them apart.
-        ghost = jnp.arange(len(x)) // 16
-        mask = (ghost[:, None] == ghost[None, :]).astype(x.dtype)
-        x = x - jnp.tensordot(mask, x, axes=1) / 16
-        x = x - (mask[:, :, None, None] * x[None]).sum(axis=1) / 16
+        if train:
+            ghosts = x.reshape(-1, 16, *x.shape[1:])
+            x = (ghosts - ghosts.mean(axis=1, keepdims=True)).reshape(x.shape)
+            # Ghost batches by masks, of which the check cannot see that they keep them apart.
+            ghost = jnp.arange(len(x)) // 16
+            mask = (ghost[:, None] == ghost[None, :]).astype(x.dtype)
+            x = x - jnp.tensordot(mask, x, axes=1) / 16
+            x = x - (mask[:, :, None, None] * x[None]).sum(axis=1) / 16
         x = jnp.roll(jnp.sort(x[:, ::-1], axis=1), 1, axis=1).transpose(1, 2, 0).mean(axis=0).T
         return self.head(self.ghost(x, train))
 
@@ -443,6 +444,12 @@ UNFIT = {
        for name, mix in MIXING.items()},
     # Each entry depends on one example, of another ghost batch: no line is the first to mix them.
     "mixes_rolled": (mixing(lambda x: jnp.roll(x, 1, axis=0)), "mixes the examples of a batch, so"),
+    "pairs_in_evaluation": (
+        mixing(lambda x: x.reshape(-1, 2, *x.shape[1:])[:, ::-1].reshape(x.shape)),
+        r"in evaluation, mixes the examples of a batch"),
+    "whole_ghosts_in_evaluation": (
+        mixing(lambda x: (x.reshape(-1, 16, *x.shape[1:]) * 2).reshape(x.shape)),
+        r"in evaluation, fails for 2 examples: TypeError: .*any number, not whole ghost"),
     "attention_dropout": (
         holding(lambda rngs: nnx.MultiHeadAttention(2, 64, decode=False, dropout_rate=0.1,
                                                     rngs=rngs)),

@@ -80,15 +80,19 @@ def test_an_example_that_is_of_no_use_counts_for_nothing():
         (given.argmax(axis=1) == targets.argmax(axis=1)).mean())
 
 
-def reference_step(name, g, w, kept, rate, momentum, number, decay, decoupled):
-    """One parameter array's step, as the optimizers' papers have it; `kept` is what they keep."""
+def reference_step(name, g, w, kept, rate, momenta, decay, decoupled):
+    """One parameter array's step, as the optimizers' papers have it; `kept` is what they keep.
+
+    `momenta`: of all updates so far. Adam's averages are divided by what gradients weigh in them.
+    """
+    momentum, number = momenta[-1], len(momenta)
     coupled, shrink = (0.0, decay) if decoupled else (decay, 0.0)
     g = g + coupled * w
     if name == "adam":
         first, second = kept
         first = momentum * first + (1 - momentum) * g
         second = 0.999 * second + 0.001 * g**2
-        corrected = first / (1 - momentum**number), second / (1 - 0.999**number)
+        corrected = first / (1 - np.prod(momenta)), second / (1 - 0.999**number)
         step, kept = corrected[0] / (np.sqrt(corrected[1]) + 1e-8), (first, second)
     else:
         kept = (0.0 if name == "sgd" else momentum) * kept[0] + g, 0.0
@@ -109,15 +113,17 @@ def test_optimizers_over_changes_of_rate_and_momentum(name, decoupled):
     resident, state = training_set(updater), updater.state
     expected = jax.device_get(state.params)["head"]
     kept = {key: (0.0, 0.0) for key in expected}
+    momenta = []
     for number, (rate, momentum) in enumerate([(0.5, 0.9), (0.05, 0.9), (0.1, 0.6)], 1):
+        momenta.append(momentum)
         records, batches = inputs(updater, 48, 48 * number)
         images, targets = pictures(updater, records)
         pixels = images.reshape(48, 64)
         slope = (softmax(pixels @ expected["kernel"] + expected["bias"]) - targets) / 48
         gradient = {"kernel": pixels.T @ slope, "bias": slope.sum(axis=0)}
         stepped = {
-            key: reference_step(name, gradient[key], expected[key], kept[key], rate, momentum,
-                                number, decay, decoupled)
+            key: reference_step(name, gradient[key], expected[key], kept[key], rate, momenta,
+                                decay, decoupled)
             for key in expected
         }
         expected = {key: step[0] for key, step in stepped.items()}

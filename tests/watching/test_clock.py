@@ -86,7 +86,7 @@ def run(monkeypatch, passes, input_seconds=0.0, every=None):
     every = every or {"log": 0.01, "eval": 1.0, "checkpoint": 1.0}
     course = Course(
         phases, len(phases) - 1, (None,) * len(phases),
-        lambda phase, *_: Rates(phase.learning_rate, phase.momentum, 0, 0, 0),
+        lambda phase, *_: Rates(phase.learning_rate, phase.momentum, 0, 0, 0, 0),
         make_due(every, N, phases[-1].end_example))
     loop.loop(
         loop.Run(
