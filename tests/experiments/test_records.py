@@ -149,7 +149,8 @@ def test_the_measured_noise_is_drawn_again_and_is_that_of_the_page(scale, tmp_pa
     page = rows_of((REPOSITORY / "docs" / "noise.md").read_text(encoding="utf-8"))
     with records.opened(NOISE[scale]) as folder:
         found = reproduce.read(chosen, scale, seeds, folder, folder)
-    fitted = noise.fit([noise.scales(run) for runs in found.values() for run in runs])
+    fitted = noise.fit(
+        [pair for runs in found.values() for run in runs for pair in noise.pairs(run)])
     shown = [row[1:] for row in page if row[0].startswith(f"{scale}:")]
     assert shown == [[str(len(found) * seeds), f"{fitted.points} of "
                       f"{fitted.points + fitted.without}",
@@ -157,7 +158,7 @@ def test_the_measured_noise_is_drawn_again_and_is_that_of_the_page(scale, tmp_pa
                       f"{fitted.factor:.2f} x^{fitted.power:.2f}", f"{fitted.spread:.2f}",
                       f"{fitted.correlation:.3f}"]]
     if scale == "small":
-        rows = [row for row in rows_of(drawn) if len(row) == 7][1:]
+        rows = [row for row in rows_of(drawn) if len(row) == 8][1:]
         assert len(rows) == 8 and all(row in page for row in rows)
 
 
