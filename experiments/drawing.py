@@ -3,8 +3,8 @@
 Lines are means over seeds, bands go from the lowest to the highest value, and dotted lines mark
 where the noise falls. At the paper's scale its points lie over our curves. At other scales they
 have axes of their own below ours, since only the shape can be compared. A run that diverged is in
-no mean: it is a dashed line, with a cross on the axis where it diverged. Runs that decide when their
-batch grows take other numbers of updates, so against updates each of them is a line.
+no mean: it is a dashed line, with a cross on the axis where it diverged. Runs that decide when
+their batch grows take other numbers of updates, so against updates each of them is a line.
 """
 
 import itertools
@@ -98,7 +98,8 @@ def curves(figure: Figure, scale: str | None, results: Results) -> Picture:
         axis.set_yscale(panel.scale)
         if overlaid:
             _draw_paper(axis, panel, 2.6, 0.55)
-            axis.set_ylim(PAPER_LIMITS[panel.family][panel.quantity])
+            bottom, top = PAPER_LIMITS[panel.family][panel.quantity]
+            axis.set_ylim(min([bottom, *lows]), top)
         elif panel.quantity == "test_loss" and highs:  # the second half, where curves part
             ends = [float(np.quantile(line.get_ydata(), share)) for line in axis.lines
                     for share in (0.0, 0.5)]
@@ -110,6 +111,9 @@ def curves(figure: Figure, scale: str | None, results: Results) -> Picture:
     if beside:
         for below, panel in zip(axes_RxC[1], figure.panels, strict=True):
             _draw_paper(below, panel, 2.2, 1.0)
+            if not below.lines:
+                below.set_axis_off()
+                continue
             below.set_ylim(PAPER_LIMITS[panel.family][panel.quantity])
             _finish(below, panel)
             stated = any(curve.finals for curve in panel.curves)
@@ -257,6 +261,8 @@ def _axes(rows: int, columns: int) -> tuple[Picture, np.ndarray]:
 def _finish(axis: Axes, panel: Panel) -> None:
     axis.set(xlabel=AXES[panel.axis], ylabel=label_of(panel.quantity), xlim=(0, None))
     axis.set_title(panel.title, fontsize=10)
+    if panel.axis == "update":
+        axis.xaxis.set_major_formatter("{x:,.0f}")
     if axis.get_legend_handles_labels()[0]:
         falls = panel.quantity == "test_loss"  # which leaves room below its lines only
         axis.legend(frameon=False, fontsize=8, loc="lower left" if falls else "best")

@@ -232,12 +232,12 @@ def of_lost_epochs(figure: Figure, scale: str, results: Results) -> list[Table]:
         deviation = f" ± {lost_S.std(ddof=1):.2f}" if len(lost_S) > 1 else ""
         return [f"{lost_S.mean():.2f}{deviation}" if len(lost_S) else "", f"{predicted:.2f}"]
 
-    found = lost_epochs_of(panel, results)
-    end = found[0].trained_T[-1]
+    found, first = lost_epochs_of(panel, results), panel.curves[0]
+    (run, *_) = results[first.config]
+    end = run.phases[-1]["end_example"] / run.examples
     header = ["momentum", "batch", "n", "lost in the end, predicted"]
     for share in LOST_AT:
         header += [f"lost after {share * end:.1f} epochs", "predicted"]
-    first = panel.curves[0]
     broken = divergences(results[first.config])
     return [Table(
         panel.name, header,

@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from PIL import Image
 
 from experiments import (
     curves,
@@ -202,8 +203,13 @@ def test_a_record_says_how_it_was_made(record):
         assert training["hardware"] and training["versions"]["jax"] and training["configs"]
 
 
-def test_the_h200s_results_are_the_records():
+def test_the_h200s_results_are_the_records(tmp_path):
     folder = RECORDS / "2026-11-26_h200"
+    chosen = figures.only(figures.select("3a", "paper"), ["decay", "increase"])
+    reproduce.draw(list(map(figures.beside_updates, chosen)), "paper", 1, folder, tmp_path)
+    with Image.open(folder / "figure_3.png") as kept, Image.open(
+            tmp_path / "figure_3.png") as drawn:
+        assert kept.size == drawn.size
     speed = json.loads(folder.with_name("2026-11-26_h200_speed.json").read_text(encoding="utf-8"))
     pages = [(REPOSITORY / page).read_text(encoding="utf-8")
              for page in ("README.md", "docs/reproduce.md", "docs/speed.md")]
