@@ -194,7 +194,8 @@ def tables(figure: Figure, scale: str, results: Results) -> list[Table]:
         runs = finished(results[curve.config])
         everything += [pair for run in runs for pair in pairs(run)]
         for (batch, predicted), group in itertools.groupby(
-                stretches(runs[0]), lambda stretch: (stretch.batch, stretch.predicted)):
+                stretches(runs[0]) if runs else [],
+                lambda stretch: (stretch.batch, stretch.predicted)):
             inside = list(group)
             start, end = inside[0].start, inside[-1].end
             full, norms = (pooled(runs, name, start, end) for name in ("noise_full", "noise_norms"))
