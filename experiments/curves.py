@@ -14,7 +14,7 @@ from pathlib import Path
 from bigbatch.mistake import Mistake
 from experiments import drawing, figures, tables
 from experiments.command_line import one_line_errors
-from experiments.logs import check_seeds, judged_by, read_run
+from experiments.logs import check_seeds, judged_by, read_run, updates_of
 from experiments.markdown_table import markdown_table
 
 
@@ -35,7 +35,7 @@ def table(results: tables.Results) -> str:
         seconds = [run.seconds for run in runs if run.seconds]
         rows.append([
             name, str(len(runs)), tables.final_text(runs, quantity),
-            f"{runs[0].updates:,}",
+            updates_of(runs),
             f"{statistics.mean(seconds):.1f}" if seconds else "not recorded",
         ])
     return markdown_table(

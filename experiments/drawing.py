@@ -3,7 +3,8 @@
 Lines are means over seeds, bands go from the lowest to the highest value, and dotted lines mark
 where the noise falls. At the paper's scale its points lie over our curves. At other scales they
 have axes of their own below ours, since only the shape can be compared. A run that diverged is in
-no mean: it is a dashed line, with a cross on the axis where it diverged.
+no mean: it is a dashed line, with a cross on the axis where it diverged. Runs that decide when
+their batch grows take other numbers of updates, so against updates each of them is a line.
 """
 
 import itertools
@@ -19,7 +20,7 @@ from matplotlib.lines import Line2D
 from bigbatch.dotted import resolve
 from experiments import digitised
 from experiments.figures import SCALES, Figure, Panel, config_text, planned
-from experiments.logs import Logs, divergences, finished
+from experiments.logs import Logs, divergences, finished, updates_of
 from experiments.tables import Results, label_of, lost_epochs_of, recipe_updates
 
 COLOURS = ("#3b6fb6", "#d9822b", "#3a9a5b", "#8a4fa3", "#b6403b", "#6b6b6b", "#c2a415")
@@ -90,14 +91,15 @@ def curves(figure: Figure, scale: str | None, results: Results) -> Picture:
                 highs.append(mean.max())
         if panel.axis == "epoch":
             most = max((results[curve.config][0] for curve in panel.curves),
-                       key=lambda run: len(run.phases))
-            for phase in most.phases[1:]:
+                       key=lambda run: len(run.phases) * (not run.decides))
+            for phase in most.phases[1:] if not most.decides else []:
                 axis.axvline(phase["start_example"] / most.examples, color="black", alpha=0.3,
                              linewidth=0.8, linestyle=":")
         axis.set_yscale(panel.scale)
         if overlaid:
             _draw_paper(axis, panel, 2.6, 0.55)
-            axis.set_ylim(PAPER_LIMITS[panel.family][panel.quantity])
+            bottom, top = PAPER_LIMITS[panel.family][panel.quantity]
+            axis.set_ylim(min([bottom, *lows]), top)
         elif panel.quantity == "test_loss" and highs:  # the second half, where curves part
             ends = [float(np.quantile(line.get_ydata(), share)) for line in axis.lines
                     for share in (0.0, 0.5)]
@@ -109,6 +111,9 @@ def curves(figure: Figure, scale: str | None, results: Results) -> Picture:
     if beside:
         for below, panel in zip(axes_RxC[1], figure.panels, strict=True):
             _draw_paper(below, panel, 2.2, 1.0)
+            if not below.lines:
+                below.set_axis_off()
+                continue
             below.set_ylim(PAPER_LIMITS[panel.family][panel.quantity])
             _finish(below, panel)
             stated = any(curve.finals for curve in panel.curves)
@@ -124,6 +129,8 @@ def plot_runs(
 ) -> np.ndarray:
     """Draws the mean and the band of the runs that finished, and each run that diverged by itself.
 
+    Runs that stand at other places of the axis are each drawn by itself, too.
+
     Args:
         axis: to draw on.
         panel: has the quantity and what it is drawn against.
@@ -132,13 +139,21 @@ def plot_runs(
         name: of the schedule, in the legend.
 
     Returns:
-        The mean; empty where all runs diverged.
+        The mean; empty where all runs diverged. Of runs that are drawn by themselves, all values.
     """
     lines = [points(run, panel.quantity, panel.axis) for run in runs]
     whole = [line for run, line in zip(runs, lines, strict=True) if not run.diverged]
-    across, values = whole[0][0] if whole else [], [line[1] for line in whole] or [[]]
-    label = "; ".join(filter(None, [f"{runs[0].updates:,} updates", divergences(runs)]))
-    mean = _plot_band(axis, across, values, color=colour, linewidth=1.5, label=f"{name} ({label})")
+    told = "; ".join(filter(None, [f"{updates_of(runs)} updates", divergences(runs)]))
+    label = f"{name} ({told})"
+    if len({tuple(across) if panel.axis == "update" else len(across) for across, _ in whole}) > 1:
+        for across, values in whole:
+            axis.plot(across, values, color=colour, linewidth=0.9, label=label)
+            label = None
+        mean = np.concatenate([values for _, values in whole])
+    else:
+        places, rows = np.moveaxis(whole, 1, 0) if whole else ([[]], [[]])
+        mean = _plot_band(axis, np.mean(places, axis=0), rows, color=colour, linewidth=1.5,
+                          label=label)
     for run, (across, values) in zip(runs, lines, strict=True):
         if run.diverged:
             # Not `plot`, since its loss may be any number: the other runs decide y's limits.
@@ -246,6 +261,8 @@ def _axes(rows: int, columns: int) -> tuple[Picture, np.ndarray]:
 def _finish(axis: Axes, panel: Panel) -> None:
     axis.set(xlabel=AXES[panel.axis], ylabel=label_of(panel.quantity), xlim=(0, None))
     axis.set_title(panel.title, fontsize=10)
+    if panel.axis == "update":
+        axis.xaxis.set_major_formatter("{x:,.0f}")
     if axis.get_legend_handles_labels()[0]:
         falls = panel.quantity == "test_loss"  # which leaves room below its lines only
         axis.legend(frameon=False, fontsize=8, loc="lower left" if falls else "best")

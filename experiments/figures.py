@@ -365,6 +365,39 @@ def select(names: str, scale: str) -> list[Figure]:
     return [figure for figure in chosen if figure.panels]
 
 
+def only(chosen: Sequence[Figure], curves: Sequence[str]) -> list[Figure]:
+    """Figures with no other curves than those that `curves` names, each as its Curve.config.
+
+    Raises:
+        Mistake: if one of them is in no figure; it names those that are.
+    """
+    there = dict.fromkeys(curve.config for figure in chosen for panel in figure.panels
+                          for curve in panel.curves)
+    if unknown := [name for name in curves if name not in there]:
+        raise Mistake(f"--curve is {unknown[0]!r}; the curves of these figures are "
+                      f"{'; '.join(there)}.")
+    panels = [[panel._replace(curves=left) for panel in figure.panels
+               if (left := tuple(curve for curve in panel.curves if curve.config in curves))]
+              for figure in chosen]
+    return [figure._replace(panels=tuple(left))
+            for figure, left in zip(chosen, panels, strict=True) if left]
+
+
+def beside_updates(figure: Figure) -> Figure:
+    """The figure with each panel against epochs or tokens also against updates, to its right.
+
+    Raises:
+        Mistake: if the figure is drawn otherwise than as curves.
+    """
+    if figure.draw != Figure._field_defaults["draw"]:
+        raise Mistake(f"--against_updates draws curves, and figure {figure.name} has none that are "
+                      "drawn against epochs alone; leave it out of --figure.")
+    return figure._replace(panels=tuple(
+        each for panel in figure.panels for each in (panel, panel._replace(
+            name=f"{panel.name} against updates", title="the same against updates", axis="update"))
+        [:1 if panel.axis == "update" else 2]))
+
+
 def config_text(scale: str, panel: Panel, curve: Curve, seed: int) -> str:
     """The value of --config for a run of `curve`: file.py:preset,key=value,..."""
     settings = SCALES[scale].settings

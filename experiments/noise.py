@@ -1,16 +1,19 @@
 """The measured noise scale along runs: beside the batch, and by the norms beside all parameters.
 
-A scale is averaged over stretches of a run: both of its parts over what was measured there, and
-then divided. Where the mean of |G|^2 is less than twice its standard error, it is not told from 0,
-and the stretch has no scale.
+A scale is one ratio: both of its parts are averaged over all that the seeds of a curve measured
+between two positions, and then divided. Where the mean of |G|^2 is less than twice its standard
+error, it is not told from 0, and the scale has a lower end only. Ratios of shorter stretches are
+never averaged: those that are known are the ones in which |G|^2 came out large, so that their mean
+would be too low.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Picture
 
 from bigbatch import schedule
@@ -20,51 +23,69 @@ from experiments.figures import Figure
 from experiments.logs import Logs, filled, finished
 from experiments.tables import Results, Table
 
-STRETCHES = 10  # of a run
-LEVELS = 5  # of batch and noise, at most, that have a row each
-ERRORS = 2.0  # standard errors that |G|^2 must be over 0
+STRETCHES = 10  # of a run, or a few more, since they end where phases do
+ERRORS = 2.0  # standard errors: half of an interval, and what |G|^2 must be over 0 by
 WITHIN = 2.0  # a ratio between its inverse and itself is counted as agreement
 
 
-class Scales(NamedTuple):
-    """Noise scales over stretches of a run, in examples; nan where there is none."""
+class Scale(NamedTuple):
+    """A noise scale in examples, with its interval of ERRORS standard errors on either side."""
 
-    epoch: np.ndarray  # the middle of each stretch
-    batch: np.ndarray  # of the schedule, there
-    predicted: np.ndarray  # the noise that the schedule states there, of that at its peak
-    full: np.ndarray  # by all parameters
-    norms: np.ndarray  # by scales and biases of the norms, of the same ghost batches
-    updates: np.ndarray  # the same of the updates of which a line was logged
+    value: float  # nan where |G|^2 is not told from 0
+    low: float  # nan where nothing is known
+    high: float  # infinite where |G|^2 is not told from 0
+    measurements: int
 
 
-def scales(run: Logs) -> Scales:
-    """What a run measured, with `noise.every_epochs` and in its updates."""
-    end = run.phases[-1]["end_example"]
-    middles = (np.arange(STRETCHES) + 0.5) / STRETCHES * end
-    batches = [next(phase["batch_size"] for phase in run.phases if middle < phase["end_example"])
-               for middle in middles]
-    recipe = make_recipe(filled(run))
-    at = [next(event for event in run.events if event["examples_seen"] >= middle)
-          for middle in middles]
-    predicted = [schedule.noise(recipe, event["learning_rate"], event["batch_size"])
-                 for event in at]
-    return Scales(middles / run.examples, np.array(batches), np.array(predicted), *(
-        np.array([_scale(run, name, stretch / STRETCHES * end, (stretch + 1) / STRETCHES * end)
-                  for stretch in range(STRETCHES)])
-        for name in ("noise_full", "noise_norms", "noise")))
+class Stretch(NamedTuple):
+    """A part of a run with one batch."""
+
+    start: int  # example
+    end: int  # example
+    batch: int
+    predicted: float  # the noise that the schedule states in its middle, of that at its peak
 
 
-def _scale(run: Logs, name: str, start: float, end: float) -> float:
-    """The scale of the parts that fields of metrics.jsonl have between two positions; or nan."""
+def stretches(run: Logs) -> list[Stretch]:
+    """A run, cut where its phases end and into parts of about a tenth."""
+    whole, recipe, found = run.phases[-1]["end_example"], make_recipe(filled(run)), []
+    for phase in run.phases:
+        start, end = phase["start_example"], phase["end_example"]
+        parts = max(1, round((end - start) / whole * STRETCHES))
+        edges = [start + (end - start) * part // parts for part in range(parts + 1)]
+        found += [
+            Stretch(first, last, phase["batch_size"],
+                    schedule.stated_noise(recipe, (first + last) // 2))
+            for first, last in itertools.pairwise(edges)]
+    return found
+
+
+def pooled(runs: Sequence[Logs], name: str, start: int, end: int) -> Scale:
+    """The scale of all that runs measured between two examples.
+
+    Args:
+        runs: seeds of one curve.
+        name: "noise_full", by all parameters; "noise_norms", by scales and biases of the norms, of
+            the same ghost batches; or "noise", the same of the updates that have a line.
+        start: the first example.
+        end: the last one.
+    """
     keys = f"{name}_gradient_square", f"{name}_trace"
-    parts = np.array([[event[key] for key in keys] for event in run.events
+    parts = np.array([[event[key] for key in keys] for run in runs for event in run.events
                       if start < event["examples_seen"] <= end
                       and all(event.get(key) is not None for key in keys)])
     if len(parts) < 2:
-        return math.nan
+        return Scale(math.nan, math.nan, math.inf, len(parts))
     square, trace = parts.mean(axis=0)
-    error = parts[:, 0].std(ddof=1) / math.sqrt(len(parts))
-    return trace / square if square > ERRORS * error and trace > 0 else math.nan
+    (squares, both), (_, traces) = ERRORS**2 * np.cov(parts.T) / len(parts)
+    # In the interval are the ratios r of which trace - r square is 0 within its own error (Fieller
+    # 1954): those between the roots of a r^2 - 2 b r + c, or above one where the other is below 0.
+    a, b, c = square**2 - squares, trace * square - both, trace**2 - traces
+    root = math.sqrt(b**2 - a * c) if b**2 >= a * c else math.nan
+    known = a > 0 and square > 0 and trace > 0
+    low = (b - root) / a
+    return Scale(trace / square if known else math.nan, low if low > 0 else math.nan,
+                 (b + root) / a if known else math.inf, len(parts))
 
 
 class Fit(NamedTuple):
@@ -80,10 +101,15 @@ class Fit(NamedTuple):
     without: int  # stretches in which one of the two is not known
 
 
-def fit(found: Sequence[Scales]) -> Fit | None:
-    """The fit over all stretches in which both scales are known; None if they are fewer than 3."""
-    norms, full = (np.concatenate([getattr(one, name) for one in found])
-                   for name in ("norms", "full"))
+def pairs(run: Logs) -> list[tuple[float, float]]:
+    """The values by the norms and by all parameters in a run's stretches; nan where not known."""
+    return [tuple(pooled([run], f"noise_{name}", stretch.start, stretch.end).value
+                  for name in ("norms", "full")) for stretch in stretches(run)]
+
+
+def fit(found: Sequence[tuple[float, float]]) -> Fit | None:
+    """The fit over `pairs` of which both are known; None if they are fewer than 3."""
+    norms, full = np.reshape(found, (-1, 2)).T
     known = np.isfinite(norms) & np.isfinite(full)
     if known.sum() < 3:
         return None
@@ -102,42 +128,23 @@ def fit(found: Sequence[Scales]) -> Fit | None:
 def draw(figure: Figure, scale: str, results: Results) -> Picture:
     """The scales along the runs beside their batches, and the scale by the norms beside the full.
 
-    A line is the geometric mean over seeds, and a point a run's stretch.
+    On the left a point is a stretch of all seeds, with its interval, or an arrow up from its lower
+    end where no more is known. On the right a point is a run's stretch.
     """
     (panel,) = figure.panels
-    picture = Picture(figsize=(11, 4.2), layout="constrained")
+    picture = Picture(figsize=(11, 4.8), layout="constrained")
     along, beside = picture.subplots(1, 2)
     everything = []
     for colour, curve in zip(COLOURS, panel.curves, strict=False):
-        runs = finished(results[curve.config])
-        found = [scales(run) for run in runs]
-        if not found:
-            continue
-        everything += found
-        for name, style, told in (("full", "-", "measured"), ("norms", "--", "by the norms")):
-            values = [getattr(one, name) for one in found]
-            along.plot(found[0].epoch, _means(values), style, color=colour, linewidth=1.4,
-                       label=f"{curve.label}: {told}")
-            if name == "full":
-                for value in values:
-                    along.plot(found[0].epoch, value, "o", color=colour, alpha=0.35, markersize=3)
-        level = _means([one.full for one in found])
-        if len(known := np.flatnonzero(np.isfinite(level))):
-            growth = found[0].predicted[known[0]] / found[0].predicted
-            along.plot(found[0].epoch, level[known[0]] * growth, ":", color=colour, linewidth=1,
-                       label=f"{curve.label}: as 1/(predicted noise)")
-        phases = runs[0].phases
-        along.stairs([phase["batch_size"] for phase in phases],
-                     [end / runs[0].examples for end in
-                      (0, *(phase["end_example"] for phase in phases))],
-                     baseline=None, color=colour, linewidth=3, alpha=0.3,
-                     label=f"{curve.label}: its batch")
-        for one in found:
-            beside.plot(one.norms, one.full, "o", color=colour, markersize=4, alpha=0.7)
+        if runs := finished(results[curve.config]):
+            _draw_along(along, runs, colour, curve.label)
+            found = [pair for run in runs for pair in pairs(run)]
+            beside.plot(*np.transpose(found), "o", color=colour, markersize=4, alpha=0.7)
+            everything += found
     along.set(yscale="log", xlabel="epochs", ylabel="examples", xlim=(0, None))
-    along.legend(frameon=False, fontsize=7, loc="upper left")
-    both = [numbers for one in everything for numbers in (one.norms, one.full)]
-    known = np.concatenate([[], *both])
+    picture.legend(*along.get_legend_handles_labels(), frameon=False, fontsize=7,
+                   loc="outside lower center", ncols=len(panel.curves))
+    known = np.ravel(everything)
     known = known[np.isfinite(known)]
     ends = np.array([known.min() / 1.5, known.max() * 1.5] if known.size else [1.0, 10.0])
     beside.plot(ends, ends, color="black", linewidth=0.8, label="equal")
@@ -152,42 +159,55 @@ def draw(figure: Figure, scale: str, results: Results) -> Picture:
     return picture
 
 
-def _means(values: Sequence[np.ndarray]) -> np.ndarray:
-    """The geometric mean over seeds of what is known; nan where nothing is."""
-    columns = [column[np.isfinite(column)] for column in np.transpose(values)]
-    return np.array([np.exp(np.log(column).mean()) if len(column) else math.nan
-                     for column in columns])
+def _draw_along(axis: Axes, runs: Sequence[Logs], colour: str, label: str) -> None:
+    """The batch and the scales of one curve's stretches, each in its middle."""
+    cut, examples = stretches(runs[0]), runs[0].examples
+    epochs = np.array([(stretch.start + stretch.end) / 2 / examples for stretch in cut])
+    value, low, high, _ = np.transpose(
+        [pooled(runs, "noise_full", stretch.start, stretch.end) for stretch in cut])
+    axis.plot(epochs, value, "-", color=colour, linewidth=1.4, label=f"{label}: measured")
+    known = np.isfinite(value)
+    axis.errorbar(epochs[known], value[known], np.array([value - low, high - value])[:, known],
+                  fmt="o", color=colour, markersize=3, elinewidth=0.8, alpha=0.6)
+    axis.plot(epochs[~known], low[~known], "^", color=colour, markersize=6, fillstyle="none")
+    norms = [pooled(runs, "noise_norms", stretch.start, stretch.end).value for stretch in cut]
+    axis.plot(epochs, norms, "--", color=colour, linewidth=1.4, label=f"{label}: by the norms")
+    if known.any():
+        predicted = np.array([stretch.predicted for stretch in cut])
+        first = np.argmax(np.where(known, predicted, 0.0))  # at the peak, after a warm-up
+        axis.plot(epochs, value[first] * predicted[first] / predicted, ":", color=colour,
+                  linewidth=1, label=f"{label}: as 1/(predicted noise)")
+    axis.stairs([stretch.batch for stretch in cut],
+                [0, *(stretch.end / examples for stretch in cut)], baseline=None, color=colour,
+                linewidth=3, alpha=0.3, label=f"{label}: its batch")
 
 
 def tables(figure: Figure, scale: str, results: Results) -> list[Table]:
-    """For each curve the scales of its phases beside their batches, and what the fit says."""
+    """For each curve its scales beside its batches, and what the fit says.
+
+    A row is all that was measured under one batch and one noise; where the noise falls smoothly, a
+    stretch.
+    """
     (panel,) = figure.panels
     cells, everything = [], []
     for curve in panel.curves:
-        found = [scales(run) for run in finished(results[curve.config])]
-        everything += found
-        full, norms = (_means([getattr(one, name) for one in found]) for name in ("full", "norms"))
-        first = found[0]
-        # Stretches of one batch and one noise are a row. Where the noise falls smoothly, those of
-        # one batch are, and of a batch that is always the same those of each half.
-        keys = list(zip(first.batch, first.predicted, strict=True))
-        if len(set(keys)) > LEVELS:
-            keys = [(batch, 2 * at // STRETCHES if len(set(first.batch)) == 1 else 0)
-                    for at, batch in enumerate(first.batch)]
-        for key, group in itertools.groupby(range(STRETCHES), key=keys.__getitem__):
+        runs = finished(results[curve.config])
+        everything += [pair for run in runs for pair in pairs(run)]
+        for (batch, predicted), group in itertools.groupby(
+                stretches(runs[0]) if runs else [],
+                lambda stretch: (stretch.batch, stretch.predicted)):
             inside = list(group)
-            measured, by_norms = (_means([values[inside]]) for values in (full, norms))
-            lowest, highest, by = (_of(function, values) for function, values in (
-                (np.min, measured), (np.max, measured), (np.median, by_norms / measured)))
-            middle = _means(measured[:, None])[0]
+            start, end = inside[0].start, inside[-1].end
+            full, norms = (pooled(runs, name, start, end) for name in ("noise_full", "noise_norms"))
             cells.append([
-                curve.label, f"{first.epoch[inside[0]]:.3g} to {first.epoch[inside[-1]]:.3g}",
-                _between(*first.predicted[[inside[0], inside[-1]]]),
-                f"{key[0]:,}", _told(middle) + f" ({_between(lowest, highest)})"
-                * bool(lowest < highest), _told(key[0] / middle), _told(by)])
+                curve.label, " to ".join(f"{at / runs[0].examples:.3g}" for at in (start, end)),
+                _told(predicted), f"{batch:,}", str(full.measurements), _interval(full),
+                _told(batch / full.value), _told(norms.value / full.value)])
     fitted = fit(everything)
-    note = ("Predicted noise: of that at the recipe's peak. Scales are in examples: geometric "
-            "means over stretches and seeds, and in brackets the lowest and highest stretch.")
+    note = ("Predicted noise: of that at the recipe's peak. Scales are in examples: both parts are "
+            "averaged over n measurements of all seeds and divided, and in brackets is the "
+            f"interval of {ERRORS:g} standard errors. Over: |G|^2 is less than {ERRORS:g} standard "
+            "errors above 0, so that only the interval's lower end is known.")
     if fitted:
         low, median, high = fitted.ratios
         note += (
@@ -197,14 +217,15 @@ def tables(figure: Figure, scale: str, results: Results) -> list[Table]:
             f"known. The fit: full = {fitted.factor:.2g} x (by the norms)^{fitted.power:.2f}, off "
             f"by a factor of {fitted.spread:.2f}; the logarithms' correlation is "
             f"{fitted.correlation:.3f}.")
-    return [Table(panel.name, ["curve", "epochs (middles of stretches)", "predicted noise", "batch",
+    return [Table(panel.name, ["curve", "epochs", "predicted noise", "batch", "n",
                                "measured noise scale", "batch / scale", "by the norms / full"],
                   cells, note)]
 
 
-def _of(function: Callable[[np.ndarray], float], values: np.ndarray) -> float:
-    known = values[np.isfinite(values)]
-    return float(function(known)) if len(known) else math.nan
+def _interval(scale: Scale) -> str:
+    if math.isfinite(scale.value):
+        return f"{_told(scale.value)} ({_told(scale.low)} to {_told(scale.high)})"
+    return "over " * math.isfinite(scale.low) + _told(scale.low)
 
 
 def _told(number: float) -> str:
@@ -212,7 +233,3 @@ def _told(number: float) -> str:
     if not math.isfinite(number):
         return "not known"
     return f"{float(f'{number:.3g}'):,.0f}" if abs(number) >= 100 else f"{number:.3g}"
-
-
-def _between(first: float, last: float) -> str:
-    return _told(first) + f" to {_told(last)}" * (_told(first) != _told(last))

@@ -62,6 +62,11 @@ def keep(workdir: Path, folders: Sequence[Path], record: Path) -> None:
     os.replace(beside, record / ARCHIVE)
 
 
+def is_record(folder: Path) -> bool:
+    """Whether a folder is a record, and no workdir."""
+    return (folder / ARCHIVE).exists() and not (folder / "runs").is_dir()
+
+
 @contextlib.contextmanager
 def opened(folder: Path) -> Iterator[Path]:
     """A folder with the runs of a workdir or of a record, which exists during the block.
@@ -71,7 +76,7 @@ def opened(folder: Path) -> Iterator[Path]:
     """
     if (folder / "runs").is_dir():
         yield folder
-    elif (folder / ARCHIVE).exists():
+    elif is_record(folder):
         with tempfile.TemporaryDirectory() as unpacked, tarfile.open(folder / ARCHIVE) as archive:
             archive.extractall(unpacked, filter="data")
             yield Path(unpacked)

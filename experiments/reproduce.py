@@ -13,7 +13,9 @@ mean, and is not trained again.
 
     python -m experiments.reproduce --figure=3 --scale=small --workdir=RECORD --draw_only --output=O
 
-trains nothing, and draws from a workdir or a published record.
+trains nothing, and draws from a workdir or a published record. With --curve=decay --curve=increase
+it draws these curves alone (or trains them alone), and with --against_updates each panel a second
+time, against updates.
 
     python -m experiments.reproduce --figure=all --scale=paper --workdir=DIR --print_commands
 
@@ -75,8 +77,17 @@ def read(
         Mistake: naming the first run that is missing, not over, or of another config.
     """
     results: dict[str, list[logs.Logs]] = {}
+    needed = wanted(chosen, scale, seeds, folder)
+    there = [run.workdir.is_dir() for run in needed]
     try:
-        for run, config in wanted(chosen, scale, seeds, folder).items():
+        if not all(there):
+            missing = there.index(False)  # all of seed 0 come first
+            whole = missing // (len(needed) // seeds)
+            raise Mistake(
+                f"it has no {list(needed)[missing].workdir.relative_to(folder)}. "
+                + (f"Of these curves it has {whole} of {seeds} seeds: give --seeds={whole}."
+                   if whole else "--curve=NAME draws a figure without the others of its curves."))
+        for run, config in needed.items():
             found = logs.read_run(run.workdir)
             runs.refuse_another(run, {
                 "config": found.config, "phases": found.phases,
@@ -84,7 +95,8 @@ def read(
             } | ({"version": found.version} if found.version else {}))
             results.setdefault(config, []).append(found)
     except Mistake as error:
-        raise Mistake(f"{source} cannot be drawn from: {error}") from None
+        said = str(error).replace(str(folder), str(source))  # a record was unpacked for a moment
+        raise Mistake(f"{source} cannot be drawn from: {said}") from None
     return results
 
 
@@ -122,6 +134,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--figure", required=True, help="all, or some: 2, 3b, A, 30min, 2,5")
+    parser.add_argument("--curve", action="append", default=[], metavar="NAME",
+                        help="only this curve, as figures.py calls its config; may be given again")
+    parser.add_argument("--against_updates", action="store_true",
+                        help="draw what is against epochs against updates too")
     parser.add_argument("--scale", required=True, choices=figures.SCALES)
     parser.add_argument("--seeds", type=int, default=3, help="runs of each curve")
     parser.add_argument("--workdir", required=True, type=Path)
@@ -145,7 +161,14 @@ def main() -> None:
             raise Mistake(f"--seeds is {options.seeds}; it must be 1 or more.")
         if options.at_once < 0:
             raise Mistake(f"--at_once is {options.at_once}; it must be 0 or more.")
+        if records.is_record(workdir) and not (options.draw_only and options.output):
+            raise Mistake(f"--workdir is {options.workdir}, a record; give --draw_only and "
+                          "--output=FOLDER, so that it stays as it was published.")
         chosen = figures.select(options.figure, options.scale)
+        if options.curve:
+            chosen = figures.only(chosen, options.curve)
+        if options.against_updates:
+            chosen = [figures.beside_updates(figure) for figure in chosen]
         needed = wanted(chosen, options.scale, options.seeds, workdir)
         settings = data_settings(options.data_dir) + hardware_settings(flags)
         if options.print_commands:

@@ -14,12 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from bigbatch.job import chips
 from bigbatch.plan import plan_for_slices
 from bigbatch.planning import topology
 from configs import imagenet_inception_resnet_v2, imagenet_resnet50
+from experiments import provenance
 from experiments.command_line import one_line_errors
 from experiments.figures import load_config
 from experiments.growth import grown
@@ -94,6 +93,7 @@ def main() -> None:
         Path(output).open("a").close()  # else a file that cannot be written is an error hours later
         before = json.loads(Path(output).read_text() or '{"plans": []}')["plans"]
         topology.compile_elsewhere()
+        record = provenance.describe(provenance.command_line("experiments.slices"))
         plans, on = [], LANGUAGE if options.family == "language" else {
             preset: [ON_TWO[preset]] * (preset in ON_TWO) + list(SLICES) for preset in PRESETS}
         for preset, names in on.items():
@@ -104,9 +104,8 @@ def main() -> None:
                               **plan_for_slices(config, name)})
         if (lines := grown(seconds(before), seconds(plans))) and not options.accept:
             raise RuntimeError(f"{'; '.join(lines)} ({output} stays; --accept renews it)")
-        command = f"python -m experiments.slices --family={options.family} --output={output}"
-        record = {"command": command, "jax": jax.__version__, "plans": plans}
-        Path(output).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(record | {"plans": plans}, indent=1) + "\n"
+        Path(output).write_text(text, encoding="utf-8")
         print(table(plans))
 
 

@@ -17,7 +17,7 @@ from experiments.figures import (
     config_text,
     planned,
 )
-from experiments.logs import Logs, divergences, finished
+from experiments.logs import Logs, divergences, finished, updates_of
 from experiments.lost_epochs import equivalent_epochs, progress
 from experiments.markdown_table import markdown_table
 from experiments.verdicts import inside
@@ -42,7 +42,7 @@ class Row(NamedTuple):
     comparison: Comparison | None
     inside: bool | None  # whether the paper's stated values lie inside ours; None: no such test
     diverged: str  # see `logs.divergences`
-    updates: int  # of the schedule
+    updates: float  # of the schedule; where runs decide, their mean
     seconds: float | None  # of training, mean over the runs; None where that of one is not known
 
 
@@ -105,7 +105,7 @@ def rows(panel: Panel, scale: str, results: Results) -> list[Row]:
             curve, runs, recipe_updates(panel, curve), values, stated, _paper(panel, curve),
             compare(values, found[0].values, margin) if comparable else None,
             inside(values, stated) if testable and SCALES[scale].comparable else None,
-            divergences(runs), runs[0].updates,
+            divergences(runs), statistics.mean(run.updates for run in runs),
             None if None in seconds else statistics.mean(seconds),
         ))
     return found
@@ -157,7 +157,7 @@ def summary(chosen: Sequence[Figure], scale: str, results: Results) -> Table:
         "figure", "schedule", "updates, paper", "accuracy, paper", f"updates, {scale}",
         f"accuracy, {scale}", "n", "against the first",
     ], [
-        [panel.name, row.curve.label, f"{row.recipe_updates:,}", row.paper, f"{row.updates:,}",
+        [panel.name, row.curve.label, f"{row.recipe_updates:,}", row.paper, updates_of(row.runs),
          final_text(row.runs, panel.quantity), str(len(row.runs)),
          row.comparison.verdict if row.comparison else ""]
         for panel in reversed(panels.values()) for row in rows(panel, scale, results)
@@ -175,14 +175,15 @@ def _panel_table(panel: Panel, scale: str, results: Results) -> Table:
     found = rows(panel, scale, results)
     first = found[0]
 
-    def fewer(updates: int, most: int) -> str:
-        return f"{updates:,}" + f" ({most / updates:.1f}x fewer)" * (updates != most)
+    def fewer(told: str, updates: float, most: float) -> str:
+        return told + f" ({most / updates:.1f}x fewer)" * (updates != most)
 
     columns = {
         "curve": lambda row: row.curve.label,
         "n": lambda row: str(len(row.runs)),
-        "updates": lambda row: fewer(row.updates, first.updates),
-        "of the paper's recipe": lambda row: fewer(row.recipe_updates, first.recipe_updates),
+        "updates": lambda row: fewer(updates_of(row.runs), row.updates, first.updates),
+        "of the paper's recipe": lambda row: fewer(
+            f"{row.recipe_updates:,}", row.recipe_updates, first.recipe_updates),
         "the paper says": lambda row: row.curve.updates,
         f"final {label_of(quantity)}": lambda row: final_text(row.runs, quantity),
         "the paper's" if comparable else "the paper's (of its task)": lambda row: row.paper,
@@ -231,12 +232,12 @@ def of_lost_epochs(figure: Figure, scale: str, results: Results) -> list[Table]:
         deviation = f" ± {lost_S.std(ddof=1):.2f}" if len(lost_S) > 1 else ""
         return [f"{lost_S.mean():.2f}{deviation}" if len(lost_S) else "", f"{predicted:.2f}"]
 
-    found = lost_epochs_of(panel, results)
-    end = found[0].trained_T[-1]
+    found, first = lost_epochs_of(panel, results), panel.curves[0]
+    (run, *_) = results[first.config]
+    end = run.phases[-1]["end_example"] / run.examples
     header = ["momentum", "batch", "n", "lost in the end, predicted"]
     for share in LOST_AT:
         header += [f"lost after {share * end:.1f} epochs", "predicted"]
-    first = panel.curves[0]
     broken = divergences(results[first.config])
     return [Table(
         panel.name, header,

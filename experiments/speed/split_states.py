@@ -4,8 +4,9 @@
 
 Plans one update of language models (`bigbatch.plan`) with a whole state, with the optimizer's state
 split, and with all of it split. Writes the record and prints the table of docs/sharding.md. --only
-takes the rows whose text has all of these words, and leaves the others of the record. Programs that
-were compiled before are not compiled again; on 2 cores each of the others takes minutes.
+takes the rows whose text has all of these words, and leaves the others of the record, so each row
+says how it was made. Programs that were compiled before are not compiled again; on 2 cores each of
+the others takes minutes.
 
 The times are estimates: cycles of all instructions, without the exchange between devices.
 """
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 
 from bigbatch.config import make_phases
 from bigbatch.job.chips import GIB
+from bigbatch.mistake import Mistake
 from bigbatch.planning import slices, topology
 from bigbatch.storage import caches
 from experiments import provenance
@@ -99,15 +101,17 @@ def main() -> None:
     with one_line_errors("experiments.speed.split_states"):
         topology.compile_elsewhere()
         words = [word for word in options.only.split(",") if word]
+        chosen = [case for case in CASES if set(words) <= set(map(str, case))]
+        if not chosen:
+            raise Mistake(f"--only={options.only}: no row has all of these words.")
         rows = json.loads(RECORD.read_text())["rows"] if RECORD.exists() else []
         known = {_case(row): row for row in rows}
-        for case in CASES:
-            if set(words) <= set(map(str, case)):
-                print(*case, flush=True)
-                known[case] = measure(case, Path(caches.folder("plans")).expanduser())
-        record = provenance.describe(provenance.command_line("experiments.speed.split_states"))
+        made = provenance.describe(provenance.command_line("experiments.speed.split_states"))
+        for case in chosen:
+            print(*case, flush=True)
+            known[case] = measure(case, Path(caches.folder("plans")).expanduser()) | {"made": made}
         rows = [known[case] for case in CASES if case in known]
-        RECORD.write_text(json.dumps(record | {"rows": rows}, indent=1) + "\n", encoding="utf-8")
+        RECORD.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
         print(table(rows))
 
 

@@ -1,6 +1,7 @@
 """The table of updates by the compilers of absent accelerators: its record, and what has grown."""
 
 import json
+import re
 
 import pytest
 
@@ -63,6 +64,7 @@ def test_no_update_takes_longer_than_the_plain_step_beside_it():
 def test_the_record_of_split_states_is_what_the_docs_say():
     """And no split update of GPT-2 small is estimated to take more time or memory."""
     rows = json.loads(split_states.RECORD.read_text())["rows"]
+    assert all({"command", "began", "revision"} <= row["made"].keys() for row in rows)
     shown = rows_of((REPOSITORY / "docs/sharding.md").read_text())
     table = rows_of(split_states.table(rows))
     assert len(table) > 5 and [cells for cells in table if cells not in shown] == []
@@ -71,3 +73,39 @@ def test_the_record_of_split_states_is_what_the_docs_say():
     for split in ("optimizer", "parameters"):
         for key in ("seconds", "memory_bytes"):
             assert small[split][key] <= small["whole"][key]
+
+
+def test_a_row_that_is_planned_again_says_so_and_the_others_stay(tmp_path, monkeypatch, capsys):
+    record = tmp_path / "split_states.json"
+    before = json.loads(split_states.RECORD.read_text())["rows"]
+    record.write_text(json.dumps({"rows": before}))
+    planned = {split_states._case(row): {key: row[key] for key in row if key != "made"}
+               for row in before}
+    monkeypatch.setattr(split_states, "RECORD", record)
+    monkeypatch.setattr(split_states, "measure", lambda case, folder: planned[case])
+    monkeypatch.setattr(split_states.topology, "compile_elsewhere", lambda: None)
+    monkeypatch.setattr("sys.argv", ["split_states", "--only=gpt_124m,whole"])
+    split_states.main()
+    (first, *after) = json.loads(record.read_text())["rows"]
+    assert after == before[1:]
+    assert first["made"]["command"] == (
+        "python -m experiments.speed.split_states --only=gpt_124m,whole")
+    assert re.match("[0-9a-f]{40}|unknown", first["made"]["revision"])
+    monkeypatch.setattr("sys.argv", ["split_states", "--only=gpt_125m"])
+    with pytest.raises(SystemExit):
+        split_states.main()
+    assert "--only=gpt_125m: no row has all of these words" in capsys.readouterr().err
+
+
+def test_plans_for_slices_say_how_they_were_made(tmp_path, monkeypatch):
+    kept = json.loads((REPOSITORY / "experiments/records/slices_language.json").read_text())
+    planned, output = iter(kept["plans"]), tmp_path / "slices.json"
+    monkeypatch.setattr(slices, "plan_for_slices", lambda config, name: next(planned))
+    monkeypatch.setattr(slices.topology, "compile_elsewhere", lambda: None)
+    monkeypatch.setattr("sys.argv", ["slices", "--family=language", f"--output={output}"])
+    slices.main()
+    made = json.loads(output.read_text())
+    assert made["plans"] == kept["plans"]
+    assert made["command"] == (
+        f"python -m experiments.slices --family=language --output={output}")
+    assert made["revision"] and made["hardware"] and made["versions"]["jax"]

@@ -60,6 +60,31 @@ def test_a_run_that_diverged_is_in_no_mean(tmp_path):
     assert [0.5, 1.0, 1.5] in [list(line.get_xdata()) for line in axis.get_lines()]
 
 
+def test_seeds_that_take_other_numbers_of_updates_are_drawn_each_by_itself(tmp_path):
+    """As runs do that decide when their batch grows; against epochs they have a mean."""
+    def seed(updates, batch):
+        return logs.read_run(made_up_runs.write_run(
+            tmp_path / str(updates), [0.5] * (updates - 1) + [0.9], [1.0] * updates, batch, 100))
+
+    runs = [seed(4, 50), seed(8, 25)]
+    assert rows_of(curves.table({"a": runs}))[-1][3] == "6 (4 to 8)"
+    (epochs, updates) = (panel for panel in figures.of_schedules(["a"], "").panels
+                         if panel.quantity == "test_accuracy")
+    axis = Figure().subplots()
+    drawing.plot_runs(axis, updates, runs, "black", "a")
+    assert [list(line.get_xdata()) for line in axis.get_lines()] == [
+        list(range(1, 5)), list(range(1, 9))]
+    assert [text.get_text() for text in axis.legend().get_texts()] == ["a (6 (4 to 8) updates)"]
+    # As many values, at almost the same epochs: a mean of both.
+    other = runs[0]._replace(events=[
+        event | {"epoch": event["epoch"] + 0.2, "updates": event["updates"] + 1}
+        for event in runs[0].events])
+    axis = Figure().subplots()
+    drawing.plot_runs(axis, epochs, [runs[0], other], "black", "a")
+    (line,) = axis.get_lines()
+    assert line.get_xdata() == pytest.approx([0.6, 1.1, 1.6, 2.1])
+
+
 def test_a_run_that_is_not_over_is_named(tmp_path):
     """One that was stopped, and one that was started again since it diverged."""
     stopped = write_run(tmp_path / "stopped", 0.9)

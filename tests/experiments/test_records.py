@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from PIL import Image
 
 from experiments import (
     curves,
@@ -149,7 +150,8 @@ def test_the_measured_noise_is_drawn_again_and_is_that_of_the_page(scale, tmp_pa
     page = rows_of((REPOSITORY / "docs" / "noise.md").read_text(encoding="utf-8"))
     with records.opened(NOISE[scale]) as folder:
         found = reproduce.read(chosen, scale, seeds, folder, folder)
-    fitted = noise.fit([noise.scales(run) for runs in found.values() for run in runs])
+    fitted = noise.fit(
+        [pair for runs in found.values() for run in runs for pair in noise.pairs(run)])
     shown = [row[1:] for row in page if row[0].startswith(f"{scale}:")]
     assert shown == [[str(len(found) * seeds), f"{fitted.points} of "
                       f"{fitted.points + fitted.without}",
@@ -157,7 +159,7 @@ def test_the_measured_noise_is_drawn_again_and_is_that_of_the_page(scale, tmp_pa
                       f"{fitted.factor:.2f} x^{fitted.power:.2f}", f"{fitted.spread:.2f}",
                       f"{fitted.correlation:.3f}"]]
     if scale == "small":
-        rows = [row for row in rows_of(drawn) if len(row) == 7][1:]
+        rows = [row for row in rows_of(drawn) if len(row) == 8][1:]
         assert len(rows) == 8 and all(row in page for row in rows)
 
 
@@ -201,8 +203,13 @@ def test_a_record_says_how_it_was_made(record):
         assert training["hardware"] and training["versions"]["jax"] and training["configs"]
 
 
-def test_the_h200s_results_are_the_records():
+def test_the_h200s_results_are_the_records(tmp_path):
     folder = RECORDS / "2026-11-26_h200"
+    chosen = figures.only(figures.select("3a", "paper"), ["decay", "increase"])
+    reproduce.draw(list(map(figures.beside_updates, chosen)), "paper", 1, folder, tmp_path)
+    with Image.open(folder / "figure_3.png") as kept, Image.open(
+            tmp_path / "figure_3.png") as drawn:
+        assert kept.size == drawn.size
     speed = json.loads(folder.with_name("2026-11-26_h200_speed.json").read_text(encoding="utf-8"))
     pages = [(REPOSITORY / page).read_text(encoding="utf-8")
              for page in ("README.md", "docs/reproduce.md", "docs/speed.md")]

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import signal
 import sys
+import tarfile
 import threading
 
 import numpy as np
@@ -125,7 +126,13 @@ def test_the_commands_of_what_is_missing_are_printed(made, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (("--figure=6", "--draw_only", "--seeds=2"), "seed=1 has no metrics.jsonl"),
+    (("--figure=6", "--draw_only", "--seeds=2"),
+     "/copy cannot be drawn from: it has no runs/figure6_decay_data=digits_seed=1. Of these curves "
+     "it has 1 of 2 seeds: give --seeds=1."),
+    (("--figure=5", "--draw_only", "--seeds=1"),
+     "it has no runs/decay_data=digits_seed=0. --curve=NAME draws a figure without the others"),
+    (("--figure=6", "--curve=decay"),
+     "--curve is 'decay'; the curves of these figures are figure6_decay; figure6_increase."),
     (("--figure=6", "--scale=small"), "holds a run of another config"),
     (("--figure=6", "--draw_only", "--workdir=none"), "none holds neither runs nor runs.tar.gz"),
     (("--figure=9",), "--figure names '9'"),
@@ -146,6 +153,40 @@ def test_what_cannot_be_drawn_is_one_line(made, tmp_path, monkeypatch, capsys, a
     assert said in told and told.startswith("experiments.reproduce: "), told
     assert told.count("\n") == 1
     assert not (workdir / "report.html").exists()
+
+
+def test_a_record_stays_as_it_was_published(made, tmp_path, monkeypatch, capsys):
+    """It is drawn into another folder; of some of its curves, and against updates, if asked for."""
+    record = tmp_path / "record"
+    shutil.copytree(made / "record", record)
+    before = {path: path.read_bytes() for path in record.iterdir()}
+    asked = ("--figure=6a", f"--workdir={record}")
+    for flags in ((), ("--draw_only",), (f"--output={tmp_path}",), ("--print_commands",)):
+        told = refused(monkeypatch, capsys, *asked, *flags)
+        assert f"--workdir is {record}, a record; give --draw_only and --output=FOLDER" in told
+    told = refused(monkeypatch, capsys, *asked, "--draw_only", f"--output={tmp_path / 'drawn'}",
+                   "--seeds=3")
+    assert f"{record} cannot be drawn from" in told and "1 of 3 seeds: give --seeds=1" in told
+    monkeypatch.setattr("sys.argv", [
+        *COMMAND[1:], *asked, "--draw_only", f"--output={tmp_path / 'drawn'}",
+        "--curve=figure6_increase", "--against_updates"])
+    reproduce.main()
+    labels = {row[0] for row in rows_of((tmp_path / "drawn" / "tables.md").read_text())}
+    assert "increasing batch size" in labels and "decaying learning rate" not in labels
+    assert before == {path: path.read_bytes() for path in record.iterdir()}
+
+
+def test_a_record_with_a_stopped_run_is_named_as_it_is_known(made, tmp_path, monkeypatch, capsys):
+    """Not by the folder in which it was unpacked, which is gone by then."""
+    with records.opened(made / "record") as folder:
+        path = next(folder.glob("runs/*decay*")) / "metrics.jsonl"
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+        (tmp_path / "record").mkdir()
+        with tarfile.open(tmp_path / "record" / records.ARCHIVE, "w:gz") as archive:
+            archive.add(folder / "runs", "runs")
+    told = refused(monkeypatch, capsys, "--figure=6", f"--workdir={tmp_path / 'record'}",
+                   "--draw_only", f"--output={tmp_path / 'drawn'}")
+    assert f"{tmp_path}/record/runs/figure6_decay_data=digits_seed=0 holds a run that st" in told
 
 
 def test_a_run_that_diverges_is_a_result(made, tmp_path, monkeypatch, capsys):
@@ -341,6 +382,28 @@ def test_the_papers_last_curve_of_figure_5_is_shown_where_it_ended(written):
     (axis,) = drawing.draw(figures.FIGURES["5"], "paper", written).axes
     assert (2352, 0.933) in [(x, y) for line in axis.get_lines() if line.get_marker() == "D"
                              for x, y in zip(*line.get_data(), strict=True)]
+
+
+@pytest.mark.parametrize("name, number", [("A", 0), ("3", 2), ("1", 1)])
+def test_a_figure_is_drawn_of_one_of_its_curves(written, name, number):
+    """Also one that compares the others with its first; against updates beside it."""
+    curve = figures.FIGURES[name].panels[0].curves[number]
+    (figure,) = figures.only(figures.select(name, "small"), [curve.config])
+    picture = drawing.draw(figure, "small", written)
+    assert picture.axes[0].get_legend().get_texts()[0].get_text().startswith(curve.label)
+    made = tables.make(figure, "small", written)
+    assert len(made) == figure.trained
+    if name == "3":
+        doubled = figures.beside_updates(figure)
+        assert [panel.axis for panel in doubled.panels] == ["epoch", "update"]
+        ours = drawing.draw(doubled, "small", written).axes
+        runs_of = written[curve.config]
+        assert list(ours[1].get_lines()[0].get_xdata()) == list(
+            drawing.points(runs_of[0], "test_accuracy", "update")[0])
+        assert tables.make(doubled, "small", written) == made
+    else:
+        with pytest.raises(ValueError, match=f"figure {name} has none"):
+            figures.beside_updates(figure)
 
 
 @pytest.mark.parametrize("name", [name for name in OF_IMAGES if name != "1"])
