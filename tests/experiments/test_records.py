@@ -16,6 +16,7 @@ from experiments import (
     provenance,
     records,
     reproduce,
+    tables,
 )
 from experiments.speed import measure, saves, split_updates
 from tests import soak
@@ -140,7 +141,8 @@ def test_the_page_on_speed_has_the_table_of_its_record():
 
 
 def test_the_language_models_table_is_drawn_again_and_is_that_of_the_page(tmp_path):
-    reproduce.draw(figures.select("language", "bytes"), "bytes", 5, LANGUAGE, tmp_path)
+    chosen = figures.select("language", "bytes")
+    reproduce.draw(chosen, "bytes", 5, LANGUAGE, tmp_path)
     drawn = (tmp_path / "tables.md").read_text(encoding="utf-8")
     assert drawn == (LANGUAGE / "tables.md").read_text(encoding="utf-8")
     page = rows_on("docs/reproduce.md")
@@ -150,6 +152,11 @@ def test_the_language_models_table_is_drawn_again_and_is_that_of_the_page(tmp_pa
         shown = [row[0], row[2].partition(" (")[0], row[5], row[1], row[7],
                  "" if row[8] == "the reference" else row[8]]
         assert shown in page, shown
+    with records.opened(LANGUAGE) as folder:
+        results = reproduce.read(chosen, "bytes", 5, folder, folder)
+    left = tables.rows(chosen[0].panels[0], "bytes", results)[-1].comparison
+    assert (f"{left.difference:+.4f} ({left.low:+.4f} to {left.high:+.4f})"
+            in text_of("docs/reproduce.md"))
 
 
 @pytest.mark.parametrize("scale", NOISE)
