@@ -220,6 +220,8 @@ def test_a_record_says_how_it_was_made(record):
         assert training["command"].startswith("python -m experiments.")
         assert re.match(r"[0-9a-f]{40}$", training["revision"]), "made from uncommitted code"
         assert training["hardware"] and training["versions"]["jax"] and training["configs"]
+        if record in (SMALL, COSINE, NOISE["small"], DECIDING["cifar10"]):
+            assert "JPEGs of quality 75" in training["data"]
 
 
 def test_the_h200s_results_are_the_records():
