@@ -97,7 +97,7 @@ def _imported(library: str, format: str) -> Any:
         name = library.partition(".")[0]
         raise Mistake(
             f"--format={format} needs the library {name}, which is not installed: pip install "
-            f"{name}, or 'bigbatch[export]', or take --format=npz."
+            f"{name}, or '.[export]' in a checkout, or take --format=npz."
         ) from None
 
 

@@ -5,7 +5,7 @@
 TEXT is a .txt file, or a folder of them. Each file is a document, and so is what lies between two
 separators written out in a file (as <|endoftext|>). The separator's token follows each document.
 FILE.bin has the tokens as uint16, or as uint32 where the vocabulary is larger than 65 536, and
-FILE.bin.json says what they are. It needs `pip install bigbatch[text]`.
+FILE.bin.json says what they are. It needs `pip install '.[text]'`.
 """
 
 import argparse
@@ -139,7 +139,7 @@ def _load(path: Path) -> tuple[Any, bytes]:
     except ImportError:
         raise Mistake(
             "tokenizers is not installed, which reads the tokenizer: pip install tokenizers, or "
-            "'bigbatch[text]'.") from None
+            "'.[text]' in a checkout.") from None
     try:
         content = path.read_bytes()
     except OSError as error:

@@ -85,8 +85,8 @@ def all_devices() -> list[jax.Device]:
             raise Mistake(f"JAX cannot use the devices of this machine: {said}.") from None
         raise Mistake(
             f"JAX_PLATFORMS is {asked!r}, and JAX has no such devices here: {said}. Unset it for "
-            "those that are there; pip install 'bigbatch[gpu]' or 'bigbatch[tpu]' brings JAX for "
-            "a GPU or a TPU."
+            "those that are there; in a checkout pip install '.[gpu]' or '.[tpu]' brings JAX for a "
+            "GPU or a TPU."
         ) from None
 
 

@@ -184,9 +184,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A line of Markdown for each network, slice and number of images."""
     known = {_case(row): row for row in rows}
     return markdown_table(
-        ["network", "slice", "examples a device", "ms", "of the peak", "GiB", "GB accessed",
-         "kernels", "over fed ready", "Flax, ms", "over Flax's time", "Flax, GiB",
-         "over Flax's memory", "operations, ours / Flax", "instructions, ours / Flax"],
+        ["network", "slice", "examples a device", "ms", "of the peak", "temporary GiB",
+         "GB accessed", "kernels", "over fed ready", "Flax, ms", "over Flax's time",
+         "Flax, temporary GiB", "over Flax's memory", "operations, ours / Flax",
+         "instructions, ours / Flax"],
         [_line(case, row, *(known.get(case._replace(work=work)) for work in (FED, FLAX)))
          for case, row in known.items() if case.work == WHOLE])
 

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from bigbatch.job import chips
 from experiments import slices
 from experiments.growth import grown
 from experiments.speed import by_compiler, split_states
@@ -59,6 +60,26 @@ def test_no_update_takes_longer_than_the_plain_step_beside_it():
     over = {case[:3]: seconds[case._replace(work=by_compiler.WHOLE)] / plain
             for case, plain in seconds.items() if case.work == by_compiler.FLAX}
     assert len(over) == 5 and max(over.values()) <= 1
+
+
+def test_what_the_page_on_language_says_of_an_update_of_gpt_2_is_in_the_records():
+    """With XLA's attention beside a plain step, and a pass of as many sequences without it."""
+    rows = json.loads(by_compiler.RECORD.read_text())["rows"]
+    ours, plain = (next(row for row in rows if row["network"] == "GPT-2 small"
+                        and row["work"] == work) for work in (by_compiler.WHOLE, by_compiler.FLAX))
+    plans = json.loads((REPOSITORY / "experiments/records/slices_language.json").read_text())
+    row, phase = (plans["plans"][0][key] for key in ("compiled", "phases"))
+    row, passes = row["phases"][0], phase[0]["microbatches"]
+    memory, limit = (number / chips.GIB for number in (
+        ours["argument_bytes"] + ours["extra_bytes"], row["memory_limit_bytes"]))
+    page = " ".join((REPOSITORY / "docs/language.md").read_text().split())
+    for said in (
+            f"with 16 sequences then takes {1000 * ours['seconds']:.0f} ms on a v5e chip",
+            f"{ours['seconds'] / plain['seconds']:.3f} of the time of a plain step",
+            f"needs {memory:.1f} of {limit:.1f} GiB with them",
+            f"need {row['memory_bytes'] / chips.GIB:.1f} GiB, with the gradients",
+            f"takes {1000 * row['seconds'] / passes:.0f} ms ({row['seconds']:.3f} s for {passes})"):
+        assert said in page, said
 
 
 def test_the_record_of_split_states_is_what_the_docs_say():

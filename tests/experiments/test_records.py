@@ -2,6 +2,7 @@
 
 import json
 import re
+import statistics
 
 import pytest
 from PIL import Image
@@ -16,6 +17,7 @@ from experiments import (
     provenance,
     records,
     reproduce,
+    tables,
 )
 from experiments.speed import measure, saves, split_updates
 from tests import soak
@@ -33,6 +35,15 @@ LANGUAGE = RECORDS / "2026-11-26_language"
 SPEED = RECORDS / "2026-11-26_speed.json"
 NOISE = {scale: RECORDS / f"2026-11-26_noise_{scale}" for scale in ("digits", "small", "bytes")}
 NOISE_COST = RECORDS / "2026-11-26_noise_cost.json"
+
+
+def text_of(page):
+    """A page, with one space where a line ends."""
+    return " ".join((REPOSITORY / page).read_text(encoding="utf-8").split())
+
+
+def rows_on(page):
+    return rows_of((REPOSITORY / page).read_text(encoding="utf-8"))
 
 
 def test_every_record_that_is_named_is_there():
@@ -65,8 +76,7 @@ def test_runs_that_decide_are_compared_again_as_on_the_page(setting):
     results = deciding.read(DECIDING[setting])
     drawn = deciding.table(results, deciding.SETTINGS[setting].margin) + "\n"
     assert (DECIDING[setting] / "table.md").read_text(encoding="utf-8") == drawn
-    page = (REPOSITORY / "docs" / "branches.md").read_text(encoding="utf-8")
-    assert [row for row in rows_of(drawn) if row not in rows_of(page)] == []
+    assert [row for row in rows_of(drawn) if row not in rows_on("docs/branches.md")] == []
     decided = results["measured"]
     assert results.keys() == deciding.SCHEDULES.keys() and len(decided) >= 5
     for seed, run in enumerate(decided):
@@ -87,6 +97,10 @@ def test_the_small_scales_tables_are_drawn_again_from_its_logs(tmp_path):
     assert kept == drawn and len(rows_of(drawn)) > 60
     # Only of appendix B's rates no number of the paper's is known.
     assert drawn.count("not given") == len(figures.RATES)
+    made = [[*row[:3], row[3].partition(" (")[0], *row[4:]] for row in rows_of(drawn)]
+    shown = [row for row in rows_on("docs/reproduce.md")
+             if len(row) == 8 and row[6] == "3" and row[4] != ""]
+    assert len(shown) == 15 and [row for row in shown if row not in made] == []
 
 
 def test_the_tables_beyond_the_paper_are_drawn_again_and_are_those_of_the_page(tmp_path):
@@ -94,8 +108,7 @@ def test_the_tables_beyond_the_paper_are_drawn_again_and_are_those_of_the_page(t
     drawn = (tmp_path / "tables.md").read_text(encoding="utf-8")
     assert drawn == (COSINE / "tables.md").read_text(encoding="utf-8")
     found = {row[0]: row for row in rows_of(drawn) if len(row) > 8}
-    page = (REPOSITORY / "docs" / "reproduce.md").read_text(encoding="utf-8")
-    shown = [row for row in rows_of(page) if row[0] in ("cosine", "exchange")]
+    shown = [row for row in rows_on("docs/reproduce.md") if row[0] in ("cosine", "exchange")]
     assert len(shown) == 7
     for _, schedule, updates, accuracy, n, difference, verdict in shown:
         row = found[schedule]
@@ -108,6 +121,8 @@ def test_the_demonstrations_table_is_drawn_again_from_its_logs(tmp_path):
     kept, drawn = ((folder / "table.md").read_text(encoding="utf-8")
                    for folder in (DEMO, tmp_path))
     assert kept == drawn and len(rows_of(drawn)) == 4
+    for page in ("README.md", "docs/reproduce.md"):
+        assert [row for row in rows_of(drawn) if row not in rows_on(page)] == []
 
 
 def test_the_page_on_speed_has_the_table_of_its_record():
@@ -116,7 +131,7 @@ def test_the_page_on_speed_has_the_table_of_its_record():
     # Records of version 0.1 call a measurement a figure.
     found = [measure.Measurement(*(row[name] for name in measure.Measurement._fields))
              for row in record["figures"]]
-    page = rows_of((REPOSITORY / "docs" / "speed.md").read_text(encoding="utf-8"))
+    page = rows_on("docs/speed.md")
     made = rows_of(measure.markdown(found, record["hardware"]))
     assert len(made) > 20 and [row for row in made if row not in page] == []
     record = json.loads((RECORDS / "2026-11-26_language_speed.json").read_text(encoding="utf-8"))
@@ -127,16 +142,22 @@ def test_the_page_on_speed_has_the_table_of_its_record():
 
 
 def test_the_language_models_table_is_drawn_again_and_is_that_of_the_page(tmp_path):
-    reproduce.draw(figures.select("language", "bytes"), "bytes", 5, LANGUAGE, tmp_path)
+    chosen = figures.select("language", "bytes")
+    reproduce.draw(chosen, "bytes", 5, LANGUAGE, tmp_path)
     drawn = (tmp_path / "tables.md").read_text(encoding="utf-8")
     assert drawn == (LANGUAGE / "tables.md").read_text(encoding="utf-8")
-    page = rows_of((REPOSITORY / "docs" / "reproduce.md").read_text(encoding="utf-8"))
+    page = rows_on("docs/reproduce.md")
     found = [row for row in rows_of(drawn) if row[-2] in ("the reference", "same", "higher")]
     assert len(found) == 5
     for row in found:
         shown = [row[0], row[2].partition(" (")[0], row[5], row[1], row[7],
                  "" if row[8] == "the reference" else row[8]]
         assert shown in page, shown
+    with records.opened(LANGUAGE) as folder:
+        results = reproduce.read(chosen, "bytes", 5, folder, folder)
+    left = tables.rows(chosen[0].panels[0], "bytes", results)[-1].comparison
+    assert (f"{left.difference:+.4f} ({left.low:+.4f} to {left.high:+.4f})"
+            in text_of("docs/reproduce.md"))
 
 
 @pytest.mark.parametrize("scale", NOISE)
@@ -147,7 +168,7 @@ def test_the_measured_noise_is_drawn_again_and_is_that_of_the_page(scale, tmp_pa
     reproduce.draw(chosen, scale, seeds, NOISE[scale], tmp_path)
     drawn = (tmp_path / "tables.md").read_text(encoding="utf-8")
     assert drawn == (NOISE[scale] / "tables.md").read_text(encoding="utf-8")
-    page = rows_of((REPOSITORY / "docs" / "noise.md").read_text(encoding="utf-8"))
+    page = rows_on("docs/noise.md")
     with records.opened(NOISE[scale]) as folder:
         found = reproduce.read(chosen, scale, seeds, folder, folder)
     fitted = noise.fit(
@@ -165,7 +186,7 @@ def test_the_measured_noise_is_drawn_again_and_is_that_of_the_page(scale, tmp_pa
 
 def test_what_measuring_the_noise_costs_is_the_records():
     cpu, *tpus = json.loads(NOISE_COST.read_text(encoding="utf-8"))
-    page = rows_of((REPOSITORY / "docs" / "noise.md").read_text(encoding="utf-8"))
+    page = rows_on("docs/noise.md")
     for row in cpu["measurements"]:
         assert [row["setting"], cpu["hardware"], measure.spread(
             measure.Measurement(*(row[name] for name in measure.Measurement._fields))),
@@ -181,7 +202,7 @@ def test_what_measuring_the_noise_costs_is_the_records():
 
 
 def test_what_split_states_take_on_a_cpu_are_the_records():
-    page = rows_of((REPOSITORY / "docs" / "sharding.md").read_text(encoding="utf-8"))
+    page = rows_on("docs/sharding.md")
     updates, saved = (json.loads(module.RECORD.read_text(encoding="utf-8"))
                       for module in (split_updates, saves))
     rows = rows_of(split_updates.table(updates["measurements"])) + rows_of(saves.table(saved))
@@ -201,6 +222,8 @@ def test_a_record_says_how_it_was_made(record):
         assert training["command"].startswith("python -m experiments.")
         assert re.match(r"[0-9a-f]{40}$", training["revision"]), "made from uncommitted code"
         assert training["hardware"] and training["versions"]["jax"] and training["configs"]
+        if record in (SMALL, COSINE, NOISE["small"], DECIDING["cifar10"]):
+            assert "JPEGs of quality 75" in training["data"]
 
 
 def test_the_h200s_results_are_the_records(tmp_path):
@@ -211,27 +234,109 @@ def test_the_h200s_results_are_the_records(tmp_path):
             tmp_path / "figure_3.png") as drawn:
         assert kept.size == drawn.size
     speed = json.loads(folder.with_name("2026-11-26_h200_speed.json").read_text(encoding="utf-8"))
-    pages = [(REPOSITORY / page).read_text(encoding="utf-8")
-             for page in ("README.md", "docs/reproduce.md", "docs/speed.md")]
-    events = {}
+    events, ended = {}, {}
     with records.opened(folder) as unpacked:
-        for preset, label in (("decay", "decaying learning rate"),
-                              ("increase", "increasing batch size")):
+        for preset, *papers in (("decay", "decaying learning rate", "94.3 % (its Figure 5)"),
+                                ("increase", "increasing batch size", "~94.3 %")):
             run = logs.read_run(unpacked / "runs" / f"{preset}_dtype=bfloat16_seed=0")
             events[preset] = run.events
             seconds = sum(event["wall_seconds"] for event in run.timing
                           if event["event"] == "time_share")
-            row = (f"| {run.updates:,} | {100 * run.events[-1]['test_accuracy']:.2f} % | 1 | "
-                   f"{seconds:.0f} |")
-            for page in pages[:2]:
-                assert [line for line in page.splitlines()
-                        if line.startswith(f"| 3a | {label} |") and line.endswith(row)]
+            ended[preset] = 100 * run.events[-1]["test_accuracy"]
+            updates = f"{run.updates:,}"  # the paper's too: it is its recipe
+            row = ["3a", papers[0], updates, papers[1], updates, f"{ended[preset]:.2f} %", "1",
+                   f"{seconds:.0f}"]
+            assert row in rows_on("README.md") and row in rows_on("docs/reproduce.md")
+            late = [event for event in run.events if event["epoch"] >= 184.5
+                    and "test_accuracy" in event]
+            mean = 100 * statistics.mean(event["test_accuracy"] for event in late)
+            assert len(late) == 21 and f"{mean:.2f} %" in text_of("docs/reproduce.md")
+            assert f"{run.events[-1]['test_loss']:.3f}" in text_of("docs/reproduce.md")
+    below = f"{ended['decay'] - ended['increase']:.2f} points"
+    assert all(below in text_of(page) for page in ("README.md", "docs/reproduce.md"))
     shared = [a for a, b in zip(events["decay"], events["increase"], strict=False) if a == b]
     assert len(shared) == 600 and shared[-1]["updates"] == 23_438
-    for row in speed["by_batch"]:
+    made = [[
+        f"{row['batch']:,}", f"{row['passes']} of 640" if row["passes"] > 1 else "1",
+        f"`{row['run']}`", f"{row['updates']:,}", f"{row['milliseconds_an_update']:.2f}",
+        f"{row['images_a_second']:,}", f"{100 * row['model_flop_utilisation']:.1f} %",
+    ] for row in speed["by_batch"] if row["run"] in events]
+    names = iter(["`increase`", "`decay`, first process", "`decay`, second process"])
+    starts = iter(["nothing cached", "all cached"])
+    for row in speed["starts"]:
         if row["run"] in events:
-            assert (f"| {row['milliseconds_an_update']:.2f} | {row['images_a_second']:,} | "
-                    f"{100 * row['model_flop_utilisation']:.1f} % |") in pages[2]
+            made.append([next(names), f"{row['loop_seconds']:.1f}", *(
+                f"{100 * share:.1f} %" for share in row["time_share"].values())])
+        else:
+            digits = 1 if row["run"].endswith("cold") else 2
+            *programs, _ = speed["compile_seconds"][row["run"]].values()
+            made.append([next(starts), *(f"{seconds:.{digits}f} s" for seconds in programs),
+                         f"{row['seconds_from_the_loops_clock_to_the_first_program']:.1f} s",
+                         f"{row['start_to_first_update_seconds_at_most']:.0f} s"])
+    assert len(made) == 10 and [row for row in made if row not in rows_on("docs/speed.md")] == []
     for made in (speed, *provenance.read(folder)):
         assert made["command"].startswith("python -m bigbatch.main ")
         assert re.match(r"[0-9a-f]{40}$", made["revision"])
+
+
+def test_the_throughput_of_photographs_is_the_records():
+    record = json.loads((RECORDS / "input_throughput.json").read_text(encoding="utf-8"))
+
+    def spread(values, digits):
+        middle, low, high = (f"{number:.{digits}f}" for number in (
+            statistics.median(values), min(values), max(values)))
+        return f"{middle} ({low}-{high})" if low != high else "1"
+
+    for row, name in (
+            ("bigbatch, stream", "bigbatch's stream, bicubic: order, crops, microbatches"),
+            ("TensorFlow, bicubic", "TensorFlow as in Flax's ImageNet example, bicubic"),
+            ("TensorFlow, bilinear", "TensorFlow, bilinear"),
+            ("bigbatch, bicubic", "bigbatch, decode and resize alone, bicubic"),
+            ("bigbatch, bilinear", "bigbatch, decode and resize alone, bilinear")):
+        assert [name, spread(record["images_per_second"][row], 0),
+                spread(record["against TensorFlow, bicubic"][row], 2)] in rows_on("docs/data.md")
+
+
+def test_starts_with_programs_from_a_bucket_are_the_records():
+    record = json.loads((RECORDS / "2026-11-26_new_machine.json").read_text(encoding="utf-8"))
+    assert len(record["measurements"]) == 3
+    for row in record["measurements"]:
+        spans = [" to ".join(dict.fromkeys(f"{end(seconds):.0f}" for end in (min, max))) + " s"
+                 for seconds in row["seconds"].values()]
+        values = row["values"]
+        ratio = f"{statistics.median(values):.2f}" + (
+            f" ({min(values):.2f} to {max(values):.2f})" * (len(values) > 1))
+        assert [row["setting"], *spans, ratio, str(len(values))] in rows_on("docs/pods.md")
+
+
+def test_measurements_that_stand_in_sentences_are_the_records():
+    def read(name):
+        record = json.loads((RECORDS / f"{name}.json").read_text(encoding="utf-8"))
+        assert re.match(r"[0-9a-f]{40}$", record["revision"]), "measured with uncommitted code"
+        return record
+
+    def ends(values, form):
+        return " to ".join(format(end, form) for end in (min(values), max(values)))
+
+    together = read("2026-11-25_seeds_together")["seconds"]
+    times = [a / b for a, b in zip(*together.values(), strict=True)]
+    assert (f"seeds take {statistics.median(times):.1f} times as long ({ends(times, '.1f')} in "
+            f"{len(times)} repeats of 3 seeds") in text_of("docs/reproduce.md")
+    page = text_of("docs/speed.md")
+    torch = read("2026-11-27_speed_pytorch")["measurements"][0]["values"]
+    assert (f"({statistics.median(torch):.2f} on 2026-11-27, {ends(torch, '.2f')}, "
+            f"n = {len(torch)}") in page
+    newer = {(row["name"], row["setting"]): row["values"]
+             for row in read("2026-11-26_speed_jax_0.12")["figures"]}
+    for key, form, after in (
+            (("small networks: share of Python between updates",
+              "configs/digits.py, 900 updates of 16"), ".3f", "there "),
+            (("whole start to the first update, warm cache beside cold", "ResNet-50"), ".2f",
+             "of a cold one ")):
+        assert (f"{statistics.median(newer[key]):{form}} {after}({ends(newer[key], form)}, "
+                f"n = {len(newer[key])})") in page
+    (compiling,) = read("2026-11-27_compile_time")["rows"]
+    ours, flax = ("{:.0f} and {:.0f} s".format(*seconds)
+                  for seconds in compiling["seconds"].values())
+    assert ("takes {:.2f} and {:.2f} times the processor time of Flax's step".format(
+        *compiling["values"]) + f" ({ours} for {flax}, in turns;") in page

@@ -103,6 +103,14 @@ def test_the_plan_of_a_run_that_decides_has_every_batch_that_can_come():
     assert "decides when its batch grows. These are the phases of one that grows as soon" in text
 
 
+def test_the_page_on_schedules_has_what_the_planner_prints():
+    page = (REPOSITORY / "docs/schedules.md").read_text(encoding="utf-8")
+    _, command, block = re.split(r"^\$ .venv/bin/python -m bigbatch.plan (.*)$", page, flags=re.M)
+    shown = [line for line in block.partition("```")[0].splitlines() if line not in ("", "...")]
+    printed = iter(run_plan(*command.split(), "--devices=1").splitlines())
+    assert len(shown) > 10 and [line for line in shown if line not in printed] == []  # in order
+
+
 @pytest.mark.parametrize("family", ("cifar10", "digits"))
 def test_a_familys_docstring_has_the_updates_that_the_planner_gives(family):
     module = config_files.load_file(configs.CONFIGS / f"{family}.py")
