@@ -64,15 +64,7 @@ def run_job(
     Args:
         processes, devices, arguments: see `job_commands`.
         options: port, restarts, dry_run.
-
-    Raises:
-        ValueError: if there is no process, or a number is negative.
     """
-    if processes < 1 or devices < 0 or options.restarts < 0:
-        raise ValueError(
-            f"--processes={processes}, --devices-per-process={devices}, "
-            f"--restarts={options.restarts}: at least 1, 0 and 0 are needed."
-        )
     if options.dry_run:
         for command in job_commands(processes, devices, arguments, options.port or free_port()):
             print(commands.line(command))
@@ -145,7 +137,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--restarts", type=int, default=0,
                         help="how often to start again after 42 or a kill (default 0)")
     commands.add_flags(parser)
-    options = parser.parse_args(own)
+    options = commands.parse(parser, own)
     return run_job(options.processes, options.devices_per_process, arguments, options)
 
 

@@ -272,7 +272,7 @@ def standing(options: argparse.Namespace) -> str:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The flags, without those of bigbatch.main."""
+    """The flags, without those of bigbatch.main. Raises ValueError for a number out of range."""
     parser = commands.make_parser("tpu_vm", __doc__)
     for action, one in commands.add_actions(parser, {
         "create": "make the slice and wait until it is there",
@@ -313,7 +313,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                              choices=["success", "any"],
                              help="delete the slice after status 0 or 3; any: however it ended; "
                                   "with --reuse, one that was there before too")
-    return parser.parse_args(argv)
+    return commands.parse(parser, argv)
 
 
 def main(argv: list[str]) -> int:
@@ -322,7 +322,9 @@ def main(argv: list[str]) -> int:
     options = parse(own)
     try:
         return _act(options, arguments)
-    except KeyboardInterrupt:
+    except (ValueError, commands.Failed):
+        raise  # before anything is made, or with what has become of the slice told already
+    except BaseException:  # Ctrl-C, or an error that nobody expected
         if options.action in ("create", "run"):
             print(f"\nlaunch: {standing(options)}", file=sys.stderr)
         raise

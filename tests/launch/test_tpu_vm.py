@@ -350,6 +350,37 @@ def test_an_unknown_slice_is_refused_before_anything_is_made(laptop):
     assert "v5litepod" in said and laptop.calls() == []
 
 
+@pytest.mark.parametrize("flag", ["--restarts=-1", "--poll-seconds=-1", "--poll-seconds=nan",
+                                  "--retry-seconds=inf", "--wait-minutes=-1"])
+def test_a_number_that_cannot_be_is_refused_before_anything_is_made(laptop, flag):
+    laptop.rules(cloud(UP))
+    said = launch(laptop, *RUN, flag, status=2).stderr
+    assert said == f"launch: {flag}: a finite number is needed, 0 or more.\n"
+    thirty = ("n", "--zone=z", "--workdir=gs://b/run", "--committed-only")
+    assert laptop.launch("thirty_minutes", *thirty, flag, status=2).stderr == said
+    assert outline(laptop.calls()) == []
+
+
+def test_an_error_that_nobody_expected_names_the_slice_that_stands(laptop):
+    laptop.rules(cloud(UP))
+    text = (laptop.bin / "gcloud").read_text()
+    ends = "sys.exit(answer"  # having started the job, it takes the launcher's temporary files away
+    laptop.program("gcloud", text.replace(
+        ends, f"""if "systemd-run" in text:
+    import shutil
+    shutil.rmtree(os.environ["TMPDIR"])
+{ends}"""))
+    try:
+        done = subprocess.run(
+            [sys.executable, "launch/tpu_vm.py", *RUN, "--", *NASTY], cwd=laptop.root, text=True,
+            env=laptop.environment(), capture_output=True, timeout=60)
+    finally:
+        laptop.program("gcloud", text)
+        (laptop.folder / "tmp").mkdir(exist_ok=True)
+    assert outline(laptop.calls()) == BROUGHT_UP and "FileNotFoundError" in done.stderr
+    assert "slice is left as it is and costs what it costs; to delete: " in done.stderr
+
+
 def test_status_says_how_each_worker_is(laptop):
     laptop.rules(cloud(["ACTIVE"], [units("runs", "killed 9")]))
     said = launch(laptop, "status", *WHERE).stdout.splitlines()
