@@ -88,7 +88,8 @@ def check(config: ConfigDict) -> None:
     # Lengths last, since a length in another unit is computed from other keys.
     for key, (allowed, least, below) in sorted(RANGES.items(), key=lambda row: row[0] in LENGTHS):
         value = epochs_of(config, key) if key in LENGTHS else _value(config, key)
-        if not least <= value < below:
+        examples = value * config.data.train_examples if key in LENGTHS else 0
+        if not (least <= value < below and math.isfinite(examples)):
             raise Mistake(f"config.{key} is {_value(config, key)}; it must {allowed}.")
     if config.optimizer.name == "adam" and config.scale_up.momentum is not None:
         raise Mistake(

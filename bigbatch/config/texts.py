@@ -68,7 +68,7 @@ def set_from_text(config: ConfigDict, key: str, text: str) -> None:
     kind = group.get_type(name)
     try:
         group[name] = None if text == "None" and key in MAY_BE_NONE else _parse(text, kind)
-    except (ValueError, SyntaxError, TypeError):
+    except (ValueError, SyntaxError, TypeError, OverflowError):
         raise Mistake(
             f"config.{key} takes {_describe(kind)}{' or None' * (key in MAY_BE_NONE)} (it is "
             f"{group[name]!r}), not {text!r}."
@@ -173,7 +173,11 @@ def _parse_free(text: str) -> Any:
 
 
 def _parse(text: str, kind: type | tuple[type, ...]) -> Any:
-    """`text` as a value of type `kind`; a ValueError, SyntaxError or TypeError if it is none."""
+    """`text` as a value of type `kind`.
+
+    Raises:
+        ValueError, SyntaxError, TypeError, OverflowError: if it is none.
+    """
     if kind is str:
         return text
     if kind == lengths.KINDS:
