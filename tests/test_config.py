@@ -258,6 +258,9 @@ def test_falls_that_are_no_pairs_are_refused(falls):
     ("label_smoothing=1", ("config.label_smoothing is 1.0", "[0, 1)")),
     ("noise.every_epochs=0.5,noise.by_groups=false",
      ("config.noise.every_epochs is 0.5", "config.noise.by_groups is False")),
+    # Not as the length of measured.every_epochs, which is 50 updates of it.
+    ("recipe.batch_size=0", ("config.recipe.batch_size is 0; it must be 1 or more",)),
+    (f"recipe.batch_size={10**400}", ("config.recipe.batch_size is 1000", "below 2**31")),
     ("log_every_epochs=0", ("config.log_every_epochs is 0.0", "over 0")),
     ("eval_every_epochs=-1", ("config.eval_every_epochs is -1.0",)),
     ("checkpoint_every_epochs=1e400", ("config.checkpoint_every_epochs is inf", "finite")),

@@ -28,7 +28,7 @@ TINY = math.ulp(0.0)  # the smallest number over 0
 # Allowed values by key: (the text of the error, the least value, and the bound that is excluded).
 RANGES = {
     **{key: ("be 1 or more and below 2**31", 1, 2**31) for key in (
-        "data.train_examples", "data.test_examples")},
+        "data.train_examples", "data.test_examples", "recipe.batch_size")},
     **{key: (f"be {least} or more", least, math.inf) for key, least in (
         ("ghost_size", 1), ("max_per_device_batch", 1), ("microbatches", 0),
         ("eval_batch_size", 1), ("keep_checkpoints", 1), ("data.num_classes", 1),
