@@ -56,6 +56,7 @@ def test_the_argument_is_a_preset_and_settings_in_order():
     ("data.dir", "gs://bucket/a,b=c", "gs://bucket/a,b=c"),
     ("limits.max_batch_size", "5120", 5120),
     ("limits.granularity", "None", None),
+    ("noise.by_groups", "None", None),
     ("scale_up.momentum", "0.98", 0.98),
     ("scale_up.momentum", "0", 0.0),
 ))
@@ -102,6 +103,10 @@ def test_a_limit_can_be_set_and_unset_again():
         assert config.limits.max_batch_size == value
     digits = configs.load("digits", "increase,limits.max_batch_size=None")
     assert digits.limits.max_batch_size is None
+    config.data.options.separator = 50_256  # as a config file sets a key of the user's own
+    for text, value in (("None", None), ("3", 3)):
+        set_from_text(config, "data.options.separator", text)
+        assert config.data.options.separator == value
 
 
 @pytest.mark.parametrize(("argument", "parts"), (
@@ -157,7 +162,7 @@ def test_an_option_keeps_the_type_it_was_given_and_is_saved_with_the_run():
     config = from_argument(config, "first,data.options.share=1", {
         "first": {"data.options.folds": 5, "data.options.root": "/there"}})
     assert config.data.options.to_dict() == {"root": "/there", "share": 1.0, "folds": 5}
-    with pytest.raises(Mistake, match="config.data.options.folds takes a whole number"):
+    with pytest.raises(Mistake, match="config.data.options.folds takes a whole number or None"):
         set_from_text(config, "data.options.folds", "many")
     saved = {"version": "x", "config": json.loads(config.to_json())}
     assert saved_config(saved).to_json() == config.to_json()
