@@ -139,8 +139,15 @@ def read_status(answer: str) -> tuple[str, int | None]:
         return host, statuses.LOST
     if unit["ActiveState"] not in ("failed", "inactive") and unit["SubState"] != "exited":
         return host, None
-    exited = unit["ExecMainCode"] == "1"  # as waitid's CLD_EXITED; otherwise killed
-    return host, int(unit["ExecMainStatus"]) + (0 if exited else 128)
+    # As of waitid: 1 for a process that exited, 2 and 3 for a killed one; 0 if none has ended.
+    code, status = unit["ExecMainCode"], int(unit["ExecMainStatus"])
+    if code == "0":
+        return host, statuses.LOST
+    if code != "1":
+        return host, 128 + status
+    # systemd gives 200 to 245 to what it could not start (203: no such program), and no shell is
+    # there that would turn a signal into a status over 128.
+    return host, status if status <= 128 else statuses.FAILED
 
 
 def job_runs(options: argparse.Namespace) -> bool:

@@ -293,7 +293,7 @@ def test_a_slice_that_another_made_is_never_deleted(laptop):
 
 
 @pytest.mark.parametrize("ended", [("42", "42"), ("killed 9", "1"), ("lost", "killed 6"),
-                                   ("killed 15", "42")])
+                                   ("killed 15", "42"), ("unseen", "42")])
 def test_a_job_that_wants_it_is_started_again_on_the_same_slice(laptop, ended):
     laptop.rules(cloud(UP, [units(*ended), units("0", "0")]))
     launch(laptop, *RUN)
@@ -308,7 +308,7 @@ def test_restarts_have_a_limit(laptop):
 
 @pytest.mark.parametrize("ended, status, deleted", [
     (("3", "3"), 3, True), (("1", "1"), 1, False), (("2", "2"), 2, False),
-    (("1", "killed 6"), 1, False), (("42", "1"), 1, False),
+    (("1", "killed 6"), 1, False), (("42", "1"), 1, False), (("203", "203"), 1, False),
 ])
 def test_a_job_that_ended_ends_the_run_with_its_status(laptop, ended, status, deleted):
     laptop.rules(cloud(UP, [units(*ended)]))
