@@ -189,7 +189,8 @@ def check_job(arguments: Sequence[str]) -> None:
     """Refuses arguments of bigbatch.main that cannot work on several hosts.
 
     Raises:
-        ValueError: if config or workdir is missing, or the hosts cannot share the workdir.
+        ValueError: if config or workdir is missing, there are two workdirs, or the hosts cannot
+            share the workdir.
     """
     given = dict(text.partition("=")[::2] for text in arguments)
     for flag in ("--config", "--workdir"):
@@ -198,6 +199,9 @@ def check_job(arguments: Sequence[str]) -> None:
                 f"{flag}=... is missing: bigbatch.main's own flags stand behind a `--`, for "
                 "example `-- --config=configs/imagenet_resnet50.py --workdir=gs://BUCKET/RUN`."
             )
+    workdirs = [text for text in arguments if re.match("--?workdir(=|$)", text)]
+    if len(workdirs) > 1:
+        raise ValueError(f"{' '.join(workdirs)}: a job has one workdir; give one of them.")
     if not given["--workdir"].startswith(("gs://", "/")):
         raise ValueError(
             f"--workdir={given['--workdir']}: all hosts write into one workdir; give "

@@ -4,7 +4,8 @@
         --config=configs/digits.py:increase --workdir=/tmp/run
 
 Use the Python that has bigbatch's packages (.venv/bin/python). Each process has that many CPU
-devices; with --devices-per-process=0 those that JAX finds. SIGTERM and Ctrl-C are passed on as one
+devices; with --devices-per-process=0 those that JAX finds. Relative paths begin in the folder that
+this is called in. SIGTERM and Ctrl-C are passed on as one
 SIGTERM, so that all save and the job ends with 42; a second one kills. Each line is printed behind
 the number of its process.
 
@@ -44,7 +45,9 @@ def job_commands(
         arguments: of bigbatch.main.
         port: of the first process, on which the others find it.
     """
-    environment = []
+    # This checkout's code, wherever the paths among the arguments begin.
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = [f"PYTHONPATH={os.pathsep.join(path)}"]
     if devices:
         flags = [os.environ.get("XLA_FLAGS", ""),
                  f"--xla_force_host_platform_device_count={devices}"]
@@ -97,7 +100,7 @@ def _run_once(job: Sequence[Sequence[str]]) -> tuple[int, bool]:
         for command in job:
             # A group of its own: Ctrl-C then comes from here only, and once.
             running.append(subprocess.Popen(
-                command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT, text=True, errors="replace", process_group=0,
             ))
             if told:  # between two starts: the handler has not seen this one

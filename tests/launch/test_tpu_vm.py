@@ -335,6 +335,7 @@ def test_deleting_is_repeated_until_it_is_done(laptop):
 @pytest.mark.parametrize("job, named", [
     (("--workdir=gs://b/run",), "--config"), (("--config=c.py",), "--workdir"),
     (("--config=c.py", "--workdir=run"), "gs://BUCKET/RUN"),
+    (("--config=c.py", "--workdir=/a", "-workdir=/b"), "--workdir=/a -workdir=/b: a job has one"),
     (("--config=c.py", "--workdir=gs://b/run", "--x=a\nb"), "line break"),
 ])
 def test_a_job_that_cannot_work_is_refused_before_anything_is_made(laptop, job, named):
