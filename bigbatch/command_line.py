@@ -42,11 +42,15 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
         flags.FLAGS.verbosity = logging.WARNING
         rest, unread = [], iter(arguments)
         for argument in unread:
-            key, equals, text = argument.partition("=")
-            if "config" in flags.FLAGS and key.startswith(("--config.", "-config.")):
-                settings.append((key.partition(".")[2], text if equals else next(unread, "")))
-            else:
+            flag, equals, text = argument.partition("=")
+            if "config" not in flags.FLAGS or not flag.startswith(("--config.", "-config.")):
                 rest.append(argument)
+                continue
+            if not equals:
+                text = next(unread, "--")
+                if text.startswith("--"):  # the next flag, or nothing
+                    refuse(f"{flag} has no value; write {flag}=VALUE ({flag}= is the empty text).")
+            settings.append((flag.partition(".")[2], text))
         try:
             left = flags.FLAGS(rest)
         except flags.Error as error:

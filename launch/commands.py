@@ -1,6 +1,7 @@
 """The commands of a script: run with retries and one-line errors, or only printed (`--dry-run`)."""
 
 import argparse
+import math
 import re
 import shlex
 import subprocess
@@ -16,6 +17,11 @@ from repository import ROOT
 # What a worker says when it has done what it was asked; the tools' own words are not counted.
 ANSWER = "bigbatch: "
 LONGEST_PAUSE_SECONDS = 60.0
+# The least value of each flag that takes a number, in whichever script.
+LEAST = {
+    "retry_seconds": 0, "poll_seconds": 0, "wait_minutes": 0, "restarts": 0, "max_restarts": 0,
+    "processes": 1, "devices_per_process": 0, "nodes": 1, "cpus_per_gpu": 0, "fruitless": 1,
+}
 
 
 class Failed(Exception):
@@ -59,6 +65,21 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                         help="print the commands, one a line, and run none of them")
     parser.add_argument("--retry-seconds", type=float, default=5.0,
                         help="pause before a command's first retry; doubles with each (default 5)")
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """The values of a script's own flags.
+
+    Raises:
+        ValueError: for a number that is not finite, or below its least value.
+    """
+    options = parser.parse_args(argv)
+    for name, least in LEAST.items():
+        number = getattr(options, name, least)
+        if not least <= number < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')}={number:.15g}: a finite number is "
+                             f"needed, {least} or more.")
+    return options
 
 
 def line(command: Sequence[str], stdin: str = "") -> str:
@@ -168,7 +189,8 @@ def check_job(arguments: Sequence[str]) -> None:
     """Refuses arguments of bigbatch.main that cannot work on several hosts.
 
     Raises:
-        ValueError: if config or workdir is missing, or the hosts cannot share the workdir.
+        ValueError: if config or workdir is missing, there are two workdirs, or the hosts cannot
+            share the workdir.
     """
     given = dict(text.partition("=")[::2] for text in arguments)
     for flag in ("--config", "--workdir"):
@@ -177,6 +199,9 @@ def check_job(arguments: Sequence[str]) -> None:
                 f"{flag}=... is missing: bigbatch.main's own flags stand behind a `--`, for "
                 "example `-- --config=configs/imagenet_resnet50.py --workdir=gs://BUCKET/RUN`."
             )
+    workdirs = [text for text in arguments if re.match("--?workdir(=|$)", text)]
+    if len(workdirs) > 1:
+        raise ValueError(f"{' '.join(workdirs)}: a job has one workdir; give one of them.")
     if not given["--workdir"].startswith(("gs://", "/")):
         raise ValueError(
             f"--workdir={given['--workdir']}: all hosts write into one workdir; give "

@@ -182,7 +182,7 @@ def main(argv: list[str]) -> int:
             one.add_argument("--topology", default="", help="of v4 and v5p slices, as 4x4x4")
         if action == "image":
             archive.add_flags(one)
-    options = parser.parse_args(own)
+    options = commands.parse(parser, own)
     _act(options, arguments)
     return 0
 

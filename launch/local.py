@@ -4,7 +4,8 @@
         --config=configs/digits.py:increase --workdir=/tmp/run
 
 Use the Python that has bigbatch's packages (.venv/bin/python). Each process has that many CPU
-devices; with --devices-per-process=0 those that JAX finds. SIGTERM and Ctrl-C are passed on as one
+devices; with --devices-per-process=0 those that JAX finds. Relative paths begin in the folder that
+this is called in. SIGTERM and Ctrl-C are passed on as one
 SIGTERM, so that all save and the job ends with 42; a second one kills. Each line is printed behind
 the number of its process.
 
@@ -44,7 +45,9 @@ def job_commands(
         arguments: of bigbatch.main.
         port: of the first process, on which the others find it.
     """
-    environment = []
+    # This checkout's code, wherever the paths among the arguments begin.
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = [f"PYTHONPATH={os.pathsep.join(path)}"]
     if devices:
         flags = [os.environ.get("XLA_FLAGS", ""),
                  f"--xla_force_host_platform_device_count={devices}"]
@@ -64,15 +67,7 @@ def run_job(
     Args:
         processes, devices, arguments: see `job_commands`.
         options: port, restarts, dry_run.
-
-    Raises:
-        ValueError: if there is no process, or a number is negative.
     """
-    if processes < 1 or devices < 0 or options.restarts < 0:
-        raise ValueError(
-            f"--processes={processes}, --devices-per-process={devices}, "
-            f"--restarts={options.restarts}: at least 1, 0 and 0 are needed."
-        )
     if options.dry_run:
         for command in job_commands(processes, devices, arguments, options.port or free_port()):
             print(commands.line(command))
@@ -105,7 +100,7 @@ def _run_once(job: Sequence[Sequence[str]]) -> tuple[int, bool]:
         for command in job:
             # A group of its own: Ctrl-C then comes from here only, and once.
             running.append(subprocess.Popen(
-                command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT, text=True, errors="replace", process_group=0,
             ))
             if told:  # between two starts: the handler has not seen this one
@@ -145,7 +140,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--restarts", type=int, default=0,
                         help="how often to start again after 42 or a kill (default 0)")
     commands.add_flags(parser)
-    options = parser.parse_args(own)
+    options = commands.parse(parser, own)
     return run_job(options.processes, options.devices_per_process, arguments, options)
 
 

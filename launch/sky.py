@@ -79,7 +79,7 @@ def main(argv: list[str]) -> int:
         one.add_argument("--runtime-version", default="", help="default: what fits the type")
         one.add_argument("--infra", default="gcp", help="gcp, gcp/REGION or gcp/REGION/ZONE")
         one.add_argument("--spot", action="store_true")
-    options = parser.parse_args(own)
+    options = commands.parse(parser, own)
     if options.action == "task":
         print(task(options, arguments), end="")
     else:

@@ -73,7 +73,8 @@ def check(options: argparse.Namespace, arguments: Sequence[str]) -> None:
             raise ValueError(f"{text}: SLURM itself tells the processes of one another.")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", options.name):
         raise ValueError(f"{options.name}: a job's name has letters, digits, '.', '_' and '-'.")
-    check_numbers(options)
+    gpus_of_node(options)
+    check_times(options)
     for text in directives(options):
         if not re.fullmatch(r"""-[^\s"'\\#]+""", text):
             raise ValueError(f"{text}: a flag of sbatch, without spaces, quotes, '\\' and '#'.")
@@ -86,14 +87,8 @@ def check(options: argparse.Namespace, arguments: Sequence[str]) -> None:
         raise ValueError(f"--python={options.python}: there is no such program.")
 
 
-def check_numbers(options: argparse.Namespace) -> None:
-    """Refuses numbers and times that cannot be. Raises ValueError."""
-    for name, least in (("nodes", 1), ("cpus_per_gpu", 0), ("restarts", 0), ("fruitless", 1)):
-        number = getattr(options, name)
-        if number < least:
-            flag = name.replace("_", "-")
-            raise ValueError(f"--{flag}={number}: at least {least} is needed.")
-    gpus_of_node(options)
+def check_times(options: argparse.Namespace) -> None:
+    """Refuses times that cannot be. Raises ValueError."""
     minutes, warning = minutes_of(options.time), options.warn_minutes
     if not 0 < warning < minutes or warning > LONGEST_WARNING_MINUTES:
         raise ValueError(
@@ -309,7 +304,7 @@ def main(argv: list[str]) -> int:
         one.add_argument("--folder", type=Path, default=Path("runs/slurm"),
                          help="for the script and what the job prints (default runs/slurm here)")
     add_submit_flags(actions["submit"])
-    options = parser.parse_args(own)
+    options = commands.parse(parser, own)
     if options.action == "step":
         return step(options, arguments)
     submit(options, arguments)

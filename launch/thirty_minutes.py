@@ -120,7 +120,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--wait-minutes", type=int, default=360, help="for each slice (360)")
     parser.add_argument("--poll-seconds", type=float, default=30.0, help="default 30")
     commands.add_flags(parser)
-    options = parser.parse_args(own)
+    options = commands.parse(parser, own)
     options.port = 0
     return train(options, extra)
 

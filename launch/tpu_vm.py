@@ -139,8 +139,15 @@ def read_status(answer: str) -> tuple[str, int | None]:
         return host, statuses.LOST
     if unit["ActiveState"] not in ("failed", "inactive") and unit["SubState"] != "exited":
         return host, None
-    exited = unit["ExecMainCode"] == "1"  # as waitid's CLD_EXITED; otherwise killed
-    return host, int(unit["ExecMainStatus"]) + (0 if exited else 128)
+    # As of waitid: 1 for a process that exited, 2 and 3 for a killed one; 0 if none has ended.
+    code, status = unit["ExecMainCode"], int(unit["ExecMainStatus"])
+    if code == "0":
+        return host, statuses.LOST
+    if code != "1":
+        return host, 128 + status
+    # systemd gives 200 to 245 to what it could not start (203: no such program), and no shell is
+    # there that would turn a signal into a status over 128.
+    return host, status if status <= 128 else statuses.FAILED
 
 
 def job_runs(options: argparse.Namespace) -> bool:
@@ -272,7 +279,7 @@ def standing(options: argparse.Namespace) -> str:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The flags, without those of bigbatch.main."""
+    """The flags, without those of bigbatch.main. Raises ValueError for a number out of range."""
     parser = commands.make_parser("tpu_vm", __doc__)
     for action, one in commands.add_actions(parser, {
         "create": "make the slice and wait until it is there",
@@ -313,7 +320,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
                              choices=["success", "any"],
                              help="delete the slice after status 0 or 3; any: however it ended; "
                                   "with --reuse, one that was there before too")
-    return parser.parse_args(argv)
+    return commands.parse(parser, argv)
 
 
 def main(argv: list[str]) -> int:
@@ -322,7 +329,9 @@ def main(argv: list[str]) -> int:
     options = parse(own)
     try:
         return _act(options, arguments)
-    except KeyboardInterrupt:
+    except (ValueError, commands.Failed):
+        raise  # before anything is made, or with what has become of the slice told already
+    except BaseException:  # Ctrl-C, or an error that nobody expected
         if options.action in ("create", "run"):
             print(f"\nlaunch: {standing(options)}", file=sys.stderr)
         raise

@@ -56,6 +56,7 @@ def test_the_argument_is_a_preset_and_settings_in_order():
     ("data.dir", "gs://bucket/a,b=c", "gs://bucket/a,b=c"),
     ("limits.max_batch_size", "5120", 5120),
     ("limits.granularity", "None", None),
+    ("noise.by_groups", "None", None),
     ("scale_up.momentum", "0.98", 0.98),
     ("scale_up.momentum", "0", 0.0),
 ))
@@ -77,6 +78,8 @@ def test_a_text_becomes_a_value_of_the_keys_type(key, text, value):
     ("seed", "None", ("config.seed takes a whole number (", "'None'")),
     ("recipe.epochs", "nan", ("recipe.epochs takes a number", "'nan'")),
     ("recipe.epochs", "True", ("takes a number", "'True'")),
+    ("recipe.epochs", "1e999 examples", ("takes a number", "'1e999 examples'")),
+    ("recipe.learning_rate", str(10**400), ("recipe.learning_rate takes a number (it is 0.1)",)),
     ("recipe.epochs", "(1, 2)", ("takes a number",)),
     ("tensorboard", "1", ("true or false", "'1'")),
     ("recipe.falls", "60", ("a tuple in brackets", "'60'")),
@@ -100,6 +103,10 @@ def test_a_limit_can_be_set_and_unset_again():
         assert config.limits.max_batch_size == value
     digits = configs.load("digits", "increase,limits.max_batch_size=None")
     assert digits.limits.max_batch_size is None
+    config.data.options.separator = 50_256  # as a config file sets a key of the user's own
+    for text, value in (("None", None), ("3", 3)):
+        set_from_text(config, "data.options.separator", text)
+        assert config.data.options.separator == value
 
 
 @pytest.mark.parametrize(("argument", "parts"), (
@@ -155,7 +162,7 @@ def test_an_option_keeps_the_type_it_was_given_and_is_saved_with_the_run():
     config = from_argument(config, "first,data.options.share=1", {
         "first": {"data.options.folds": 5, "data.options.root": "/there"}})
     assert config.data.options.to_dict() == {"root": "/there", "share": 1.0, "folds": 5}
-    with pytest.raises(Mistake, match="config.data.options.folds takes a whole number"):
+    with pytest.raises(Mistake, match="config.data.options.folds takes a whole number or None"):
         set_from_text(config, "data.options.folds", "many")
     saved = {"version": "x", "config": json.loads(config.to_json())}
     assert saved_config(saved).to_json() == config.to_json()
@@ -256,9 +263,16 @@ def test_falls_that_are_no_pairs_are_refused(falls):
     ("label_smoothing=1", ("config.label_smoothing is 1.0", "[0, 1)")),
     ("noise.every_epochs=0.5,noise.by_groups=false",
      ("config.noise.every_epochs is 0.5", "config.noise.by_groups is False")),
+    # Not as the length of measured.every_epochs, which is 50 updates of it.
+    ("recipe.batch_size=0", ("config.recipe.batch_size is 0; it must be 1 or more",)),
+    (f"recipe.batch_size={10**400}", ("config.recipe.batch_size is 1000", "below 2**31")),
     ("log_every_epochs=0", ("config.log_every_epochs is 0.0", "over 0")),
     ("eval_every_epochs=-1", ("config.eval_every_epochs is -1.0",)),
     ("checkpoint_every_epochs=1e400", ("config.checkpoint_every_epochs is inf", "finite")),
+    ("eval_every_epochs=1e308", ("config.eval_every_epochs is 1e+308", "finite")),
+    ("scale_up.learning_rate=1e308", ("scale_up.learning_rate is 1e+308", "at most 1e+06")),
+    ("recipe.warmup_epochs=1e308", ("recipe.warmup_epochs is 1e+308", "must end before")),
+    ("recipe.falls=(('1e999 examples', 2),)", ("falls is (('1e999 examples', 2),)", "pairs of")),
     ("optimizer.name=sgd", ("momentum is 0.9", "'sgd'", "recipe.momentum=0")),
     ("scale_up.momentum=1", ("scale_up.momentum is 1.0", "[0, 1)")),
     ("recipe.momentum=1", ("recipe.momentum is 1.0", "[0, 1)")),

@@ -62,6 +62,8 @@ def test_a_number_and_a_text_of_epochs_are_the_same_to_the_last_bit(number, exam
     ("3", ("it is '3'; it must be a number of epochs, or a length such as '3 epochs'",)),
     ("three epochs", ("it must be a number of epochs",)),
     ("1e9999 tokens", ("it must be",)),
+    ("1e999 examples", ("it must be",)),
+    (f"{10**400} updates", ("it must be",)),
     ("1e400000000 examples", ("it must be",)),
     ("e5 tokens", ("it must be",)),
     ("_ tokens", ("it must be",)),

@@ -88,7 +88,9 @@ class ScheduledTrainer(Trainer):
         self, num_training_steps: int, optimizer: Optimizer | None = None
     ) -> ScheduledRates:
         """The table's rates."""
-        self.lr_scheduler = ScheduledRates(optimizer or self.optimizer, self.table)
+        own = optimizer or self.optimizer
+        own = getattr(own, "optimizer", own)  # Accelerate's wrapper does not tell its kind
+        self.lr_scheduler = ScheduledRates(own, self.table)
         self._created_lr_scheduler = True  # as in Trainer: a second `train` makes a new one
         return self.lr_scheduler
 

@@ -1,10 +1,11 @@
 """A schedule in a PyTorch loop: a batch sampler with growing batches, a scheduler of all rates."""
 
 import functools
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
-from torch.optim import Optimizer
+from torch.optim import SGD, Adamax, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Sampler
 
@@ -12,6 +13,10 @@ from bigbatch import schedule
 from bigbatch.adapters import batches
 from bigbatch.mistake import Mistake
 from bigbatch.schedule import Table
+
+# Numbers of an optimizer that act once an update, so that a batch that grows changes what they do.
+NOT_SCHEDULED = ("dampening", "alpha", "momentum_decay")  # of SGD, of RMSprop, of NAdam
+L2_ONLY = (SGD, Adamax)  # of those with a momentum or betas; others say it in their groups
 
 
 class ScheduledBatches(Sampler[list[int]]):
@@ -60,28 +65,33 @@ class ScheduledRates(LRScheduler):
     """Sets all rates of the next update; `step()` follows each `optimizer.step()`.
 
     They are written to each parameter group: `lr`, the first two of `betas` or `momentum`, and
-    `weight_decay` if the recipe has a decoupled one. A group may have a multiple of the recipe's
-    rate or decay, which it keeps; 0 is one. A decay that the recipe does not have (L2, as in
-    `torch.optim.SGD`) is left as it is. `last_epoch` counts updates, and after the last one the
-    rates stay as they are.
+    `weight_decay` if the recipe has one, which is decoupled. A group may have a multiple of the
+    recipe's rate or decay, which it keeps; 0 is one. An L2 decay, as in `torch.optim.SGD`, is left
+    as it is. `last_epoch` counts updates, and after the last one the rates stay as they are.
 
     Args:
-        optimizer: made with the recipe's learning rate and weight decay.
+        optimizer: made with the recipe's learning rate and weight decay, and with the recipe's
+            momentum or betas or without any.
         table: of the run.
 
     Raises:
-        Mistake: if no group has the recipe's learning rate or weight decay, or the optimizer
+        Mistake: if no group has the recipe's learning rate or weight decay; if the optimizer
             averages gradients (it has `betas`) where the recipe says that it adds them up, or the
-            other way round.
+            other way round, or does neither; if a group has another momentum or other betas, an L2
+            decay where the recipe's is decoupled, a decoupled one where the recipe has none, or a
+            number of `NOT_SCHEDULED`.
     """
 
     def __init__(self, optimizer: Optimizer, table: Table) -> None:
         self.table = table
         recipe = table.recipe
         for group in optimizer.param_groups:
+            _check_kind(group, recipe)
+            if "initial_lr" not in group:  # else what it has is a schedule's, of a run continued
+                _check_averages(group, recipe, optimizer)
             group.setdefault("initial_lr", float(group["lr"]))
             group.setdefault("initial_weight_decay", group.get("weight_decay", 0.0))
-            _check_kind(group, recipe)
+            _check_decay(group, recipe, optimizer)
         self.rate_factors = _factors(optimizer, "lr", "learning_rate", recipe)
         self.decay_factors = _factors(optimizer, "weight_decay", "weight_decay", recipe)
         super().__init__(optimizer)
@@ -136,8 +146,53 @@ def _check_kind(group: dict[str, Any], recipe: schedule.Recipe) -> None:
             "the optimizer has betas, so it averages gradients; say so in the recipe: "
             "accumulates=False, and exchange='sqrt' for Adam."
         )
-    if group.get("momentum") and not recipe.accumulates:
+    if recipe.momentum and "momentum" in group and not recipe.accumulates:
         raise Mistake("the optimizer adds gradients up; set accumulates=True in the recipe.")
+    if not {"betas", "momentum"} & set(group):
+        raise Mistake(
+            "the optimizer has neither betas nor a momentum; the schedules are those of SGD and of "
+            "optimizers such as Adam."
+        )
+    for key in NOT_SCHEDULED:
+        if group.get(key):
+            raise Mistake(
+                f"the optimizer has {key} {group[key]:g}, which acts once an update and which no "
+                "table sets, so growing batches would change its effect; take SGD without "
+                "dampening, or Adam or AdamW."
+            )
+
+
+def _check_averages(group: dict[str, Any], recipe: schedule.Recipe, optimizer: Optimizer) -> None:
+    """Refuses a momentum or betas that the table would replace, where somebody chose them."""
+    key = "betas" if "betas" in group else "momentum"
+    stated = (recipe.momentum, recipe.beta2) if key == "betas" else recipe.momentum
+    parameter = inspect.signature(type(optimizer)).parameters.get(key)
+    given, default = (
+        tuple(value[:2]) if isinstance(value, tuple | list) else value
+        for value in (group[key], parameter and parameter.default))
+    if given not in (stated, default):
+        raise Mistake(
+            f"the optimizer has {key} {given}, and the table starts from the recipe's {stated}; "
+            "change one of them, or leave the optimizer's out."
+        )
+
+
+def _check_decay(group: dict[str, Any], recipe: schedule.Recipe, optimizer: Optimizer) -> None:
+    if not group["initial_weight_decay"]:
+        return
+    # None: an optimizer of the user's own, which does not say.
+    decoupled = False if isinstance(optimizer, L2_ONLY) else group.get("decoupled_weight_decay")
+    if recipe.weight_decay and decoupled is False:
+        raise Mistake(
+            f"recipe.weight_decay is {recipe.weight_decay:g} and decoupled, and the optimizer adds "
+            "its decay to the gradient (L2); take AdamW, or leave the decay to the optimizer alone "
+            "with recipe.weight_decay=0."
+        )
+    if decoupled and not recipe.weight_decay:
+        raise Mistake(
+            f"the optimizer has a decoupled weight decay of {group['initial_weight_decay']:g}, and "
+            "recipe.weight_decay is 0; state it there, or give the optimizer weight_decay=0."
+        )
 
 
 def _factors(optimizer: Optimizer, key: str, name: str, recipe: schedule.Recipe) -> list[float]:

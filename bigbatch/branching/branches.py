@@ -70,14 +70,19 @@ def opened_checkpoint(source: str, at: str) -> Iterator[checkpoint.Opened]:
             after it. "" for the newest one.
 
     Raises:
-        Mistake: if there is no such checkpoint, or it is not whole.
+        Mistake: if there is no such checkpoint, or it is not whole; or the newest is the run's end.
     """
     with checkpoint.opened(source) as newest:
+        folder = newest.path.parents[1]
+        if not at and newest.run["examples_seen"] == newest.run["phases"][-1]["end_example"]:
+            earlier = _listed(newest.run, checkpoint.finished(folder)[:-1])
+            raise Mistake(
+                f"--at is missing, and the newest checkpoint of {source} is the run's end, after "
+                f"which no batch is to come; it has earlier ones at: {earlier or 'no example'}.")
         if not at:
             yield newest
             return
         wanted = in_examples(saved_config(newest.run), at, "--at")
-        folder = newest.path.parents[1]
         position = _nearest(source, wanted, checkpoint.finished(folder), newest.run)
         found = checkpoint.find_at(folder, position, newest.mirror)
         yield newest._replace(path=found.path, run=found.run)
@@ -93,13 +98,19 @@ def _nearest(source: str, wanted: int, paths: Sequence[Path], run: dict[str, Any
         if after[0] - wanted < batch:
             return after[0]
     n = run["config"]["data"]["train_examples"]
-    there = ", ".join(f"{position} (epoch {position / n:.4g})" for position in positions)
     raise Mistake(
         f"--at asks for example {wanted} (epoch {wanted / n:.4g}) of {source}, where no checkpoint "
-        f"is; there are some at the examples {there}. A run saves one every "
+        f"is; there are some at the examples {_listed(run, paths)}. A run saves one every "
         "config.checkpoint_every_epochs and at the end of each phase, and keeps "
         "config.keep_checkpoints of the former."
     )
+
+
+def _listed(run: dict[str, Any], paths: Sequence[Path]) -> str:
+    """The positions of a run's checkpoints, in examples and epochs."""
+    n = run["config"]["data"]["train_examples"]
+    positions = [int(path.name) for path in paths]
+    return ", ".join(f"{position} (epoch {position / n:.4g})" for position in positions)
 
 
 def plan_stretch(

@@ -28,7 +28,7 @@ TINY = math.ulp(0.0)  # the smallest number over 0
 # Allowed values by key: (the text of the error, the least value, and the bound that is excluded).
 RANGES = {
     **{key: ("be 1 or more and below 2**31", 1, 2**31) for key in (
-        "data.train_examples", "data.test_examples")},
+        "data.train_examples", "data.test_examples", "recipe.batch_size")},
     **{key: (f"be {least} or more", least, math.inf) for key, least in (
         ("ghost_size", 1), ("max_per_device_batch", 1), ("microbatches", 0),
         ("eval_batch_size", 1), ("keep_checkpoints", 1), ("data.num_classes", 1),
@@ -88,7 +88,8 @@ def check(config: ConfigDict) -> None:
     # Lengths last, since a length in another unit is computed from other keys.
     for key, (allowed, least, below) in sorted(RANGES.items(), key=lambda row: row[0] in LENGTHS):
         value = epochs_of(config, key) if key in LENGTHS else _value(config, key)
-        if not least <= value < below:
+        examples = value * config.data.train_examples if key in LENGTHS else 0
+        if not (least <= value < below and math.isfinite(examples)):
             raise Mistake(f"config.{key} is {_value(config, key)}; it must {allowed}.")
     if config.optimizer.name == "adam" and config.scale_up.momentum is not None:
         raise Mistake(

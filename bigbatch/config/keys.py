@@ -22,8 +22,6 @@ MEASURED_BY = ("norms", "all")
 ON_BAD_IMAGE = ("stop", "skip")
 # The groups whose keys need not be known.
 FREE = (["data", "options"], ["optimizer", "options"], ["task_options"])
-MAY_BE_NONE = ("scale_up.momentum", "limits.max_batch_size", "limits.granularity", "limits.growth",
-               "per_example.momentum", "measured.threshold")
 # These take a number of epochs, or a text with a unit: see `lengths`. So do the epochs in the pairs
 # of recipe.falls, by_hand and ramp.
 LENGTHS = ("recipe.epochs", "recipe.warmup_epochs", "log_every_epochs", "eval_every_epochs",
@@ -221,3 +219,7 @@ def other_name(name: str) -> str:
     """A sentence about what bigbatch has under another name."""
     is_adamw = isinstance(name, str) and name.lower() == "adamw"
     return " AdamW is adam with config.optimizer.decoupled=True." if is_adamw else ""
+
+
+# The keys that take None, beside those of FREE, whose values are the user's.
+MAY_BE_NONE = tuple(key for key, value in items(base_config()) if value is None)

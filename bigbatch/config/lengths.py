@@ -3,6 +3,7 @@
 A run counts examples, so a length in another unit becomes a whole number of them, the nearest.
 """
 
+import math
 import re
 from fractions import Fraction
 from typing import Any
@@ -30,7 +31,7 @@ class Length(FieldReference):
 
 
 def is_one(text: Any) -> bool:
-    """Whether something is a text of a number and a word, whatever the word."""
+    """Whether something is a text of a finite number and a word, whatever the word."""
     found = _NUMBER.fullmatch(text) if isinstance(text, str) else None
     return found is not None and _is_number(found[1])
 
@@ -74,6 +75,6 @@ def in_epochs(
 
 def _is_number(text: str) -> bool:
     try:
-        return float(text) == float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return False

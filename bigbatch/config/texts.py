@@ -56,21 +56,23 @@ def from_argument(
 def set_from_text(config: ConfigDict, key: str, text: str) -> None:
     """Sets the dotted `key` from the text of a command line, without changing the key's type.
 
-    A new key of `data.options`, `optimizer.options` or `task_options` takes its type from the text.
+    A key of `data.options`, `optimizer.options` or `task_options` that is new, or None, takes its
+    type from the text.
 
     Raises:
         Mistake: if there is no such key, or the text is no value of its type.
     """
     group, name = _find(config, key)
-    if name not in group:
+    free = key.split(".")[:-1] in FREE
+    if name not in group or (free and group.get_type(name) is type(None)):
         group[name] = _parse_free(text)
         return
-    kind = group.get_type(name)
+    kind, may_be_none = group.get_type(name), free or key in MAY_BE_NONE
     try:
-        group[name] = None if text == "None" and key in MAY_BE_NONE else _parse(text, kind)
-    except (ValueError, SyntaxError, TypeError):
+        group[name] = None if text == "None" and may_be_none else _parse(text, kind)
+    except (ValueError, SyntaxError, TypeError, OverflowError):
         raise Mistake(
-            f"config.{key} takes {_describe(kind)}{' or None' * (key in MAY_BE_NONE)} (it is "
+            f"config.{key} takes {_describe(kind)}{' or None' * may_be_none} (it is "
             f"{group[name]!r}), not {text!r}."
         ) from None
 
@@ -173,7 +175,11 @@ def _parse_free(text: str) -> Any:
 
 
 def _parse(text: str, kind: type | tuple[type, ...]) -> Any:
-    """`text` as a value of type `kind`; a ValueError, SyntaxError or TypeError if it is none."""
+    """`text` as a value of type `kind`.
+
+    Raises:
+        ValueError, SyntaxError, TypeError, OverflowError: if it is none.
+    """
     if kind is str:
         return text
     if kind == lengths.KINDS:

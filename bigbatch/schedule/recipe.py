@@ -98,10 +98,10 @@ def scale_up(recipe: Recipe, learning_rate_factor: float = 1.0, momentum: float 
     new_momentum = recipe.momentum if momentum is None else momentum
     _check_momentum("recipe.momentum", recipe.momentum)
     _check_momentum("scale_up.momentum", new_momentum)
-    if not (math.isfinite(learning_rate_factor) and learning_rate_factor > 0):
+    if not 0 < learning_rate_factor <= LARGEST_GROWTH:
         raise Mistake(
             f"scale_up.learning_rate is {learning_rate_factor}; it is a factor on the rate and "
-            "must be a finite number over 0 (1 leaves the rate as it is)."
+            f"must be over 0 and at most {LARGEST_GROWTH:g} (1 leaves the rate as it is)."
         )
     power = exchange_power(recipe.exchange)
     if not power:
@@ -284,8 +284,8 @@ def check_marks(name: str, marks: Any, epochs: float) -> None:
 def _check_warmup(recipe: Recipe) -> None:
     falls = recipe.falls if recipe.curve == "steps" else ()
     end = falls[0][0] if falls else recipe.epochs
-    warm, last = (round(epoch * recipe.examples) if math.isfinite(epoch) else epoch
-                  for epoch in (recipe.warmup_epochs, end))
+    warm, last = (round(example) if math.isfinite(example) else example
+                  for example in (recipe.warmup_epochs * recipe.examples, end * recipe.examples))
     if not (0 <= recipe.warmup_epochs and warm < last):
         raise Mistake(
             f"recipe.warmup_epochs is {recipe.warmup_epochs:g}; a warm-up must end before the "

@@ -5,6 +5,7 @@ writes them. Every array of the network must be there in its shape, and nothing 
 layers that `config.init_anew` names: these begin as the config's seed has it.
 """
 
+import contextlib
 import hashlib
 import zipfile
 from collections.abc import Callable, Mapping
@@ -99,7 +100,11 @@ def _of_run(
         wanted: trees of shapes.
         check: is called with the shapes of what is there, by name.
     """
-    with checkpoint.opened(source, in_job=True) as found:
+    with contextlib.ExitStack() as block:
+        try:
+            found = block.enter_context(checkpoint.opened(source, in_job=True))
+        except Mistake as mistake:
+            raise Mistake(f"config.init_from: {mistake}") from None
         _check_same(source, checkpoint.identity(found))
         check(names(checkpoint.shapes(found, ("params", "batch_stats"))))
         return {key: checkpoint.restore(found.path, tree, found.mirror)

@@ -1,5 +1,7 @@
 """A table in a plain PyTorch loop: stopped anywhere and continued, it is consumed exactly."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -122,6 +124,31 @@ def test_what_does_not_fit_is_refused():
         ScheduledRates(one(torch.optim.Adam, lr=0.02), TABLES["sgd"])
     with pytest.raises(Mistake, match="accumulates=True"):
         ScheduledRates(one(torch.optim.SGD, lr=0.02, momentum=0.9), TABLES["adam"])
+    with pytest.raises(Mistake, match="accumulates=True"):
+        ScheduledRates(one(torch.optim.SGD, lr=0.02), TABLES["adam"])
+    decay = {"lr": 0.02, "weight_decay": 0.1}
+    for kind in (torch.optim.Adam, torch.optim.Adamax, torch.optim.RAdam):
+        with pytest.raises(Mistake, match=r"decay is 0.1 and decoupled, .* \(L2\); take AdamW"):
+            ScheduledRates(one(kind, **decay), TABLES["adam"])
+    undecayed = schedule.make_table(
+        dataclasses.replace(ADAM, weight_decay=0.0), "increase", tables.LIMITS)
+    ScheduledRates(one(torch.optim.Adam, **decay), undecayed)
+    with pytest.raises(Mistake, match=r"decoupled weight decay of 0.1, .* is 0; state it there"):
+        ScheduledRates(one(torch.optim.AdamW, **decay), undecayed)
+    with pytest.raises(Mistake, match=r"betas \(0.5, 0.95\), .* recipe's \(0.9, 0.99\); change"):
+        ScheduledRates(one(torch.optim.AdamW, betas=(0.5, 0.95), **decay), TABLES["adam"])
+    for betas in ((0.9, 0.99), (0.9, 0.999)):
+        ScheduledRates(one(torch.optim.AdamW, betas=betas, **decay), TABLES["adam"])
+    with pytest.raises(Mistake, match=r"momentum 0.5, .* the recipe's 0.9; change"):
+        ScheduledRates(one(torch.optim.SGD, lr=0.02, momentum=0.5), TABLES["sgd"])
+    with pytest.raises(Mistake, match="dampening 0.9, which acts once an update"):
+        ScheduledRates(one(torch.optim.SGD, lr=0.02, momentum=0.9, dampening=0.9), TABLES["sgd"])
+    with pytest.raises(Mistake, match="alpha 0.99, which acts once an update"):
+        ScheduledRates(one(torch.optim.RMSprop, lr=0.02, momentum=0.9), TABLES["sgd"])
+    with pytest.raises(Mistake, match="momentum_decay 0.004, which acts once an update"):
+        ScheduledRates(one(torch.optim.NAdam, lr=0.02), TABLES["adam"])
+    with pytest.raises(Mistake, match="neither betas nor a momentum"):
+        ScheduledRates(one(torch.optim.Adagrad, lr=0.02), TABLES["sgd"])
     with pytest.raises(Mistake, match=r"no multiple of the 3 processes"):
         ScheduledBatches(TABLES["sgd"], ORDER, ranks=3)
     with pytest.raises(Mistake, match=r"from 0 to 1"):

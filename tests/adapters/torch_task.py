@@ -30,11 +30,11 @@ class Linear(torch.nn.Module):
 
 
 def make_optimizer(table: Table, parameters) -> torch.optim.Optimizer:
-    """The optimizer that a recipe of `tables` is for."""
+    """The optimizer that a recipe of `tables` is for, without its momentum or betas."""
     rate, decay = table.recipe.learning_rate, table.recipe.weight_decay
     if table.recipe.accumulates:
-        return torch.optim.SGD(parameters, lr=rate, momentum=0.5)
-    return torch.optim.AdamW(parameters, lr=rate, betas=(0.5, 0.5), weight_decay=decay)
+        return torch.optim.SGD(parameters, lr=rate)
+    return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
 
 
 def in_optimizer(optimizer: torch.optim.Optimizer) -> tuple[float, ...]:

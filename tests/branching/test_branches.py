@@ -239,7 +239,8 @@ def test_what_cannot_be_branched_is_told(run, tmp_path):
         ({"at": "soon"}, "--at is 'soon'; it must be"),
         ({"length": "1 epochs"}, "up to 16384 .* goes past the run's end at example 9216"),
         ({"length": "0"}, "--for is '0'; it must be over 0"),
-        ({"at": ""}, "the run is over at example 9216"),
+        ({"at": ""}, r"--at is missing, .* the run's end, .* earlier ones at: 1024 \(ep"),
+        ({"at": "9216 examples"}, "the run is over at example 9216"),
         ({"factors": ()}, r"--factors is \[1\]; it must have"),
         ({"source": tmp_path / "none"}, "has no checkpoint: no run was made there"),
     ):

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from bigbatch.storage import checkpoint
-from tests.support.launch_standins import Laptop
+from tests.support.launch_standins import BARE, Laptop
 from tests.support.started import CACHE, REPOSITORY
 
 # In place of bigbatch.main: writes down that it was started, and ends as it is told.
@@ -72,11 +72,15 @@ def test_how_a_job_ends_and_is_started_again(laptop, tmp_path, ends, restarts, s
 
 
 def test_the_processes_are_told_of_one_another(laptop, tmp_path):
-    said = laptop.launch("local", "--processes=3", "--devices-per-process=2", "--",
-                         "--config=[[0,0,0]]", f"--workdir={tmp_path}").stdout
+    """Wherever it is called: relative paths begin there, and the code is that of the checkout."""
+    (tmp_path / "run").mkdir()
+    said = subprocess.run(
+        [*BARE, laptop.root / "launch/local.py", "--processes=3", "--devices-per-process=2", "--",
+         "--config=[[0,0,0]]", "--workdir=run"], cwd=tmp_path, env=laptop.environment(), text=True,
+        capture_output=True, check=True, timeout=60).stdout
     for process in range(3):
         assert f"[{process}] hello" in said.splitlines()
-    told = [starts(tmp_path, process)[0] for process in range(3)]
+    told = [starts(tmp_path / "run", process)[0] for process in range(3)]
     assert [flags["process"] for flags, _ in told] == ["0", "1", "2"]
     assert len({(flags["coordinator"], flags["processes"]) for flags, _ in told}) == 1
     assert all("--xla_force_host_platform_device_count=2" in flags for _, flags in told)
@@ -107,7 +111,7 @@ def test_a_dry_run_prints_the_commands(laptop, tmp_path):
     said = laptop.launch("local", "--dry-run", "--port=8476", "--", "--config=[[0,0]]",
                          f"--workdir={tmp_path}").stdout.splitlines()
     assert len(said) == 2 and not any(tmp_path.iterdir())
-    done = subprocess.run(["bash", "-c", said[1]], cwd=laptop.root, capture_output=True)
+    done = subprocess.run(["bash", "-c", said[1]], cwd=tmp_path, capture_output=True)
     assert done.returncode == 0, done.stderr
     assert starts(tmp_path, 1)[0][0]["coordinator"] == "127.0.0.1:8476"
 

@@ -293,7 +293,7 @@ def test_a_slice_that_another_made_is_never_deleted(laptop):
 
 
 @pytest.mark.parametrize("ended", [("42", "42"), ("killed 9", "1"), ("lost", "killed 6"),
-                                   ("killed 15", "42")])
+                                   ("killed 15", "42"), ("unseen", "42")])
 def test_a_job_that_wants_it_is_started_again_on_the_same_slice(laptop, ended):
     laptop.rules(cloud(UP, [units(*ended), units("0", "0")]))
     launch(laptop, *RUN)
@@ -308,7 +308,7 @@ def test_restarts_have_a_limit(laptop):
 
 @pytest.mark.parametrize("ended, status, deleted", [
     (("3", "3"), 3, True), (("1", "1"), 1, False), (("2", "2"), 2, False),
-    (("1", "killed 6"), 1, False), (("42", "1"), 1, False),
+    (("1", "killed 6"), 1, False), (("42", "1"), 1, False), (("203", "203"), 1, False),
 ])
 def test_a_job_that_ended_ends_the_run_with_its_status(laptop, ended, status, deleted):
     laptop.rules(cloud(UP, [units(*ended)]))
@@ -335,6 +335,7 @@ def test_deleting_is_repeated_until_it_is_done(laptop):
 @pytest.mark.parametrize("job, named", [
     (("--workdir=gs://b/run",), "--config"), (("--config=c.py",), "--workdir"),
     (("--config=c.py", "--workdir=run"), "gs://BUCKET/RUN"),
+    (("--config=c.py", "--workdir=/a", "-workdir=/b"), "--workdir=/a -workdir=/b: a job has one"),
     (("--config=c.py", "--workdir=gs://b/run", "--x=a\nb"), "line break"),
 ])
 def test_a_job_that_cannot_work_is_refused_before_anything_is_made(laptop, job, named):
@@ -348,6 +349,37 @@ def test_an_unknown_slice_is_refused_before_anything_is_made(laptop):
     assert "'v2-255'" in said and laptop.calls() == []
     said = launch(laptop, "run", *WHERE, "--accelerator-type=a100-8", status=2).stderr
     assert "v5litepod" in said and laptop.calls() == []
+
+
+@pytest.mark.parametrize("flag", ["--restarts=-1", "--poll-seconds=-1", "--poll-seconds=nan",
+                                  "--retry-seconds=inf", "--wait-minutes=-1"])
+def test_a_number_that_cannot_be_is_refused_before_anything_is_made(laptop, flag):
+    laptop.rules(cloud(UP))
+    said = launch(laptop, *RUN, flag, status=2).stderr
+    assert said == f"launch: {flag}: a finite number is needed, 0 or more.\n"
+    thirty = ("n", "--zone=z", "--workdir=gs://b/run", "--committed-only")
+    assert laptop.launch("thirty_minutes", *thirty, flag, status=2).stderr == said
+    assert outline(laptop.calls()) == []
+
+
+def test_an_error_that_nobody_expected_names_the_slice_that_stands(laptop):
+    laptop.rules(cloud(UP))
+    text = (laptop.bin / "gcloud").read_text()
+    ends = "sys.exit(answer"  # having started the job, it takes the launcher's temporary files away
+    laptop.program("gcloud", text.replace(
+        ends, f"""if "systemd-run" in text:
+    import shutil
+    shutil.rmtree(os.environ["TMPDIR"])
+{ends}"""))
+    try:
+        done = subprocess.run(
+            [sys.executable, "launch/tpu_vm.py", *RUN, "--", *NASTY], cwd=laptop.root, text=True,
+            env=laptop.environment(), capture_output=True, timeout=60)
+    finally:
+        laptop.program("gcloud", text)
+        (laptop.folder / "tmp").mkdir(exist_ok=True)
+    assert outline(laptop.calls()) == BROUGHT_UP and "FileNotFoundError" in done.stderr
+    assert "slice is left as it is and costs what it costs; to delete: " in done.stderr
 
 
 def test_status_says_how_each_worker_is(laptop):

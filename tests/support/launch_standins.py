@@ -140,7 +140,7 @@ def workers(text: str, hosts: int = 2) -> dict:
 
 
 def units(*states: str) -> dict:
-    """The answers to the question for the units: "runs", "lost", "killed 9" or a status."""
+    """The answers to the question for the units: "runs", "lost", "unseen", "killed 9", a status."""
     shown = []
     for host, now in enumerate(states):
         kind, _, number = now.rpartition(" ")
@@ -148,6 +148,8 @@ def units(*states: str) -> dict:
             values = "loaded active running 0 0"
         elif now == "lost":
             values = "not-found inactive dead 0 0"
+        elif now == "unseen":
+            values = "loaded inactive dead 0 0"
         elif kind == "killed":
             values = f"loaded failed failed 2 {number}"
         elif now == "0":

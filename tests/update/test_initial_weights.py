@@ -74,7 +74,7 @@ def test_a_named_layer_begins_anew(before, name):
      r"in the network \(12,\); params/head/kernel .*config.init_anew=\('head',\)\.$"),
     (("init_anew=('tail',)",), "names tail, which the network has not; it has conv1, conv2, head"),
     (("init_from=/no/such.npz",), "/no/such.npz, which cannot be read: No such file"),
-    (("init_from=/no/such/run",), "/no/such/run has no checkpoint"),
+    (("init_from=/no/such/run",), "config.init_from: /no/such/run has no checkpoint"),
     (("init_from=", "init_anew=('head',)"), "init_anew is .*, but config.init_from is empty"),
 ])
 def test_what_does_not_fit_is_listed(before, settings, message):
