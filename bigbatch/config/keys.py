@@ -107,8 +107,7 @@ def base_config() -> ConfigDict:
         # axis along which to cut the parameters whose paths fit the pattern; None: whole.
         "axes": (),
     })
-    # Whether GPUs compute the same bits at every start; CPUs and TPUs do anyway. See promises.md.
-    config.deterministic = False
+    config.deterministic = False  # GPUs compute the same bits at every start; see docs/promises.md
     config.max_per_device_batch = 1024  # examples a device takes in one pass at most
     config.microbatches = 0  # passes of an update; 0: those that take least time
     config.eval_batch_size = 500  # examples on each device
