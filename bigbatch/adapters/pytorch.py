@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
+from torch import Tensor
 from torch.optim import SGD, Adamax, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Sampler
@@ -13,6 +14,7 @@ from bigbatch import schedule
 from bigbatch.adapters import batches
 from bigbatch.mistake import Mistake
 from bigbatch.schedule import Table
+from bigbatch.schedule.recipe import keeps_momentum
 
 # Numbers of an optimizer that act once an update, so that a batch that grows changes what they do.
 NOT_SCHEDULED = ("dampening", "alpha", "momentum_decay")  # of SGD, of RMSprop, of NAdam
@@ -98,7 +100,10 @@ class ScheduledRates(LRScheduler):
 
     def get_lr(self) -> list[float]:
         """The rate of each group at update `last_epoch`; sets the groups' other rates."""
-        rates = schedule.row(self.table, min(self.last_epoch, self.table.updates - 1)).rates
+        row = schedule.row(self.table, min(self.last_epoch, self.table.updates - 1))
+        rates = row.rates
+        if any(row.start == phase.start_example for phase in self.table.phases):
+            self._count_as_of_now(row)
         for group, factor in zip(self.optimizer.param_groups, self.decay_factors, strict=True):
             if "betas" in group:
                 group["betas"] = (rates.momentum, rates.beta2, *group["betas"][2:])
@@ -107,6 +112,20 @@ class ScheduledRates(LRScheduler):
             if self.table.recipe.weight_decay:
                 group["weight_decay"] = rates.weight_decay * factor
         return [rates.learning_rate * factor for factor in self.rate_factors]
+
+    def _count_as_of_now(self, row: schedule.Row) -> None:
+        """Sets Adam's count to that of updates of the present batch.
+
+        It divides its averages by 1 - beta^count. Under betas that are kept per example this is
+        what gradients weigh in them, if the examples so far are counted in batches of today.
+        """
+        if not self.table.recipe.per_example.beta2:
+            return
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"] if "betas" in group else ():
+                count = self.optimizer.state.get(parameter, {}).get("step")
+                if isinstance(count, Tensor):
+                    count.fill_(row.start / row.batch_size)
 
     def go_to(self, update: int) -> None:
         """Sets the rates of an update. `step()` goes to the next."""
@@ -148,6 +167,12 @@ def _check_kind(group: dict[str, Any], recipe: schedule.Recipe) -> None:
         )
     if recipe.momentum and "momentum" in group and not recipe.accumulates:
         raise Mistake("the optimizer adds gradients up; set accumulates=True in the recipe.")
+    if group.get("nesterov") and keeps_momentum(recipe):
+        raise Mistake(
+            "the optimizer has nesterov=True, which uses the momentum twice in a step, and with "
+            "per_example.momentum=True a change of the batch carries its accumulator over by the "
+            "momentum; set one of them to False."
+        )
     if not {"betas", "momentum"} & set(group):
         raise Mistake(
             "the optimizer has neither betas nor a momentum; the schedules are those of SGD and of "

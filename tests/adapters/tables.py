@@ -61,7 +61,8 @@ def stops(table: Table) -> Iterator[int]:
 def weights_after(table: Table, taken: Sequence[Taken]) -> np.ndarray:
     """The weights that mean squared error over each update's examples leads to, from zeros."""
     weights, first, second = np.zeros(3), np.zeros(3), np.zeros(3)
-    for count, (examples, rates) in enumerate(taken, 1):
+    begun1, begun2 = 1.0, 1.0  # what all updates together have left of Adam's zeros
+    for examples, rates in taken:
         features = FEATURES[list(examples)]
         gradient = 2 * features.T @ (features @ weights - TARGETS[list(examples)]) / len(examples)
         if table.recipe.accumulates:
@@ -72,6 +73,7 @@ def weights_after(table: Table, taken: Sequence[Taken]) -> np.ndarray:
             rate, beta1, beta2, decay = rates
             first = beta1 * first + (1 - beta1) * gradient
             second = beta2 * second + (1 - beta2) * gradient**2
-            step = first / (1 - beta1**count) / (np.sqrt(second / (1 - beta2**count)) + 1e-8)
+            begun1, begun2 = beta1 * begun1, beta2 * begun2
+            step = first / (1 - begun1) / (np.sqrt(second / (1 - begun2)) + 1e-8)
             weights = weights - rate * (step + decay * weights)
     return weights

@@ -13,8 +13,14 @@ from bigbatch import schedule  # noqa: E402
 from bigbatch.adapters.optax import every_k, position, rate_schedules  # noqa: E402
 from bigbatch.mistake import Mistake  # noqa: E402
 from bigbatch.schedule.order import records  # noqa: E402
+from bigbatch.update.adam import scale_by_adam  # noqa: E402
 from tests.adapters import tables  # noqa: E402
 from tests.adapters.tables import EXAMPLES, FEATURES, MICRO_BATCH, TABLES, TARGETS, Taken  # noqa: E402
+
+
+def adamw(learning_rate, b1, b2, weight_decay):
+    return optax.chain(scale_by_adam(b1, b2), optax.add_decayed_weights(weight_decay),
+                       optax.scale_by_learning_rate(learning_rate))
 
 
 def make_optimizer(table):
@@ -24,7 +30,7 @@ def make_optimizer(table):
         inner = optax.inject_hyperparams(optax.sgd)(
             learning_rate=rates.learning_rate, momentum=rates.momentum)
     else:
-        inner = optax.inject_hyperparams(optax.adamw)(
+        inner = optax.inject_hyperparams(adamw)(
             learning_rate=rates.learning_rate, b1=rates.momentum, b2=rates.beta2,
             weight_decay=rates.weight_decay)
     return optax.MultiSteps(

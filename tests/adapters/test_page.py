@@ -95,7 +95,8 @@ def test_optax(tmp_path):
         changes, state = made["optimizer"].update(gradient, state, params)
         return optax.apply_updates(params, changes), state
 
-    exec(CODE["Optax"], made | {"step": step}, made)
+    made["step"] = step
+    exec(CODE["Optax"], made)
     check(made["params"], rtol=1e-5)  # MultiSteps adds up in float32
 
 

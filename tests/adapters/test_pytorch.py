@@ -126,6 +126,8 @@ def test_what_does_not_fit_is_refused():
         ScheduledRates(one(torch.optim.SGD, lr=0.02, momentum=0.9), TABLES["adam"])
     with pytest.raises(Mistake, match="accumulates=True"):
         ScheduledRates(one(torch.optim.SGD, lr=0.02), TABLES["adam"])
+    with pytest.raises(Mistake, match="nesterov=True, .* set one of them to False"):
+        ScheduledRates(one(torch.optim.SGD, lr=0.02, momentum=0.9, nesterov=True), TABLES["sgd"])
     decay = {"lr": 0.02, "weight_decay": 0.1}
     for kind in (torch.optim.Adam, torch.optim.Adamax, torch.optim.RAdam):
         with pytest.raises(Mistake, match=r"decay is 0.1 and decoupled, .* \(L2\); take AdamW"):
