@@ -60,12 +60,13 @@ CONFIGS = {
 IMAGES = {"ResNet-50": (32, 128), "Inception-ResNet-V2": (32, 64), "WRN-16-4": (128, 640)}
 SEQUENCES = 16
 SLICES = ("v2-8", "v5litepod-8", "v6e-8", "v3-8", "h100-1")
-WHOLE, FED, FLAX = "whole", "fed", "flax"
+WHOLE, FED, FLAX, DETERMINISTIC = "whole", "fed", "flax", "deterministic"
 # A case takes minutes, so not each is on each slice: with the most images, beside Flax's example,
-# and with fed images.
+# with fed images, and with config.deterministic.
 FILLED = ("v5litepod-8", "h100-1")
 BESIDE_FLAX = ("v2-8", "v5litepod-8", "v6e-8")
 FED_ON = ("v2-8", "v5litepod-8")
+DETERMINISTIC_ON = ("h100-1",)  # elsewhere it changes nothing
 
 
 class Case(NamedTuple):
@@ -74,7 +75,8 @@ class Case(NamedTuple):
     network: str  # a key of CONFIGS
     slice: str
     images: int  # on each device
-    work: str  # WHOLE, with FED images, or FLAX: that of the example, or a plain step
+    # WHOLE, with FED images, DETERMINISTIC, or FLAX: that of the example, or a plain step.
+    work: str
 
 
 def _cases() -> Iterator[Case]:
@@ -84,6 +86,8 @@ def _cases() -> Iterator[Case]:
             yield Case(name, slice_name, usual, WHOLE)
             if slice_name in FED_ON:
                 yield Case(name, slice_name, usual, FED)
+            if slice_name in DETERMINISTIC_ON:
+                yield Case(name, slice_name, usual, DETERMINISTIC)
             if slice_name in FILLED:
                 yield Case(name, slice_name, most, WHOLE)
     for slice_name in BESIDE_FLAX:
@@ -99,6 +103,7 @@ CASES = list(_cases())
 def lower(case: Case, mesh: Mesh) -> jax.stages.Lowered:
     """Lowers the case's update for a mesh."""
     config = load_config(CONFIGS[case.network])
+    config.deterministic = case.work == DETERMINISTIC
     count, size = mesh.size * case.images, config.data.image_size
 
     def shape(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
@@ -114,7 +119,7 @@ def lower(case: Case, mesh: Mesh) -> jax.stages.Lowered:
     fields = contract.fields_of(config, contract.task_of(config))
     resident, test = feed.resident_shapes(config, fields, mesh)
     slots = case.images // config.ghost_size
-    if case.work == WHOLE:
+    if case.work in (WHOLE, DETERMINISTIC):
         return lowering(config, net, mesh, state, resident, test)(Program(Kind.UPDATE, slots))
     batch = {"examples": shape((count, 4), np.int32), "images": images, "labels": labels}
     return lower_update(update.make_update(config, net, mesh, given), Kind.UPDATE, mesh, state,
@@ -160,7 +165,8 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     """The case's row of the record: its fields, the compiler and what `compiled.Measured` has."""
     found = topology.parse(case.slice)
     mesh = topology.make_mesh(found)
-    measured = compiled.measure(lower(case, mesh), found.kind, mesh, folder)
+    measured = compiled.measure(
+        lower(case, mesh), found.kind, mesh, folder, case.work == DETERMINISTIC)
     return case._asdict() | {"compiler": compiled.version(mesh)} | measured._asdict()
 
 
