@@ -19,12 +19,12 @@ Tree = Any
 class AdamState(NamedTuple):
     """The averages of gradients and of their squares, each with the weight of what is in it."""
 
-    count: jax.Array  # the updates so far
+    # The updates so far. Read where an older version saved the state, which had no weights, so that
+    # they are nan: the first update then takes those of its own betas, as that version did.
+    count: jax.Array
     mu: Tree
-    nu: Tree
-    # Both nan where an older version saved the state, which had none. The first update then takes
-    # those of its own betas and the count, as that version did.
     mu_weight: jax.Array
+    nu: Tree
     nu_weight: jax.Array
 
 
@@ -40,8 +40,8 @@ def scale_by_adam(
     """
     def init(params: Tree) -> AdamState:
         weight = jnp.zeros((), jax.tree.leaves(params)[0].dtype)
-        return AdamState(jnp.zeros((), jnp.int32), optax.tree.zeros_like(params),
-                         optax.tree.zeros_like(params), weight, weight)
+        zeros = optax.tree.zeros_like(params)
+        return AdamState(jnp.zeros((), jnp.int32), zeros, weight, zeros, weight)
 
     def update(gradient: Tree, state: AdamState, params: Tree = None) -> tuple[Tree, AdamState]:
         def weight(before: jax.Array, beta: jax.typing.ArrayLike) -> jax.Array:
@@ -50,9 +50,9 @@ def scale_by_adam(
 
         new = AdamState(
             optax.safe_increment(state.count),
-            optax.tree.update_moment(gradient, state.mu, b1, 1),
+            optax.tree.update_moment(gradient, state.mu, b1, 1), weight(state.mu_weight, b1),
             optax.tree.update_moment_per_elem_norm(gradient, state.nu, b2, 2),
-            weight(state.mu_weight, b1), weight(state.nu_weight, b2))
+            weight(state.nu_weight, b2))
         steps = jax.tree.map(
             lambda mu, nu: mu / new.mu_weight / (jnp.sqrt(nu / new.nu_weight) + eps),
             new.mu, new.nu)
