@@ -188,6 +188,8 @@ def branch_config(
             before = batch
     config = copy.deepcopy(config)
     with config.unlocked():
+        if config.strategy == "constant":  # by_hand would follow what constant leaves out
+            config.recipe.falls, config.recipe.curve = (), "steps"
         config.strategy, config.by_hand = "by_hand", tuple(by_hand)
         config.limits.max_batch_size = None
         config.eval_every_epochs = f"{stretch.every} examples"

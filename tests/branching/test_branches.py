@@ -169,6 +169,8 @@ def test_a_branch_that_was_stopped_is_continued_by_the_ordinary_command(run, tmp
 # --- the path of the batches, without any training ------------------------------------------------
 RUNS = {
     "decay": ("strategy=decay",),
+    "constant": ("strategy=constant", "recipe.warmup_epochs=0.4"),  # with falls that it leaves out
+    "constant, with a curve": ("strategy=constant", "recipe.curve=cosine"),
     "increase": (),
     "warm-up": ("recipe.warmup_epochs=0.4", "recipe.warmup_learning_rate=0.01"),
     "ramp": ("ramp=((0.3,3),)",),
