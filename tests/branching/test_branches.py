@@ -103,7 +103,8 @@ def test_a_run_whose_state_is_in_pieces_is_branched(split, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(("flag", "told"), [
-    ("--for=4096 examples", "set these keys back"), ("--margin=nan", "--margin is nan; it must")])
+    ("--for=4096 examples", "give the branches another folder by --output"),
+    ("--margin=nan", "--margin is nan; it must")])
 def test_a_refused_comparison_leaves_the_last_ones_result(run, flag, told):
     folder, _, judged = run
     shown = started.end(started.start_python(
@@ -262,6 +263,21 @@ def test_what_cannot_be_branched_is_told(run, tmp_path):
     with pytest.raises(Mistake, match="with a batch of 16, and .* from 1024 to 2048 with 8: all"):
         branch.make_branches(
             [str(folder), str(other)], "1024 examples", (2,), "1024 examples", tmp_path / "made")
+    made = shutil.copytree(folder / "branches/1024", tmp_path / "made")
+    before = {file: file.read_bytes() for file in made.rglob("*.json*")}
+    for source, length, options, told in (
+        (folder, "4096 examples", {}, "end: 9216 there, 5120 now; every: 512 there, 256 now"),
+        (folder, STRETCH, {"reset": True}, "reset_optimizer: False there, True now"),
+        (other, "1024 examples", {}, "run.recipe.batch_size: 8 there, 16 now"),
+    ):
+        with pytest.raises(Mistake, match=f"made/x1 holds another .*{told}.* by --output"):
+            branch.make_branches(
+                [str(source)], "1024 examples", (4, 16), length, made, **options)
+    assert before == {file: file.read_bytes() for file in before}
+    (made / "x1/branch.json").unlink()
+    with pytest.raises(Mistake, match="no branch.json says which branch it is.* by --output"):
+        branch.make_branches([str(folder)], "1024 examples", (4, 16), STRETCH, made)
+    shutil.rmtree(made)
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
