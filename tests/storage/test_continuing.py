@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+import types
 
 import jax
 import numpy as np
@@ -171,6 +172,17 @@ def test_evaluating_a_workdir_finds_its_last_event_again(whole, tmp_path):
     assert found["test_accuracy"] == last["test_accuracy"]
     with pytest.raises(ValueError, match="has no checkpoint: no run was made there"):
         evaluate.evaluate_run(tmp_path)
+
+
+def test_an_evaluation_is_printed_as_json_has_numbers(monkeypatch, capsys):
+    """A quantity without any weight in the whole test set has no mean."""
+    found = {"updates": 3, "test_loss": 0.5, "test_rare": math.nan}
+    given = types.SimpleNamespace(workdir="run", data_dir="", at=None)
+    monkeypatch.setattr(evaluate, "evaluate_run", lambda *asked: found)
+    monkeypatch.setattr(evaluate, "flags", types.SimpleNamespace(FLAGS=given))
+    evaluate.main([])
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == (
+        found | {"test_rare": None})
 
 
 def test_a_loaded_checkpoint_is_the_state(whole):
