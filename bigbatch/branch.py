@@ -133,7 +133,7 @@ def compare(found: Sequence[Branch], margin: float) -> dict[str, Any]:
     """What `results.judge` says of branches.
 
     Raises:
-        Mistake: if one is not at its end.
+        Mistake: if one is not at its end, or the run itself diverges.
     """
     losses = [results.losses_of(branch) for branch in found]
     for branch, one in zip(found, losses, strict=True):

@@ -16,7 +16,7 @@ from bigbatch.job.devices import make_mesh
 from bigbatch.mistake import Mistake
 from bigbatch.schedule.deciding import Growth
 from bigbatch.storage import checkpoint, continuing
-from bigbatch.storage.logs import read_events
+from bigbatch.storage.logs import append_event, read_events
 from tests.storage.test_continuing import terminate_at
 from tests.support import quadratic, started
 from tests.support.configs import tiny
@@ -165,6 +165,29 @@ def test_a_branch_that_was_stopped_is_continued_by_the_ordinary_command(run, tmp
     before = (one.folder / "timing.jsonl").read_bytes()
     branch.train_branches([one])  # which is at its end
     assert (one.folder / "timing.jsonl").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_is_worse_and_no_reference(run, tmp_path):
+    folder, found, _ = run
+    made = shutil.copytree(folder / "branches/1024", tmp_path / "made")
+    found = [one._replace(folder=made / one.folder.name) for one in found]
+
+    def lose(log):
+        """The log of a branch whose last evaluation, and no update, was not finite."""
+        *events, last = read_events(log)
+        log.unlink()
+        for event in (*events, last | {"test_loss": np.nan}):
+            append_event(log, event)
+
+    lose(made / "x4/metrics.jsonl")
+    judged = branch.compare(found, MARGIN)
+    assert json.loads(json.dumps(judged, allow_nan=False)) == judged
+    row = judged["factors"][1]
+    assert (row["factor"], row["verdict"], row["loss"]) == (4, "worse", None)
+    assert judged["worse_batch"] == 4 * 8 and "diverged" in results.table(judged)
+    lose(made / "x1/metrics.jsonl")
+    with pytest.raises(Mistake, match=r"made/x1.* the run itself diverges .* earlier .*--for"):
+        branch.compare(found, MARGIN)
 
 
 # --- the path of the batches, without any training ------------------------------------------------
