@@ -222,6 +222,7 @@ def check(recipe: Recipe, strategy: str, limits: Limits) -> int:
     _check_batches(recipe, limits)
     if recipe.curve == "steps":
         check_marks("recipe.falls", recipe.falls, recipe.epochs)
+    _check_lengths(recipe)
     _check_warmup(recipe)
     growth = limits.growth
     lowest = 1 if recipe.curve == "steps" else 1.01
@@ -279,6 +280,17 @@ def check_marks(name: str, marks: Any, epochs: float) -> None:
                 f"change {name} or recipe.epochs."
             )
         before = epoch
+
+
+def _check_lengths(recipe: Recipe) -> None:
+    """Raises Mistake if the run, or what comes before a fall, is not even one example."""
+    falls = recipe.falls if recipe.curve == "steps" else ()
+    for what, epoch in (("recipe.epochs is", recipe.epochs),
+                        *(("recipe.falls has one at epoch", epoch) for epoch, _ in falls)):
+        if round(epoch * recipe.examples) < 1:
+            raise Mistake(
+                f"{what} {epoch:g}, which is less than one of the {recipe.examples} examples of the "
+                "training set; it must be one or more.")
 
 
 def _check_warmup(recipe: Recipe) -> None:
