@@ -64,7 +64,8 @@ def make_branches(
         reset: whether the optimizer begins anew in all branches, also in that of the factor 1.
 
     Raises:
-        Mistake: if there is no such checkpoint, stretch or batch, or two runs have one seed.
+        Mistake: if there is no such checkpoint, stretch or batch, two runs have one seed, or the
+            folder holds other branches.
     """
     factors = sorted({1, *factors})
     if factors[0] < 1 or len(factors) < 2:
@@ -132,7 +133,7 @@ def compare(found: Sequence[Branch], margin: float) -> dict[str, Any]:
     """What `results.judge` says of branches.
 
     Raises:
-        Mistake: if one is not at its end.
+        Mistake: if one is not at its end, or the run itself diverges.
     """
     losses = [results.losses_of(branch) for branch in found]
     for branch, one in zip(found, losses, strict=True):

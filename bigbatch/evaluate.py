@@ -21,6 +21,7 @@ from bigbatch.job.devices import make_mesh, pin_options
 from bigbatch.job.output import answer
 from bigbatch.mistake import Mistake
 from bigbatch.storage import checkpoint
+from bigbatch.storage.logs import finite
 from bigbatch.tasks import contract
 from bigbatch.update import network, sharding, update
 from bigbatch.update.evaluation import make_evaluate, networks_of, whole_test_set
@@ -68,11 +69,12 @@ def evaluate_run(
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Prints the evaluation of --workdir as one JSON object."""
+    """Prints the evaluation of --workdir as one JSON object, as the logs have its numbers."""
     given = flags.FLAGS
     if not given.workdir:
         raise Mistake("--workdir is missing: the folder of the run to evaluate.")
-    answer(json.dumps(evaluate_run(given.workdir, given.data_dir, given.at)))
+    found = evaluate_run(given.workdir, given.data_dir, given.at)
+    answer(json.dumps(finite(found), allow_nan=False))
 
 
 def define_flags() -> None:

@@ -9,6 +9,7 @@ and the rate follows from the batch by the exchange. With the factor 1 nothing d
 
 import contextlib
 import copy
+import json
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -23,6 +24,7 @@ from bigbatch.config import in_examples, make_phases, make_recipe, make_strategy
 from bigbatch.job.devices import make_mesh, pin_options
 from bigbatch.mistake import Mistake
 from bigbatch.storage import checkpoint, continuing, workdir, writing
+from bigbatch.storage.logs import replace_text
 from bigbatch.update import network, sharding, update
 from bigbatch.update.optimizer import init_optimizer
 
@@ -31,6 +33,7 @@ from bigbatch.update.optimizer import init_optimizer
 EVALUATIONS = 16
 # Between the seeds of the orders; no two seeds that a person gives to runs are so far apart.
 SEEDS_APART = 1_000_003
+MADE_FOR = "branch.json"  # in a branch's workdir: which branch it is
 
 
 class Stretch(NamedTuple):
@@ -188,6 +191,8 @@ def branch_config(
             before = batch
     config = copy.deepcopy(config)
     with config.unlocked():
+        if config.strategy == "constant":  # by_hand would follow what constant leaves out
+            config.recipe.falls, config.recipe.curve = (), "steps"
         config.strategy, config.by_hand = "by_hand", tuple(by_hand)
         config.limits.max_batch_size = None
         config.eval_every_epochs = f"{stretch.every} examples"
@@ -236,10 +241,16 @@ def make(branch: Branch, opened: checkpoint.Opened, reset: bool) -> None:
         reset: whether the optimizer begins anew.
 
     Raises:
-        Mistake: if the workdir cannot be written, or the network or the data are not there.
+        Mistake: if the workdir holds another run or branch, or cannot be written, or the network or
+            the data are not there.
+        WriteError: if a file in it cannot be written.
     """
+    made_for = {
+        **branch.stretch._asdict(), "factor": branch.factor, "order": branch.order,
+        "reset_optimizer": reset, "run": opened.run["config"]}
     with workdir.open_workdir(branch.folder):
         if checkpoint.find_newest(branch.folder).path:
+            _check_made_for(branch.folder, made_for)
             return
         config = branch.config
         pin_options(config.dtype)
@@ -254,7 +265,26 @@ def make(branch: Branch, opened: checkpoint.Opened, reset: bool) -> None:
         # The run's own config: whether the branch's may continue it is checked when it does.
         own = opened.run["config"] | {"seed": config.seed}
         begun = opened.run | {"config": own, "pending_evaluation": None}
+        described = continuing.describe_run(
+            config, make_phases(config), continuing.position_of(begun))
+        with writing.names_what_fails(branch.folder):
+            replace_text(branch.folder / MADE_FOR, json.dumps(made_for, indent=1) + "\n")
+            workdir.write_config(branch.folder, described)
+        # Last, as a workdir that has a checkpoint is taken as made.
         writing.save(branch.folder, state, begun, 1, {branch.stretch.start}).result()
-        workdir.write_config(
-            branch.folder,
-            continuing.describe_run(config, make_phases(config), continuing.position_of(begun)))
+
+
+def _check_made_for(folder: Path, made_for: dict[str, Any]) -> None:
+    """Raises Mistake if the branch in a workdir was not made for the same as is wanted now."""
+    remedy = "give the branches another folder by --output"
+    if not (folder / MADE_FOR).exists():
+        raise Mistake(
+            f"{folder} holds a run, and no {MADE_FOR} says which branch it is, as one of an "
+            f"earlier version of bigbatch, or no branch at all: {remedy}.")
+    before, now = (continuing.flatten(content) for content in (
+        json.loads((folder / MADE_FOR).read_text(encoding="utf-8")), made_for))
+    differing = [f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
+                 for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    if differing:
+        raise Mistake(f"{folder} holds another branch ({'; '.join(differing)}): {remedy}, or give "
+                      "the flags that the branches in it were made with.")

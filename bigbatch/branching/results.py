@@ -11,7 +11,7 @@ import tabulate
 from bigbatch.branching import verdicts
 from bigbatch.branching.branches import Branch
 from bigbatch.mistake import Mistake
-from bigbatch.storage.logs import read_events
+from bigbatch.storage.logs import finite, read_events
 
 QUANTITY = "test_loss"  # every task has it; larger is worse
 
@@ -19,16 +19,17 @@ QUANTITY = "test_loss"  # every task has it; larger is worse
 def losses_of(branch: Branch) -> np.ndarray | None:
     """The losses of a branch over the test set, at the evaluations of its stretch: (evaluations,).
 
-    nan from where it diverged; None if it has not come to its end.
+    nan where one is not finite, and from where the branch diverged; None if the branch has not come
+    to its end.
     """
     start, end, every, _ = branch.stretch
     found = {event["examples_seen"]: event[QUANTITY]
              for event in read_events(branch.folder / "metrics.jsonl") if QUANTITY in event}
-    losses = [found.get(at) for at in range(start + every, end + 1, every)]
-    if None in losses and not any(
+    wanted = range(start + every, end + 1, every)
+    if not found.keys() >= set(wanted) and not any(
             event["event"] == "diverged" for event in read_events(branch.folder / "timing.jsonl")):
         return None
-    return np.array([math.nan if loss is None else loss for loss in losses])
+    return np.array([found.get(at) for at in wanted], float)  # which makes nan of None
 
 
 def judge(
@@ -49,6 +50,9 @@ def judge(
         that is worse; None if none is), and `factors`: each with `factor`, `batch_size`, `loss`
         (the mean of what is compared), `difference`, `low`, `high`, `pairs`, `verdict` and
         `curve` ([examples of the stretch, mean loss], ...).
+
+    Raises:
+        Mistake: if a loss of the factor 1 that is compared is not finite.
     """
     factors = sorted({branch.factor for branch in branches})
     sources = list(dict.fromkeys(branch.source for branch in branches))
@@ -58,6 +62,12 @@ def judge(
          if (branch.source, branch.factor) == (source, factor)] for source in sources])
         for factor in factors}  # losses_RxOxE
     half = whole[1].shape[2] // 2
+    for branch, loss in zip(branches, losses, strict=True):
+        if branch.factor == 1 and not np.isfinite(loss[half:]).all():
+            raise Mistake(
+                f"the branch in {branch.folder}, of the factor 1, has losses that are not finite: "
+                "the run itself diverges in this stretch, so there is nothing to compare others "
+                "with. Branch from an earlier checkpoint, or over fewer examples by --for.")
     over, found = verdicts.of_factors(
         {factor: array[:, :, half:] for factor, array in whole.items()}, margin)
     passing, failing = verdicts.critical(found)
@@ -67,26 +77,21 @@ def judge(
         comparison, array = one.comparison, whole[one.factor]
         rows.append({
             "factor": one.factor, "batch_size": one.factor * batch,
-            "loss": _number(array[:, :, half:].mean()),
+            "loss": float(array[:, :, half:].mean()),
             "difference": comparison and comparison.difference,
             "low": comparison and comparison.low, "high": comparison and comparison.high,
             "pairs": one.pairs,
             "verdict": {True: "as good", False: "worse", None: "undecided"}[one.passes],
-            "curve": [[(index + 1) * stretch.every, _number(loss)]
+            "curve": [[(index + 1) * stretch.every, float(loss)]
                       for index, loss in enumerate(array.mean(axis=(0, 1)))],
         })
-    return {
+    return finite({
         "quantity": QUANTITY, "margin": margin, "batch_size": batch,
         "examples": stretch.end - stretch.start, "compared_from": half * stretch.every,
         "paired_over": over, "interval": verdicts.PAIRED_OVER[over],
         "verdict": verdicts.told(found, batch), "critical_batch": passing * batch,
         "worse_batch": failing and failing * batch, "factors": rows,
-    }
-
-
-def _number(value: float) -> float | None:
-    """For JSON, which has no other than finite numbers."""
-    return float(value) if math.isfinite(value) else None
+    })
 
 
 def table(judged: Mapping[str, Any]) -> str:

@@ -234,8 +234,9 @@ def make_phases(
     recipe, limits, strategy = make_recipe(config), make_limits(config), make_strategy(config)
     if strategy.name == "measured":
         if decisions is None:
-            rungs = deciding.ladder(recipe, limits)
-            decisions = deciding.soonest(recipe, make_rule(config), rungs)
+            rule, rungs = make_rule(config), deciding.ladder(recipe, limits)
+            deciding.check_reach(rule, rungs)
+            decisions = deciding.soonest(recipe, rule, rungs)
         strategy = strategy._replace(decisions=decisions)
     return schedule.plan_phases(recipe, strategy, limits)
 

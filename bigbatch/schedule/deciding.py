@@ -152,6 +152,7 @@ RULES: Mapping[str, tuple[Callable[[Seen, float], float | None], float]] = {
     "cabs": (cabs, 1.0),
 }
 NAMES = (*RULES, "loss")
+ALMOST_0 = 1e-10
 
 
 def wanted(rule: Rule, seen: Seen) -> float | None:
@@ -222,12 +223,43 @@ def check(rule: Rule) -> None:
         raise Mistake(f"measured.rule is {rule.name!r}; allowed are {', '.join(NAMES)}.")
     if rule.threshold is not None and not 0 < rule.threshold < math.inf:
         raise Mistake(f"measured.threshold is {rule.threshold}; it must be a finite number over 0.")
-    if rule.name in ("norm_test", "adascale") and (rule.threshold or 0) >= 1:
-        raise Mistake(
-            f"measured.threshold is {rule.threshold:g}; of the rule {rule.name} it must be below "
-            "1, or no batch would ever grow.")
-    falling = [loss for loss, _ in rule.losses]
     if rule.name == "loss" and not rule.losses:
         raise Mistake("measured.losses is (); the rule loss needs ((loss, batch), ...).")
+    for loss, batch in rule.losses:
+        if not (math.isfinite(loss) and 1 <= batch < math.inf):
+            raise Mistake(
+                f"measured.losses has ({loss:g}, {batch:g}); a loss must be a finite number, and "
+                "the batch that it allows 1 or more.")
+    falling = [loss for loss, _ in rule.losses]
     if any(one <= two for one, two in itertools.pairwise(falling)):
         raise Mistake(f"measured.losses are at {falling}; each must be below the one before it.")
+
+
+def check_reach(rule: Rule, rungs: Sequence[int]) -> None:
+    """Checks that a batch can grow at all: that the rule can name the first rung above it.
+
+    Args:
+        rule: of the run.
+        rungs: see `ladder`.
+
+    Raises:
+        Mistake: if it cannot, or if there is no such rung.
+    """
+    first, *above = rungs
+    if not above:
+        raise Mistake(
+            f"the strategy measured has no batch to grow to: {first} is the first, and the next "
+            "would be over limits.max_batch_size; raise it, or lower limits.growth.")
+    # Each rule names the more, the less is seen of the gradient beside its noise, and the lower the
+    # loss is.
+    lowest = -math.inf if rule.name == "loss" else ALMOST_0
+    most = wanted(rule, Seen(ALMOST_0, 1.0, lowest, first, first, 1.0)) or 0
+    if most < above[0]:
+        value = f"measured.losses is {rule.losses}"
+        if rule.name != "loss":
+            value = f"measured.threshold is {rule.threshold or RULES[rule.name][1]:g}"
+        raise Mistake(
+            f"{value}, with which the rule {rule.name} never asks for a batch over {most:.6g} in "
+            f"updates of {first}. The next batch is {above[0]}, so none would ever grow: "
+            f"{'name larger batches' if rule.name == 'loss' else 'lower the threshold'}, or lower "
+            "limits.growth.")

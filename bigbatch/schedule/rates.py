@@ -15,7 +15,7 @@ import math
 from typing import NamedTuple
 
 from bigbatch.schedule import curves
-from bigbatch.schedule.recipe import Recipe, exchange_power, keeps_momentum
+from bigbatch.schedule.recipe import Recipe, exchange_power, keeps_beta2, keeps_momentum
 
 TOLERANCE = 1e-9  # of the noise of an update
 
@@ -119,7 +119,7 @@ def rates_at(
     return Rates(
         learning_rate=learning_rate_of(recipe, reference_rate(recipe, example), batch_size),
         momentum=momentum * carried,
-        beta2=_kept(recipe.beta2, keep.beta2, recipe, batch_size),
+        beta2=_kept(recipe.beta2, keeps_beta2(recipe), recipe, batch_size),
         weight_decay=recipe.weight_decay * decay,
         average=_kept(recipe.average, keep.average, recipe, batch_size),
         look_ahead=momentum,

@@ -135,7 +135,7 @@ def scale_up(recipe: Recipe, learning_rate_factor: float = 1.0, momentum: float 
         learning_rate=recipe.learning_rate * learning_rate_factor,
         batch_size=whole,
         momentum=new_momentum,
-        beta2=recipe.beta2 ** (kappa if keep.beta2 else 1.0),
+        beta2=recipe.beta2 ** (kappa if keeps_beta2(recipe) else 1.0),
         average=recipe.average ** (kappa if keep.average else 1.0),
         weight_decay=recipe.weight_decay * decay,
     )
@@ -148,6 +148,11 @@ def keeps_momentum(recipe: Recipe) -> bool:
     """Whether the momentum is kept per example."""
     keep = recipe.per_example.momentum
     return not recipe.accumulates if keep is None else keep
+
+
+def keeps_beta2(recipe: Recipe) -> bool:
+    """Whether Adam's second beta is kept per example; what adds gradients up has none."""
+    return recipe.per_example.beta2 and not recipe.accumulates
 
 
 def check_floors(recipe: Recipe, momentum: float, beta2: float, where: str) -> None:
@@ -165,7 +170,7 @@ def check_floors(recipe: Recipe, momentum: float, beta2: float, where: str) -> N
     keep = recipe.per_example
     for key, remains, floor, on in (
         ("momentum", momentum, keep.momentum_floor, keeps_momentum(recipe)),
-        ("beta2", beta2, keep.beta2_floor, keep.beta2 and not recipe.accumulates),
+        ("beta2", beta2, keep.beta2_floor, keeps_beta2(recipe)),
     ):
         if on and remains < floor:
             raise Mistake(
@@ -222,6 +227,7 @@ def check(recipe: Recipe, strategy: str, limits: Limits) -> int:
     _check_batches(recipe, limits)
     if recipe.curve == "steps":
         check_marks("recipe.falls", recipe.falls, recipe.epochs)
+    _check_lengths(recipe)
     _check_warmup(recipe)
     growth = limits.growth
     lowest = 1 if recipe.curve == "steps" else 1.01
@@ -279,6 +285,17 @@ def check_marks(name: str, marks: Any, epochs: float) -> None:
                 f"change {name} or recipe.epochs."
             )
         before = epoch
+
+
+def _check_lengths(recipe: Recipe) -> None:
+    """Raises Mistake if the run, or what comes before a fall, is not even one example."""
+    falls = recipe.falls if recipe.curve == "steps" else ()
+    for what, epoch in (("recipe.epochs is", recipe.epochs),
+                        *(("recipe.falls has one at epoch", epoch) for epoch, _ in falls)):
+        if round(epoch * recipe.examples) < 1:
+            raise Mistake(
+                f"{what} {epoch:g}, which is less than one of the {recipe.examples} examples of "
+                "the training set; it must be one or more.")
 
 
 def _check_warmup(recipe: Recipe) -> None:

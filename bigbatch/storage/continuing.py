@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from bigbatch import __version__
-from bigbatch.config import make_recipe, saved_config
+from bigbatch.config import epochs_of, make_recipe, saved_config
 from bigbatch.schedule import Phase, Rates, Recipe, rates_at, reference_rate
 from bigbatch.schedule.deciding import Growth
 from bigbatch.schedule.smoothing import Smoothed
@@ -91,9 +91,14 @@ def describe_run(config: ConfigDict, phases: Sequence[Phase], at: Position) -> d
 @functools.lru_cache(maxsize=4)  # each checkpoint has it
 def _looked_up(recipe: Recipe) -> tuple[float, ...]:
     """The rates of the reference along a run, to tell whether a user's function has changed."""
-    last = round(recipe.epochs * recipe.examples)
-    return tuple(reference_rate(recipe, last * index // CURVE_POINTS)
-                 for index in range(CURVE_POINTS))
+    return tuple(reference_rate(recipe, example)
+                 for example in _curve_points(recipe.epochs, recipe.examples))
+
+
+def _curve_points(epochs: float, examples: int) -> list[int]:
+    """The examples at which a curve is looked up, in a run over a training set of `examples`."""
+    last = round(epochs * examples)
+    return [last * index // CURVE_POINTS for index in range(CURVE_POINTS)]
 
 
 def changes(
@@ -125,12 +130,12 @@ def changes(
     if not differing:
         differing = _rate_changes(filled, config, phases, saved["examples_seen"])
     if not differing:
-        differing = _curve_changes(saved, config)
+        differing = _curve_changes(saved, filled, config)
     if differing:
         # The keys that are the cause say more than the phases that follow from them.
         causes = [text for text in allowed if text.startswith(THROUGH_PHASES)]
         if not (causes or refused):
-            causes = _curve_changes(saved, config) or [
+            causes = _curve_changes(saved, filled, config) or [
                 "the same recipe has other phases in this version of bigbatch (a grown batch "
                 "follows the whole noise so far since 0.2), so only the version that began the run "
                 "can end it"]
@@ -202,16 +207,23 @@ def _rate_changes(
     return []
 
 
-def _curve_changes(saved: Mapping[str, Any], config: ConfigDict) -> list[str]:
-    """The first place before the position where a user's curve was another, as a list of a text."""
-    recipe = make_recipe(config)
+def _curve_changes(
+    saved: Mapping[str, Any], before: ConfigDict, now: ConfigDict
+) -> list[str]:
+    """The first place before the position where a user's curve was another, as a list of a text.
+
+    The saved rates are at the examples of the saved config: the run may have become longer.
+    """
+    recipe = make_recipe(now)
     if "curve" not in saved or not callable(recipe.curve):
         return []
-    last = round(recipe.epochs * recipe.examples)
-    for index, (was, is_now) in enumerate(zip(saved["curve"], _looked_up(recipe), strict=True)):
-        example = last * index // CURVE_POINTS
-        if example < saved["examples_seen"] and not math.isclose(was, is_now, rel_tol=SAME):
-            return [f"the function {config.recipe.curve} was another: at example {example} the "
+    points = _curve_points(epochs_of(before, "recipe.epochs"), before.data.train_examples)
+    for example, was in zip(points, saved["curve"], strict=True):
+        if example >= saved["examples_seen"]:
+            break
+        is_now = reference_rate(recipe, example)
+        if not math.isclose(was, is_now, rel_tol=SAME):
+            return [f"the function {now.recipe.curve} was another: at example {example} the "
                     f"rate of the reference was {was:.9g}, and now is {is_now:.9g}"]
     return []
 

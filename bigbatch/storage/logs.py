@@ -91,15 +91,16 @@ def _read(path: Path, number: str = "") -> tuple[list[dict[str, Any]], list[str]
 
 
 def _line(event: Mapping[str, Any]) -> str:
-    """The line for an event, with null for what is no finite number: JSON has no other."""
-    return json.dumps(_finite(event), allow_nan=False) + "\n"
+    """The line for an event."""
+    return json.dumps(finite(event), allow_nan=False) + "\n"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A JSON value with null for what is no finite number, since JSON has no other numbers."""
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

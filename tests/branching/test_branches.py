@@ -16,7 +16,7 @@ from bigbatch.job.devices import make_mesh
 from bigbatch.mistake import Mistake
 from bigbatch.schedule.deciding import Growth
 from bigbatch.storage import checkpoint, continuing
-from bigbatch.storage.logs import read_events
+from bigbatch.storage.logs import append_event, read_events
 from tests.storage.test_continuing import terminate_at
 from tests.support import quadratic, started
 from tests.support.configs import tiny
@@ -103,7 +103,8 @@ def test_a_run_whose_state_is_in_pieces_is_branched(split, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(("flag", "told"), [
-    ("--for=4096 examples", "set these keys back"), ("--margin=nan", "--margin is nan; it must")])
+    ("--for=4096 examples", "give the branches another folder by --output"),
+    ("--margin=nan", "--margin is nan; it must")])
 def test_a_refused_comparison_leaves_the_last_ones_result(run, flag, told):
     folder, _, judged = run
     shown = started.end(started.start_python(
@@ -166,9 +167,34 @@ def test_a_branch_that_was_stopped_is_continued_by_the_ordinary_command(run, tmp
     assert (one.folder / "timing.jsonl").read_bytes() == before
 
 
+def test_a_loss_that_is_not_finite_is_worse_and_no_reference(run, tmp_path):
+    folder, found, _ = run
+    made = shutil.copytree(folder / "branches/1024", tmp_path / "made")
+    found = [one._replace(folder=made / one.folder.name) for one in found]
+
+    def lose(log):
+        """The log of a branch whose last evaluation, and no update, was not finite."""
+        *events, last = read_events(log)
+        log.unlink()
+        for event in (*events, last | {"test_loss": np.nan}):
+            append_event(log, event)
+
+    lose(made / "x4/metrics.jsonl")
+    judged = branch.compare(found, MARGIN)
+    assert json.loads(json.dumps(judged, allow_nan=False)) == judged
+    row = judged["factors"][1]
+    assert (row["factor"], row["verdict"], row["loss"]) == (4, "worse", None)
+    assert judged["worse_batch"] == 4 * 8 and "diverged" in results.table(judged)
+    lose(made / "x1/metrics.jsonl")
+    with pytest.raises(Mistake, match=r"made/x1.* the run itself diverges .* earlier .*--for"):
+        branch.compare(found, MARGIN)
+
+
 # --- the path of the batches, without any training ------------------------------------------------
 RUNS = {
     "decay": ("strategy=decay",),
+    "constant": ("strategy=constant", "recipe.warmup_epochs=0.4"),  # with falls that it leaves out
+    "constant, with a curve": ("strategy=constant", "recipe.curve=cosine"),
     "increase": (),
     "warm-up": ("recipe.warmup_epochs=0.4", "recipe.warmup_learning_rate=0.01"),
     "ramp": ("ramp=((0.3,3),)",),
@@ -260,6 +286,21 @@ def test_what_cannot_be_branched_is_told(run, tmp_path):
     with pytest.raises(Mistake, match="with a batch of 16, and .* from 1024 to 2048 with 8: all"):
         branch.make_branches(
             [str(folder), str(other)], "1024 examples", (2,), "1024 examples", tmp_path / "made")
+    made = shutil.copytree(folder / "branches/1024", tmp_path / "made")
+    before = {file: file.read_bytes() for file in made.rglob("*.json*")}
+    for source, length, options, told in (
+        (folder, "4096 examples", {}, "end: 9216 there, 5120 now; every: 512 there, 256 now"),
+        (folder, STRETCH, {"reset": True}, "reset_optimizer: False there, True now"),
+        (other, "1024 examples", {}, "run.recipe.batch_size: 8 there, 16 now"),
+    ):
+        with pytest.raises(Mistake, match=f"made/x1 holds another .*{told}.* by --output"):
+            branch.make_branches(
+                [str(source)], "1024 examples", (4, 16), length, made, **options)
+    assert before == {file: file.read_bytes() for file in before}
+    (made / "x1/branch.json").unlink()
+    with pytest.raises(Mistake, match="no branch.json says which branch it is.* by --output"):
+        branch.make_branches([str(folder)], "1024 examples", (4, 16), STRETCH, made)
+    shutil.rmtree(made)
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import random
 
 import pytest
 
@@ -38,16 +39,12 @@ def test_each_rule_names_the_batch_that_its_source_says():
         3.0 / (0.25 * (3.0 / 96 - 0.001)))
 
 
-def test_the_norm_test_with_1_never_asks_for_more_than_there_is_and_is_refused():
-    assert deciding.norm_test(SEEN, 1.0) < SEEN.batch_size
-    with pytest.raises(Mistake, match=r"measured.threshold is 1; of the rule norm_test .* below 1"):
-        deciding.check(Rule("norm_test", 1.0))
-
-
 @pytest.mark.parametrize(("rule", "told"), (
     (Rule("nose"), "measured.rule is 'nose'; allowed are noise, norm_test, adascale, cabs, loss"),
     (Rule("noise", -1.0), "measured.threshold is -1"),
     (Rule("loss"), "measured.losses is"),
+    (Rule("loss", losses=((0.5, 96), (math.nan, 192))), r"has \(nan, 192\); a loss must be"),
+    (Rule("loss", losses=((0.5, -3),)), r"has \(0.5, -3\); .* the batch that it allows 1 or more"),
     (Rule("loss", losses=((1.0, 96), (2.0, 192))), r"are at \[1.0, 2.0\]; each must be below"),
 ))
 def test_a_rule_that_is_none_is_told(rule, told):
@@ -55,11 +52,36 @@ def test_a_rule_that_is_none_is_told(rule, told):
         deciding.check(rule)
 
 
+@pytest.mark.parametrize(("name", "never", "some", "most"), (
+    ("norm_test", {"threshold": 0.8}, {"threshold": 0.7}, "75 in updates of 48"),
+    ("norm_test", {"threshold": 1.0}, {}, "48 in updates"),
+    ("adascale", {"threshold": 1.0}, {"threshold": 0.99}, "48 in updates"),
+    ("loss", {"losses": ((0.5, 95),)}, {"losses": ((0.5, 95), (-1.0, 96))}, "95 in"),
+))
+def test_a_rule_by_which_no_batch_can_ever_grow_is_refused(name, never, some, most):
+    """It has a largest answer, whatever it sees."""
+    rungs, draw = deciding.ladder(STATED, LIMITS), random.Random(0)
+
+    def grows(rule):
+        return any(deciding.decide(rule, rungs, (), 1000, deciding.wanted(rule, Seen(
+            *(10 ** draw.uniform(-9, 9) for _ in range(3)), rungs[0], rungs[0], 0.1)._replace(
+                loss=draw.uniform(-2, 2)))) for _ in range(1000))
+
+    deciding.check_reach(Rule(name, **some), rungs)
+    assert grows(Rule(name, **some))
+    with pytest.raises(Mistake, match=f"measured.*{most}.*The next batch is 96, so none"):
+        deciding.check_reach(Rule(name, **never), rungs)
+    assert not grows(Rule(name, **never))
+
+
 def test_the_ladder_is_that_of_growing_batches_and_needs_an_end():
     assert deciding.ladder(STATED, LIMITS) == (48, 96, 192, 384)
     assert deciding.ladder(STATED, dataclasses.replace(LIMITS, growth=3.0)) == (48, 144)
     with pytest.raises(Mistake, match="measured has no largest batch: set limits.max_batch_size"):
         deciding.ladder(STATED, Limits(ghost_size=16))
+    alone = deciding.ladder(STATED, dataclasses.replace(LIMITS, max_batch_size=64))
+    with pytest.raises(Mistake, match="no batch to grow to: 48 is the first, .*max_batch_size"):
+        deciding.check_reach(Rule("noise"), alone)
     with pytest.raises(Mistake, match="takes no ramp"):
         schedule.plan_phases(STATED, Strategy("measured", ramp=((1, 3),)), LIMITS)
 

@@ -73,6 +73,12 @@ REFUSED = {
         {"learning_rate": NAN}, "decay", GHOST_128, ("recipe.learning_rate is nan", "finite")),
     "no epochs": ({"epochs": 0, "falls": ()}, "decay", GHOST_128, ("recipe.epochs is 0",)),
     "endless": ({"epochs": math.inf}, "decay", GHOST_128, ("recipe.epochs is inf", "finite")),
+    "epochs that are no example": (
+        {"epochs": 1e-6, "falls": ()}, "decay", GHOST_128,
+        ("recipe.epochs is 1e-06", "less than one of the 50000 examples")),
+    "fall before the first example": (
+        {"falls": ((1e-6, 5), (60, 5))}, "decay", GHOST_128,
+        ("recipe.falls has one at epoch 1e-06", "less than one of the 50000 examples")),
     "no examples": ({"examples": 0}, "decay", GHOST_128, ("recipe.examples is 0",)),
     "warm-up over a fall": (
         {"warmup_epochs": 70}, "decay", GHOST_128, ("warmup_epochs is 70", "epoch 60")),

@@ -6,6 +6,7 @@ import math
 import os
 import signal
 import sys
+import types
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from bigbatch import evaluate, schedule, train
 from bigbatch.config import make_phases
 from bigbatch.job import preemption
 from bigbatch.mistake import Mistake
-from bigbatch.storage import checkpoint
+from bigbatch.storage import checkpoint, continuing
 from bigbatch.storage.logs import read_events
 from tests.support import started
 from tests.support.updates import conv_net
@@ -173,6 +174,17 @@ def test_evaluating_a_workdir_finds_its_last_event_again(whole, tmp_path):
         evaluate.evaluate_run(tmp_path)
 
 
+def test_an_evaluation_is_printed_as_json_has_numbers(monkeypatch, capsys):
+    """A quantity without any weight in the whole test set has no mean."""
+    found = {"updates": 3, "test_loss": 0.5, "test_rare": math.nan}
+    given = types.SimpleNamespace(workdir="run", data_dir="", at=None)
+    monkeypatch.setattr(evaluate, "evaluate_run", lambda *asked: found)
+    monkeypatch.setattr(evaluate, "flags", types.SimpleNamespace(FLAGS=given))
+    evaluate.main([])
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == (
+        found | {"test_rare": None})
+
+
 def test_a_loaded_checkpoint_is_the_state(whole):
     """As README loads it: by name, without the config."""
     state, folder = whole
@@ -296,6 +308,23 @@ def test_a_function_of_the_users_that_has_changed_is_refused(tmp_path, monkeypat
     with pytest.raises(Mistake, match=r"fall\(0\) fails: KeyError: 'none' \(.*mine.py, line 2\)"):
         run(small(*settings), tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+def flat_at_first(progress):
+    """A curve of a user's own."""
+    return 1.0 if progress < 0.8 else (1.0 - progress) / 0.2
+
+
+def test_a_longer_run_goes_on_under_a_function_that_was_the_same_so_far():
+    settings = ("strategy=decay", "recipe.warmup_epochs=0.5",
+                "recipe.curve=tests.storage.test_continuing.flat_at_first")
+    config, longer = small(*settings), small(*settings, "recipe.epochs=3")
+    for seen, differs in ((1440, False), (2832, True)):  # of 2874: where it had not fallen, and had
+        saved = json.loads(json.dumps(continuing.describe_run(
+            config, make_phases(config), continuing.Position(seen, seen // 48))))
+        refused, allowed = continuing.changes(saved, longer, make_phases(longer))
+        assert bool(refused) == differs and allowed == ["recipe.epochs: 2.0 saved, 3.0 now"]
+        assert not any("was another" in text for text in refused)
 
 
 def test_what_cannot_alter_the_trajectory_may_change(whole, tmp_path):
