@@ -24,7 +24,7 @@ from bigbatch.config import (
 )
 from bigbatch.config.course import Course, due_ends, make_course, make_steering
 from bigbatch.data.feed import Feed, open_feed
-from bigbatch.job import chips, preemption, processes
+from bigbatch.job import chips, preemption, processes, signals
 from bigbatch.job.devices import make_mesh, pin_options
 from bigbatch.loop import NotFinite, Preempted, Run, loop
 from bigbatch.mistake import Mistake
@@ -78,6 +78,7 @@ def train_and_evaluate(
         NotFinite: if training diverged; the text names the update.
         WriteError: if a checkpoint or a log could not be written.
     """
+    signals.heard_here()
     goal = set_goal(config, stop_after_phase, profile)
     with contextlib.ExitStack() as at_end:
         run, at, state = begin(goal, workdir_path, show, at_end)
@@ -177,8 +178,6 @@ def begin(
     config, mesh = goal.config, goal.mesh
     folder, mirror = at_end.enter_context(bucket.opened(workdir_path))
     newest = _find_newest(folder, mirror, at_end)
-    watch = preemption.Watch()
-    at_end.callback(watch.close)
     at = continuing.position_of(newest.run)
     course = goal.course
     if goal.steering:
@@ -198,6 +197,10 @@ def begin(
     about = contract.about(config, goal.task)
     if newest.path:
         state = checkpoint.restore(newest.path, state, mirror)
+    # Until here a signal ends the process at once: loading may take long, and leaves nothing to
+    # save.
+    watch = preemption.Watch()
+    at_end.callback(watch.close)
 
     # Checkpoints and logs. The logs lose the events after the position.
     describe = _describing(config)
