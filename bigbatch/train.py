@@ -182,7 +182,7 @@ def begin(
     course = goal.course
     if goal.steering:
         course = make_course(config, at.growth.decisions, mesh.size)
-    allowed_changes = _check_changes(config, course, newest, workdir_path)
+    allowed_changes = _check_changes(config, course, newest, folder, workdir_path)
     phases, layouts = course.to_run(at.examples_seen)
 
     # The data and the state, on the devices.
@@ -266,14 +266,18 @@ def _find_newest(
 
 
 def _check_changes(
-    config: ConfigDict, course: Course, newest: checkpoint.Found, workdir_path: str | Path
+    config: ConfigDict, course: Course, newest: checkpoint.Found, folder: Path,
+    workdir_path: str | Path,
 ) -> list[str]:
     """The differences between the saved config and the present one, all of them allowed.
 
     Raises:
-        Mistake: if there is a difference that is not allowed; see `continuing`.
+        Mistake: if there is a difference that is not allowed, or no checkpoint but a log that a
+            start may not replace; see `continuing`.
     """
-    if not newest.path:
+    if not newest.path:  # only the first process has the logs, where they are in a bucket
+        processes.decided_by_first(
+            "anew", partial(continuing.check_anew, folder, workdir_path, config))
         return []
     refused, allowed = continuing.changes(newest.run, config, course.phases)
     if refused:

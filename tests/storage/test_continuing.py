@@ -4,6 +4,8 @@ import importlib
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import sys
 
@@ -15,7 +17,7 @@ from bigbatch import evaluate, schedule, train
 from bigbatch.config import make_phases
 from bigbatch.job import preemption
 from bigbatch.mistake import Mistake
-from bigbatch.storage import checkpoint
+from bigbatch.storage import bucket, checkpoint, logs
 from bigbatch.storage.logs import read_events
 from tests.support import started
 from tests.support.updates import conv_net
@@ -206,6 +208,32 @@ def test_what_would_have_changed_the_trajectory_is_refused_side_by_side(whole):
             run(config, folder)
         assert key in str(caught.value), key
         assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_log_without_a_checkpoint_is_replaced_only_by_the_same_run(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole[1], folder)
+    shutil.rmtree(folder / "checkpoints")
+    config, log, timing = small(*SMALL_BATCHES), folder / "metrics.jsonl", folder / "timing.jsonl"
+    before = [(folder / name).read_bytes() for name in bucket.LOGS]
+    for other, said in (
+        (small("seed=1"), "a run of another config, and no checkpoint: seed: 0 saved, 1 now"),
+        (small("recipe.learning_rate=0.2"), "recipe.learning_rate: 0.1 saved, 0.2 now"),
+        (config, "a run that was saved at example 3024, and no checkpoint any more"),
+    ):
+        with pytest.raises(Mistake, match=re.escape(said)):
+            run(other, folder)
+        assert [(folder / name).read_bytes() for name in bucket.LOGS] == before
+    # As it would be after a kill before the first save: of an older start nothing is left to lose.
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(lines[: len(lines) // 2]))
+    logs.append_event(timing, {"event": "start", "examples_seen": 0})
+    run(config, folder)
+    assert log.read_bytes() == b"".join(lines)
+    shutil.rmtree(folder / "checkpoints")
+    log.unlink()  # as the message says
+    with pytest.raises(train.StoppedAfterPhase):
+        run(small("seed=1"), folder, stop_after_phase="0")
 
 
 def test_what_only_changes_examples_not_yet_seen_is_allowed_and_logged(tmp_path):
