@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from bigbatch import evaluate, train
 from bigbatch.data import local_copy, prepared, sources
 from bigbatch.storage import bucket, checkpoint, lease, writing
-from bigbatch.storage.logs import read_events
+from bigbatch.storage.logs import read_events, replace_text
 from experiments import logs
 from tests.data.test_sources import as_png, data_config, pictures, prepare
 from tests.support import small_config, started
@@ -330,6 +330,17 @@ def test_a_job_that_lost_its_lease_finishes_no_checkpoint(server, monkeypatch, w
     assert "lease.json" in server.names(beginning)
     if when == "before":
         assert server.content(beginning + "metrics.jsonl") == b"one\n"
+
+
+def test_a_config_that_is_replaced_while_a_save_is_under_way_goes_up_whole(server):
+    """As after a decision: its phases are in the new one."""
+    with bucket.opened("gs://bucket/decides") as (folder, mirror), mirror.held():
+        replace_text(folder / "config.json", json.dumps([1]))
+        for phases in ([1, 2, 3], [1, 2]):
+            now = mirror.logs()
+            replace_text(folder / "config.json", json.dumps(phases))
+            mirror.send_logs(now)
+            assert json.loads(server.content("bucket/decides/config.json")) == phases
 
 
 def test_last_logs_that_cannot_be_sent_hide_no_other_end(server, capfd):
