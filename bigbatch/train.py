@@ -344,15 +344,15 @@ def _open_log(
         if mirror:
             at_end.enter_context(writing.sending_last_logs(folder, mirror, saves.pending))
         write_config(at)
+        # The event of a pending evaluation is written again, at this same position.
+        last = at.examples_seen - (at.pending_evaluation is not None)
         with names_what_fails():
-            damaged = logs.cut_events(
-                folder / "metrics.jsonl", at.examples_seen, at.pending_evaluation is not None)
+            damaged = logs.cut_events(folder / "metrics.jsonl", last)
             logs.cut_half_line(folder / "timing.jsonl")
         if config.tensorboard:
             from bigbatch.watching import tensorboard  # its docstring says why not above
 
-            board = tensorboard.open_board(
-                folder, at.examples_seen, mirror.list_boards() if mirror else ())
+            board = tensorboard.open_board(folder, last, mirror.list_boards() if mirror else ())
             at_end.callback(tensorboard.close_board, board)
             write_board = partial(tensorboard.write_board, board)
     display = progress.Display(

@@ -21,6 +21,7 @@ from bigbatch.storage import bucket, checkpoint, logs
 from bigbatch.storage.logs import read_events
 from tests.support import started
 from tests.support.updates import conv_net
+from tests.watching import test_tensorboard
 
 # An evaluation takes three batches on each of the 8 devices, so that a stop can fall between.
 SMALL_BATCHES = ("eval_batch_size=20",)
@@ -73,9 +74,9 @@ def test_stopped_by_sigterm_again_and_again_it_ends_with_the_same_bits(
 ):
     """Each start gets a few updates or evaluation batches further, so that stops fall before, at
     and after each phase boundary and inside evaluations."""
-    config = small(*SMALL_BATCHES)
+    config = small(*SMALL_BATCHES, "tensorboard=true")
     state, folder = whole
-    stops = []
+    stops, discarded = [], [1]  # by TensorBoard: steps from this one on that earlier starts wrote
     for attempt in range(40):
         with monkeypatch.context() as patch:
             # The 16th is the first batch of the first evaluation, the next 2nd its second one.
@@ -85,7 +86,9 @@ def test_stopped_by_sigterm_again_and_again_it_ends_with_the_same_bits(
                 break
             except train.Preempted:
                 newest = checkpoint.find_newest(tmp_path)
-                stops.append((newest.run["updates"], newest.run["pending_evaluation"] is not None))
+                pending = newest.run["pending_evaluation"] is not None
+                stops.append((newest.run["updates"], pending))
+                discarded.append(newest.run["examples_seen"] + (not pending))
     else:
         pytest.fail(f"not at its end after 40 starts: {stops}")
     boundaries = {
@@ -97,6 +100,9 @@ def test_stopped_by_sigterm_again_and_again_it_ends_with_the_same_bits(
     assert stopped_at & {b + by for b in boundaries for by in (-1, 0, 1)}, (stops, boundaries)
     assert_same_bits(ended, state, "after stops at updates " + str(sorted(stopped_at)))
     assert (tmp_path / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
+    boards = sorted((tmp_path / "tensorboard").iterdir())
+    assert [event.step for board in boards for event in test_tensorboard.read(board)
+            if event.HasField("session_log")] == discarded
 
 
 @pytest.mark.parametrize("index", [0, 1])
