@@ -24,7 +24,7 @@ from bigbatch.config import (
 )
 from bigbatch.config.course import Course, due_ends, make_course, make_steering
 from bigbatch.data.feed import Feed, open_feed
-from bigbatch.job import chips, preemption, processes
+from bigbatch.job import chips, preemption, processes, signals
 from bigbatch.job.devices import make_mesh, pin_options
 from bigbatch.loop import NotFinite, Preempted, Run, loop
 from bigbatch.mistake import Mistake
@@ -78,6 +78,7 @@ def train_and_evaluate(
         NotFinite: if training diverged; the text names the update.
         WriteError: if a checkpoint or a log could not be written.
     """
+    signals.heard_here()
     goal = set_goal(config, stop_after_phase, profile)
     with contextlib.ExitStack() as at_end:
         run, at, state = begin(goal, workdir_path, show, at_end)
@@ -177,13 +178,11 @@ def begin(
     config, mesh = goal.config, goal.mesh
     folder, mirror = at_end.enter_context(bucket.opened(workdir_path))
     newest = _find_newest(folder, mirror, at_end)
-    watch = preemption.Watch()
-    at_end.callback(watch.close)
     at = continuing.position_of(newest.run)
     course = goal.course
     if goal.steering:
         course = make_course(config, at.growth.decisions, mesh.size)
-    allowed_changes = _check_changes(config, course, newest, workdir_path)
+    allowed_changes = _check_changes(config, course, newest, folder, workdir_path)
     phases, layouts = course.to_run(at.examples_seen)
 
     # The data and the state, on the devices.
@@ -198,6 +197,10 @@ def begin(
     about = contract.about(config, goal.task)
     if newest.path:
         state = checkpoint.restore(newest.path, state, mirror)
+    # Until here a signal ends the process at once: loading may take long, and leaves nothing to
+    # save.
+    watch = preemption.Watch()
+    at_end.callback(watch.close)
 
     # Checkpoints and logs. The logs lose the events after the position.
     describe = _describing(config)
@@ -263,14 +266,18 @@ def _find_newest(
 
 
 def _check_changes(
-    config: ConfigDict, course: Course, newest: checkpoint.Found, workdir_path: str | Path
+    config: ConfigDict, course: Course, newest: checkpoint.Found, folder: Path,
+    workdir_path: str | Path,
 ) -> list[str]:
     """The differences between the saved config and the present one, all of them allowed.
 
     Raises:
-        Mistake: if there is a difference that is not allowed; see `continuing`.
+        Mistake: if there is a difference that is not allowed, or no checkpoint but a log that a
+            start may not replace; see `continuing`.
     """
-    if not newest.path:
+    if not newest.path:  # only the first process has the logs, where they are in a bucket
+        processes.decided_by_first(
+            "anew", partial(continuing.check_anew, folder, workdir_path, config))
         return []
     refused, allowed = continuing.changes(newest.run, config, course.phases)
     if refused:
@@ -337,15 +344,15 @@ def _open_log(
         if mirror:
             at_end.enter_context(writing.sending_last_logs(folder, mirror, saves.pending))
         write_config(at)
+        # The event of a pending evaluation is written again, at this same position.
+        last = at.examples_seen - (at.pending_evaluation is not None)
         with names_what_fails():
-            damaged = logs.cut_events(
-                folder / "metrics.jsonl", at.examples_seen, at.pending_evaluation is not None)
+            damaged = logs.cut_events(folder / "metrics.jsonl", last)
             logs.cut_half_line(folder / "timing.jsonl")
         if config.tensorboard:
             from bigbatch.watching import tensorboard  # its docstring says why not above
 
-            board = tensorboard.open_board(
-                folder, at.examples_seen, mirror.list_boards() if mirror else ())
+            board = tensorboard.open_board(folder, last, mirror.list_boards() if mirror else ())
             at_end.callback(tensorboard.close_board, board)
             write_board = partial(tensorboard.write_board, board)
     display = progress.Display(

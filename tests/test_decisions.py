@@ -1,5 +1,6 @@
 """Runs that decide when their batch grows: the same decisions and bits, however they come about."""
 
+import shutil
 from pathlib import Path
 
 import jax
@@ -10,7 +11,7 @@ from bigbatch import train
 from bigbatch.config import make_phases
 from bigbatch.job.devices import make_mesh
 from bigbatch.mistake import Mistake
-from bigbatch.storage import checkpoint, replay
+from bigbatch.storage import checkpoint, continuing, replay
 from bigbatch.storage.logs import read_events
 from tests.storage.test_continuing import assert_same_bits, run, terminate_at
 from tests.support import small_config
@@ -100,6 +101,14 @@ def test_other_averages_than_it_decided_by_are_refused(whole):
         with pytest.raises(ValueError, match="another config") as caught:
             run(small("noise.every_epochs=1", setting), whole[1])
         assert setting.partition("=")[0] in str(caught.value)
+
+
+def test_killed_after_a_decision_and_before_its_save_it_may_begin_anew(whole, tmp_path):
+    for name in ("config.json", "metrics.jsonl"):
+        shutil.copy(whole[1] / name, tmp_path)
+    continuing.check_anew(tmp_path, tmp_path, small())
+    with pytest.raises(Mistake, match="measured.threshold: 2.0 saved, 3.0 now"):
+        continuing.check_anew(tmp_path, tmp_path, small("measured.threshold=3"))
 
 
 def test_it_grows_once_the_loss_is_low_enough(tmp_path):

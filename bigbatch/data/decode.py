@@ -3,7 +3,8 @@
 OpenCV decodes and resizes: it was the fastest per core of the libraries measured
 (experiments/speed). It reads JPEG, grey and CMYK JPEG, and the PNG files that ImageNet has under a
 JPEG's name. Faults that the pixels do not show, such as a truncated file, are found in the bytes
-before decoding, since libjpeg only prints a warning and fills the rest of the image with grey.
+before decoding, since libjpeg only prints a warning and fills the rest of the image with grey. A
+JPEG whose coded data are damaged before a sound end is not found out: nothing in it tells.
 
 Boxes are (left, top, width, height) in whole pixels of the full image. Flips and normalisation are
 done on the device (see `augment`).

@@ -116,7 +116,8 @@ class Feed:
 
     @property
     def skipped(self) -> int:
-        """How many examples this process has skipped so far; see `streaming.Stream`."""
+        """How many examples this process has skipped so far, those of the test set in each
+        evaluation anew; see `streaming.Stream`."""
         return self._skipped_before + self.stream.skipped if self.stream else 0
 
     def none_of_use(self, what: str) -> Mistake:

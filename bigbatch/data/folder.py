@@ -148,10 +148,18 @@ def _classes(root: Path, name: str, key: str) -> dict[str, list[bytes]]:
 
 
 def _images(folder: Path, name: str) -> list[bytes]:
-    """The encoded paths below `folder` of all images in its folder `name`, at any depth."""
-    paths = []
-    for place, folders, files in os.walk(folder / name, followlinks=True):
-        folders[:] = [inner for inner in folders if not _hidden(inner)]
+    """The encoded paths below `folder` of all images in its folder `name`, at any depth.
+
+    A link to a folder that it lies in is passed over.
+    """
+    top = os.path.join(folder, name)
+    paths, around = [], {top: {os.path.realpath(top)}}  # around: a place, itself and those above
+    for place, folders, files in os.walk(top, followlinks=True):
+        inside = around.pop(place)
+        below = {inner: os.path.realpath(os.path.join(place, inner)) for inner in folders}
+        folders[:] = [inner for inner in folders
+                      if not _hidden(inner) and below[inner] not in inside]
+        around |= {os.path.join(place, inner): inside | {below[inner]} for inner in folders}
         for file in files:
             ending = os.path.splitext(file)[1].lower()
             path = os.path.join(place, file)

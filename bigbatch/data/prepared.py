@@ -136,12 +136,15 @@ def tfds_records(builder: Any, name: str, split: str) -> Records:
 
     try:
         examples = builder.info.splits[split].num_examples
-    except (ValueError, KeyError):
+        stretches = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
+    except (ValueError, KeyError, NotImplementedError):  # the last of 'all[:90%]'
         raise Mistake(
             f"{name} has no split {split!r}; it has {', '.join(builder.info.splits)}, or a part "
             "of one, as 'train[:90%]'."
         ) from None
-    if not examples:
+    # TFDS itself reads something else than nothing where a stretch ends before it begins.
+    if not examples or any(
+            part.to is not None and part.to < (part.from_ or 0) for part in stretches):
         raise Mistake(f"split {split!r} of {name} is empty.")
     files = builder.info.splits[split].file_instructions
     _check_shards(files, f"split {split!r} of {name}")

@@ -153,7 +153,9 @@ def decode(encoded: bytes, channels: int) -> np.ndarray:
             image = _of_8_bits(image, len(encoded))
             image = image if image.mode == MODES[channels] else image.convert(MODES[channels])
             pixels = np.asarray(image)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except Mistake:
+        raise
+    except Exception as error:  # of many kinds: Pillow passes on what its decoders meet
         # Pillow's message would show the address of the buffer.
         reason = "" if isinstance(error, UnidentifiedImageError) else f": {error}"
         raise Mistake(f"{len(encoded)} bytes that are no whole image{reason}") from None

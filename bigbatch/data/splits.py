@@ -17,7 +17,7 @@ def stretch(split: str, examples: int) -> range:
     rounded to the nearest example.
 
     Raises:
-        Mistake: if `split` is none of these, or names no example.
+        Mistake: if `split` is none of these, names no example, or reaches beyond the part.
     """
     found = re.fullmatch(r"[^\[\]]+(?:\[(-?\d+)?(%?):(?:(-?\d+)(%?))?\])?", split)
     first, unit, last, other = found.groups() if found else (None,) * 4
@@ -27,6 +27,12 @@ def stretch(split: str, examples: int) -> range:
             f"the split {split!r} is not understood; it must be a name, or a stretch of one as "
             "'train[:90%]', 'train[-500:]' or 'train[100:200]'."
         )
+
+    most = 100 if units == {"%"} else examples
+    if any(abs(int(number)) > most for number in (first, last) if number):
+        raise Mistake(
+            f"the split {split!r} reaches beyond {name_of(split)!r}, which has {examples} "
+            f"examples: its bounds must lie in [-{most}, {most}]{' %' * (units == {'%'})}.")
 
     def bound(text: str | None) -> int | None:
         if text is None:

@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 from pathlib import Path
+from tokenize import TokenError  # of Python's own module
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,8 @@ from bigbatch.storage import caches
 
 ENDINGS = (".bin", ".npy")
 DTYPES = ("uint8", "uint16", "uint32")
+# What the JSON file beside a .bin file says of it.
+DESCRIBED = {"dtype": str, "tokens": int, "vocabulary": int, "separator": int | None}
 READ_AT_ONCE = 2**23  # bytes
 
 
@@ -90,9 +93,12 @@ def read_description(path: Path) -> dict[str, Any]:
         return {}
     try:
         told = json.loads(beside.read_text(encoding="utf-8"))
-        return {key: told[key] for key in told}
-    except (ValueError, TypeError) as error:
-        raise Mistake(f"{beside} is no JSON of what {path.name} holds: make both again.") from error
+    except ValueError:
+        told = None
+    if not isinstance(told, dict) or not all(
+            isinstance(told[key], kind) for key, kind in DESCRIBED.items() if key in told):
+        raise Mistake(f"{beside} is no JSON of what {path.name} holds: make both again.")
+    return told
 
 
 def largest(file: TokenFile) -> int:
@@ -167,7 +173,7 @@ def _numpys(path: Path, size: int) -> TokenFile:
                     else np.lib.format.read_array_header_2_0)
             shape, _, dtype = read(opened)
             offset = opened.tell()
-    except ValueError as error:
+    except (ValueError, SyntaxError, TokenError) as error:
         raise Mistake(f"{path} is no .npy file of NumPy's: make it again.") from error
     if len(shape) != 1 or dtype.newbyteorder("=").name not in DTYPES or dtype.hasobject:
         raise Mistake(
@@ -177,7 +183,7 @@ def _numpys(path: Path, size: int) -> TokenFile:
     if size < offset + shape[0] * dtype.itemsize:
         raise Mistake(f"{path} is cut short: it has {size} bytes and says that it holds {shape[0]} "
                       f"tokens of {dtype}.")
-    if not shape[0]:
+    if shape[0] <= 0:
         raise Mistake(f"{path} is empty: make it again, or remove it.")
     return TokenFile(str(path), dtype.str, offset, shape[0])
 

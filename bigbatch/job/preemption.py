@@ -48,12 +48,13 @@ class Watch:
             threading.Thread(target=self._listen, name="preemption", daemon=True).start()
         self._handles = threading.current_thread() is threading.main_thread()
         if self._handles:
-            signals.heard_elsewhere()
-            self._wakeup = signal.set_wakeup_fd(-1)  # a notebook has one of its own
             self._previous = {
                 number: signal.signal(number, self._on_signal)
                 for number in signals.stop_signals()
             }
+            self._wakeup = signal.set_wakeup_fd(-1)  # a notebook has one of its own
+            if signals.heard_elsewhere():
+                self._stop()
         else:
             warnings.warn(
                 "SIGTERM is not handled: it ends this process without a checkpoint, since training "
@@ -102,7 +103,10 @@ class Watch:
     def _on_signal(self, number: int, frame: object) -> None:
         if number == signal.SIGINT:  # a second Ctrl-C ends the process at once
             signal.signal(number, self._previous[number])
-        # The main thread runs this handler and may hold the lock already, so it must not be taken.
+        self._stop()
+
+    def _stop(self) -> None:
+        # The main thread runs this and may hold the lock already, so it must not be taken.
         self._signalled.set()
         if self._client is None:
             self._stopping.set()

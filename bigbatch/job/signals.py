@@ -9,7 +9,7 @@ from types import FrameType
 from bigbatch.job import statuses
 from bigbatch.job.output import say
 
-_heard_elsewhere = threading.Event()
+_heard_elsewhere, _left = threading.Event(), threading.Event()
 
 
 def stop_signals() -> list[signal.Signals]:
@@ -23,9 +23,9 @@ def stop_signals() -> list[signal.Signals]:
 def end_on_signals() -> None:
     """Makes `stop_signals` end the process with status 42 until `preemption.Watch` handles them.
 
-    Before that there is nothing to save. Ctrl-C ends it with 130. A thread learns of the signal
-    through a socket, because a Python signal handler does not run while a library is loaded, or
-    while JAX waits for other processes.
+    Before that, also while data are loaded, there is nothing to save. Ctrl-C ends it with 130. A
+    thread learns of the signal through a socket, because a Python signal handler does not run while
+    a library is loaded, or while JAX waits for other processes.
     """
     reader, writer = socket.socketpair()
     writer.setblocking(False)
@@ -50,11 +50,27 @@ def end_on_signals() -> None:
 
 
 def _left_to_the_thread(number: int, frame: FrameType | None) -> None:
-    """Does nothing, but for Ctrl-C once the thread no longer minds it."""
+    """Notes that there was a signal, as `heard_elsewhere` may be called before the thread's turn.
+
+    Ctrl-C is Python's own once the thread no longer minds it.
+    """
     if number == signal.SIGINT and _heard_elsewhere.is_set():
         signal.default_int_handler(number, frame)
+    _left.set()
 
 
-def heard_elsewhere() -> None:
-    """Ends for good what `end_on_signals` began: from now on a run saves before it stops."""
+def heard_here() -> None:
+    """Lets the thread of `end_on_signals`, if there is one, act again: another run begins."""
+    _heard_elsewhere.clear()
+
+
+def heard_elsewhere() -> bool:
+    """Ends what `end_on_signals` began: from now on a run saves before it stops.
+
+    To be called once other handlers are there.
+
+    Returns:
+        Whether a signal came before that, on which the thread may no longer act.
+    """
     _heard_elsewhere.set()
+    return _left.is_set()

@@ -25,7 +25,8 @@ from bigbatch.storage import checksums, lease
 from bigbatch.storage.workdir import local_folder
 
 SCHEME = "gs://"
-LOGS = ("config.json", "metrics.jsonl", "timing.jsonl")
+CONFIG = "config.json"
+LOGS = (CONFIG, "metrics.jsonl", "timing.jsonl")
 MARKER = checksums.FILE  # a checkpoint with this file is finished
 BLOCK_BYTES = 16 << 20  # of an object that is read piece by piece
 SILENT_SECONDS = 60  # without data, after which a request is repeated
@@ -228,13 +229,18 @@ class Mirror:
         return bucket, below
 
     def logs(self) -> dict[str, int]:
-        """The present sizes of the logs in bytes, by path in the workdir. Logs only grow."""
+        """The present sizes of the logs in bytes, by path in the workdir. Logs only grow.
+
+        But config.json is replaced after a decision, so no size says what to read of it: -1.
+        """
         files = [self.folder / name for name in LOGS] + [*self.folder.glob("tensorboard/*")]
-        return {str(file.relative_to(self.folder)): file.stat().st_size
-                for file in files if file.is_file()}
+        return {str(file.relative_to(self.folder)): -1 if file.name == CONFIG
+                else file.stat().st_size for file in files if file.is_file()}
 
     def send_logs(self, logs: Mapping[str, int]) -> None:
         """Uploads the first bytes of each log, as many as `logs` says, where the log has changed.
+
+        All bytes of one for which it says -1.
 
         Raises:
             OSError: if another job has taken the workdir.
@@ -246,7 +252,7 @@ class Mirror:
                 continue
             with (self.folder / name).open("rb") as file:
                 self._files.pipe_file(f"{self._root}/{name}", file.read(size))
-            if stamp[0] == size:
+            if size in (-1, stamp[0]):
                 self._sent[name] = stamp
 
     def send_part(self, written: Path, path: Path) -> None:

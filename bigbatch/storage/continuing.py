@@ -10,15 +10,18 @@ import functools
 import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from bigbatch import __version__
-from bigbatch.config import epochs_of, make_recipe, saved_config
+from bigbatch.config import epochs_of, make_phases, make_recipe, saved_config
+from bigbatch.mistake import Mistake
 from bigbatch.schedule import Phase, Rates, Recipe, rates_at, reference_rate
 from bigbatch.schedule.deciding import Growth
 from bigbatch.schedule.smoothing import Smoothed
+from bigbatch.storage import logs
 
 # These keys do not change what is learned.
 FREE = (
@@ -141,6 +144,54 @@ def changes(
                 "can end it"]
         refused += causes + differing
     return refused, allowed
+
+
+def check_anew(folder: Path, workdir: str | Path, config: ConfigDict) -> None:
+    """Checks that a run may begin where there is no checkpoint, which empties metrics.jsonl.
+
+    It may where the same run was killed before it had saved.
+
+    Args:
+        folder: the local folder of the workdir.
+        workdir: as the user named it.
+        config: of the run that is to begin.
+
+    Raises:
+        Mistake: if the log is one of another config, or of a run that had checkpoints.
+    """
+    events, _ = logs.whole_events(folder / "metrics.jsonl", "examples_seen")
+    if not events:
+        return
+    if (folder / "config.json").exists():
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        decisions = tuple((event["examples_seen"], event["grows_to"])
+                          for event in events if "grows_to" in event)
+        refused, _ = changes(saved | {"examples_seen": events[-1]["examples_seen"]}, config,
+                             make_phases(config, decisions))
+        if refused:
+            raise Mistake(
+                f"{workdir} holds the log of a run of another config, and no checkpoint: "
+                f"{'; '.join(refused)}. A start would replace metrics.jsonl: give another "
+                "--workdir, set these keys back, or remove this file.")
+    if stood_at := _saved_at(folder / "timing.jsonl"):
+        raise Mistake(
+            f"{workdir} holds the log of a run that was saved at example {stood_at}, and no "
+            "checkpoint any more. A start would train from the first example and replace "
+            "metrics.jsonl: bring the checkpoints back, give another --workdir, or remove this "
+            "file.")
+
+
+def _saved_at(path: Path) -> int:
+    """Where the last start that ended by itself had saved, by timing.jsonl; 0 for nowhere.
+
+    Only such a start writes how its time was spent, after its last save.
+    """
+    saved_at = 0
+    for event in logs.whole_events(path, "examples_seen")[0]:
+        if event.get("event") == "time_share" or (
+                event.get("event") == "start" and not event["examples_seen"]):
+            saved_at = event["examples_seen"]
+    return saved_at
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

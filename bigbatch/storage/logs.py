@@ -26,14 +26,14 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     Raises:
         Mistake: if a line before it is damaged.
     """
-    events, faults = _read(path)
+    events, faults = whole_events(path)
     if faults:
         raise Mistake(
             f"{'; '.join(faults)}. Take it out; a run that is continued here does so itself.")
     return events
 
 
-def cut_events(path: Path, examples_seen: int, pending_evaluation: bool = False) -> list[str]:
+def cut_events(path: Path, last: int) -> list[str]:
     """Removes what a killed run wrote after its checkpoint: later events and an incomplete line.
 
     Damaged lines are removed too, as nothing reads them. The file is replaced in one step, so a
@@ -41,17 +41,14 @@ def cut_events(path: Path, examples_seen: int, pending_evaluation: bool = False)
 
     Args:
         path: of metrics.jsonl.
-        examples_seen: the position of the checkpoint.
-        pending_evaluation: whether there is a pending evaluation at this position, after which the
-            event of this position is written; it is then removed too.
+        last: the examples seen up to which events are kept.
 
     Returns:
         One text a damaged line.
     """
     if not path.exists():
         return []
-    last = examples_seen - pending_evaluation
-    events, faults = _read(path, "examples_seen")
+    events, faults = whole_events(path, "examples_seen")
     text = "".join(_line(event) for event in events if event["examples_seen"] <= last)
     if text.encode() != path.read_bytes():
         replace_text(path, text)
@@ -66,7 +63,7 @@ def cut_half_line(path: Path) -> None:
             os.truncate(path, content.rfind(b"\n") + 1)
 
 
-def _read(path: Path, number: str = "") -> tuple[list[dict[str, Any]], list[str]]:
+def whole_events(path: Path, number: str = "") -> tuple[list[dict[str, Any]], list[str]]:
     """The events of the file that are whole, and one text for each damaged line.
 
     Args:

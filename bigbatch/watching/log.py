@@ -35,7 +35,8 @@ class Log:
         display: shows lines and progress on the terminal.
         clock: see above.
         examples: N, the examples of an epoch.
-        skipped: returns how many examples were skipped so far; None if they are not streamed.
+        skipped: returns how many examples this process has skipped since this start, those of the
+            test set in each evaluation anew; None if they are not streamed.
         """
         self.clock = clock
         self._write, self._display, self._examples = write, display, examples

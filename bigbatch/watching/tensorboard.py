@@ -55,18 +55,18 @@ class Board:
         self._file.close()
 
 
-def open_board(workdir: Path, examples_seen: int, elsewhere: Iterable[str] = ()) -> Board:
+def open_board(workdir: Path, last: int, elsewhere: Iterable[str] = ()) -> Board:
     """Opens a new event file in `workdir`/tensorboard, whose steps are examples seen.
 
-    TensorBoard is made to discard what an earlier start wrote after `examples_seen`. It reads the
-    files in the order of the times in their names, so these rise even where the clock was set back:
-    it would else discard what the newest file has. A SummaryWriter is not used: it passes each
-    number to a thread through a pipe and waits for the disk at each flush, which takes longer than
-    an update of a small network.
+    TensorBoard is made to discard what an earlier start wrote after `last`. It reads the files in
+    the order of the times in their names, so these rise even where the clock was set back: it would
+    else discard what the newest file has. A SummaryWriter is not used: it passes each number to a
+    thread through a pipe and waits for the disk at each flush, which takes longer than an update of
+    a small network.
 
     Args:
         workdir: the local folder of the run.
-        examples_seen: the position of the run.
+        last: the examples seen up to which an earlier start's numbers are kept.
         elsewhere: names of earlier starts' files that are not in the folder.
     """
     folder = workdir / "tensorboard"
@@ -80,7 +80,7 @@ def open_board(workdir: Path, examples_seen: int, elsewhere: Iterable[str] = ())
                  if (match := re.search(r"\.tfevents\.(\d+)\.", name))), default=0)
     name = f"events.out.tfevents.{max(int(time.time()), named + 1):010}.{socket.gethostname()}"
     board = Board(folder / name, max([float(named), *map(_last_time, present.values())]))
-    board.write(step=examples_seen + 1, session_log=SessionLog(status=SessionLog.START))
+    board.write(step=last + 1, session_log=SessionLog(status=SessionLog.START))
     return board
 
 

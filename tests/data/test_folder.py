@@ -77,9 +77,14 @@ def test_folders_in_class_folders_and_links_are_looked_into_and_hidden_ones_are_
     (root / "train/ant/._0.PNG").write_bytes(b"")
     (root / "train/ant/boxes.txt").write_text("no image")
     (root / "train/ant/linked.png").symlink_to(root / "train/cat/0.PNG")
+    (root / "train/ant/images/above").symlink_to("..")  # a circle
+    (root / "more").mkdir()
+    (root / "more/1.png").write_bytes(picture(1))
+    (root / "train/ant/more").symlink_to(root / "more")
     train, _ = folder.open_files(config_of(root))
     names = {example["file_name"] for example in train}
-    assert len(names) == 32 and {"ant/images/deep é.jpeg", "ant/linked.png"} < names
+    assert len(train) == len(names) == 33
+    assert {"ant/images/deep é.jpeg", "ant/linked.png", "ant/more/1.png"} < names
 
 
 def test_a_folder_is_streamed_as_it_is_loaded(root):
@@ -146,7 +151,7 @@ def test_a_folder_with_what_does_not_belong_there_is_refused(root, file, message
 
 @pytest.mark.parametrize("split", [
     "train", "train[:10]", "train[-5:]", "train[5:15]", "train[50%:]", "train[:-10%]",
-    "train[:45%]", "train[:55%]", "train[33%:67%]",
+    "train[:45%]", "train[:55%]", "train[33%:67%]", "train[-30:]", "train[-100%:100%]",
 ])
 def test_a_stretch_is_the_one_that_tfds_reads(split):
     from tensorflow_datasets.core.splits import ReadInstruction
@@ -162,6 +167,16 @@ def test_a_stretch_is_the_one_that_tfds_reads(split):
 ])
 def test_what_is_no_stretch_is_refused(split):
     with pytest.raises(Mistake, match="is not understood; it must be a name, or a stretch"):
+        splits.stretch(split, MadeUp.num_examples)
+
+
+@pytest.mark.parametrize("split", ["train[:31]", "train[-31:]", "train[:101%]", "train[-101%:]"])
+def test_a_stretch_beyond_its_part_is_refused_as_tfds_refuses_it(split):
+    from tensorflow_datasets.core.splits import ReadInstruction
+
+    with pytest.raises(ValueError, match="incompatible with 30 examples|boundaries should be in"):
+        ReadInstruction.from_spec(split).to_absolute({"train": MadeUp})
+    with pytest.raises(Mistake, match=r"reaches beyond 'train'.* in \[-(100, 100\] %|30, 30\])\."):
         splits.stretch(split, MadeUp.num_examples)
 
 

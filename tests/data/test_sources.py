@@ -2,8 +2,10 @@
 
 import io
 import json
+import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +182,19 @@ def test_an_image_of_32_bits_a_pixel_is_refused(kind):
         sources.decode(buffer.getvalue(), 1)
 
 
+@pytest.mark.parametrize(("header", "message"), [
+    (struct.pack(">II5B", 60_000, 60_000, 8, 0, 0, 0, 0), "no whole image: Image size"),
+    (struct.pack(">II", 8, 8), "no whole image: Truncated IHDR chunk"),
+])
+def test_an_image_that_pillow_refuses_is_refused_in_one_line(header, message):
+    chunk = b"IHDR" + header
+    encoded = as_png(pictures(1)[0])
+    spoiled = (encoded[:8] + struct.pack(">I", len(header)) + chunk
+               + struct.pack(">I", zlib.crc32(chunk)) + encoded[33:])
+    with pytest.raises(Mistake, match=message):
+        sources.decode(spoiled, 1)
+
+
 def refusal(**changes):
     with pytest.raises(ValueError) as refused:
         sources.load(data_config(**changes))
@@ -232,8 +247,10 @@ def test_faulty_tfds_data_is_named(tmp_path):
         with pytest.raises(ValueError, match=message):
             sources.load(data_config(name="cifar10", dir=str(tmp_path / folder)))
     good = {"name": "cifar10", "dir": str(tmp_path / "mixed")}
-    assert "no split 'validation'; it has train, test" in refusal(**good, test_split="validation")
-    assert "'train[:0]' of cifar10 is empty" in refusal(**good, train_split="train[:0]")
+    for split in ("validation", "all[:50%]"):
+        assert f"no split {split!r}; it has train, test" in refusal(**good, test_split=split)
+    for split in ("train[:0]", "train[3:1]", "train[50%:20%]"):
+        assert f"{split!r} of cifar10 is empty" in refusal(**good, train_split=split)
     assert "set --config.data.num_classes=10" in refusal(**good, num_classes=7)
     assert "have the splits 'train' and 'test' only" in refusal(train_split="train[:5]")
 

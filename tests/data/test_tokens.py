@@ -301,10 +301,14 @@ def test_arrays_of_numpys_that_are_no_tokens_are_told(tmp_path):
     path.write_bytes(path.read_bytes()[:-9])
     assert "train.npy is cut short: it has 219 bytes and says that it holds 50" in refused(
         data_of("tokens", tmp_path))
-    path.write_bytes(b"nothing of NumPy's" * 9)
-    assert "train.npy is no .npy file of NumPy's" in refused(data_of("tokens", tmp_path))
-    np.save(path, np.zeros(0, np.uint16))
-    assert "train.npy is empty" in refused(data_of("tokens", tmp_path))
+    np.save(path, np.zeros(5, np.uint16))
+    whole = path.read_bytes()
+    for wrong, said in ((b"nothing of NumPy's" * 9, "is no .npy file of NumPy's"),
+                        (whole.replace(b"(5,), ", b"(5,,   "), "is no .npy file of NumPy's"),
+                        (whole.replace(b"(5,), ", b"(-5,),"), "is empty"),
+                        (whole.replace(b"(5,), ", b"(0,), "), "is empty")):
+        path.write_bytes(wrong)
+        assert f"train.npy {said}" in refused(data_of("tokens", tmp_path))
 
 
 def test_what_is_said_beside_a_file_must_agree_with_it(tmp_path):
@@ -324,7 +328,8 @@ def test_what_is_said_beside_a_file_must_agree_with_it(tmp_path):
     beside.write_text('{"dtype": "uint32", "tokens": 101}')
     assert "has 100 tokens, and by train.bin.json there must be 101" in refused(
         data_of("tokens", tmp_path))
-    for wrong in ("[", "3", "null"):
+    for wrong in ("[", "3", "null", "[1]", '{"vocabulary": "1000"}', '{"vocabulary": null}',
+                  '{"tokens": "100"}', '{"dtype": ["uint32"]}'):
         beside.write_text(wrong)
         assert "train.bin.json is no JSON of what train.bin holds" in refused(
             data_of("tokens", tmp_path))

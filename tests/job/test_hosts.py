@@ -18,7 +18,7 @@ from PIL import Image
 
 from bigbatch import train
 from bigbatch.config import make_layouts, make_phases
-from bigbatch.job import preemption, processes
+from bigbatch.job import preemption, processes, signals
 from bigbatch.schedule.layout import ghosts_by_slot
 from bigbatch.storage import checkpoint
 from bigbatch.storage.logs import read_events
@@ -199,6 +199,53 @@ except train.Preempted as stopped:
     saved = checkpoint.find_newest(tmp_path).run["examples_seen"]
     assert output.splitlines()[-1] == f"Preempted: told to stop at example {saved}", output
     assert saved >= read_events(log)[-1]["examples_seen"]
+
+
+def test_a_signal_while_data_are_loaded_ends_the_process_at_once(tmp_path):
+    """In the second of two runs, as a command may train several."""
+    script = """
+import sys, time
+from pathlib import Path
+from bigbatch.job import signals
+signals.end_on_signals()
+from bigbatch import train
+from bigbatch.programs import program_cache
+from bigbatch.tasks import contract
+from tests.support.small_config import get_config
+
+program_cache.keep(sys.argv[2])
+folder = Path(sys.argv[1])
+train.train_and_evaluate(get_config("resident"), folder / "first")
+contract.load = lambda *_: ((folder / "loading").touch(), time.sleep(60))
+train.train_and_evaluate(get_config("resident"), folder / "second")
+"""
+    process = started.start_python("-c", script, str(tmp_path), str(started.CACHE))
+    started.wait_until((tmp_path / "loading").exists, process, "its second run")
+    process.send_signal(signal.SIGTERM)
+    assert "told to stop before training began" in started.end(process, status=42, seconds=10)
+    assert [path.name for path in (tmp_path / "second").iterdir()] == ["lock"]
+
+
+def test_a_signal_just_before_training_listens_is_not_lost(monkeypatch):
+    monkeypatch.setattr(signals, "_heard_elsewhere", threading.Event())
+    monkeypatch.setattr(signals, "_left", threading.Event())
+    before = signal.signal(signal.SIGTERM, signals._left_to_the_thread)
+    try:
+        signal.raise_signal(signal.SIGTERM)  # and the thread has not had its turn
+        _assert_stops(preemption.Watch())
+        signals._left.clear()
+        end = signals.heard_elsewhere
+        monkeypatch.setattr(signals, "heard_elsewhere", lambda: (
+            signal.raise_signal(signal.SIGTERM), end())[1])
+        _assert_stops(preemption.Watch())
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _assert_stops(watch):
+    watch.close()
+    with pytest.raises(preemption.Stop):
+        watch.poll()
 
 
 def test_training_outside_the_main_thread_works_and_says_that_sigterm_is_not_handled(tmp_path):

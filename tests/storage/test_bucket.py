@@ -13,9 +13,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from bigbatch import evaluate, train
-from bigbatch.data import sources
+from bigbatch.data import local_copy, prepared, sources
 from bigbatch.storage import bucket, checkpoint, lease, writing
-from bigbatch.storage.logs import read_events
+from bigbatch.storage.logs import read_events, replace_text
 from experiments import logs
 from tests.data.test_sources import as_png, data_config, pictures, prepare
 from tests.support import small_config, started
@@ -332,6 +332,17 @@ def test_a_job_that_lost_its_lease_finishes_no_checkpoint(server, monkeypatch, w
         assert server.content(beginning + "metrics.jsonl") == b"one\n"
 
 
+def test_a_config_that_is_replaced_while_a_save_is_under_way_goes_up_whole(server):
+    """As after a decision: its phases are in the new one."""
+    with bucket.opened("gs://bucket/decides") as (folder, mirror), mirror.held():
+        replace_text(folder / "config.json", json.dumps([1]))
+        for phases in ([1, 2, 3], [1, 2]):
+            now = mirror.logs()
+            replace_text(folder / "config.json", json.dumps(phases))
+            mirror.send_logs(now)
+            assert json.loads(server.content("bucket/decides/config.json")) == phases
+
+
 def test_last_logs_that_cannot_be_sent_hide_no_other_end(server, capfd):
     with bucket.opened("gs://bucket/ends") as (folder, mirror), mirror.held():
         (folder / "timing.jsonl").write_text("1\n")
@@ -372,7 +383,7 @@ def test_data_in_a_bucket_is_copied_once_and_read_to_the_pixel(data_in_bucket, c
         np.testing.assert_array_equal(array, twin)
     assert re.search("copying 4 files, 0.000 GB, from gs://bucket/data/cifar10/3.0.2 to "
                      f"{copies}", capfd.readouterr().err)
-    shard = copies / "cifar10-train.array_record-00000-of-00001"
+    [shard] = copies.glob("*/cifar10-train.array_record-00000-of-00001")
     before = shard.stat().st_mtime_ns
     sources.load(data_config(dir="gs://bucket/data", **config))
     assert shard.stat().st_mtime_ns == before and "copying" not in capfd.readouterr().err
@@ -385,8 +396,38 @@ def test_only_the_splits_that_are_read_are_copied(data_in_bucket):
     _, copies = data_in_bucket
     sources.load(data_config(
         name="cifar10", dir="gs://bucket/data", train_split="train[:15]", test_split="train[15:]"))
-    assert (copies / "cifar10-train.array_record-00000-of-00001").exists()
-    assert not (copies / "cifar10-test.array_record-00000-of-00001").exists()
+    [shard] = copies.glob("*/*.array_record-*")
+    assert shard.name == "cifar10-train.array_record-00000-of-00001"
+
+
+def test_a_data_set_written_anew_is_copied_anew_beside_the_older_copy(
+    data_in_bucket, server, tmp_path, monkeypatch
+):
+    local, copies = data_in_bucket
+    config = data_config(name="cifar10", dir="gs://bucket/data")
+    shard = "cifar10-train.array_record-00000-of-00001"
+    copies.mkdir(parents=True)  # as an earlier version has left it: nothing says of which state
+    (copies / shard).write_bytes((local / "cifar10/3.0.2" / shard).read_bytes())
+    before = prepared.tfds_records(prepared.open_tfds(config), "cifar10", "train")
+    images = [record["image"] for record in before]
+    prepare(tmp_path / "mended", [as_png(image) for image in pictures(20)[::-1]])
+    new = {file.name: file.read_bytes() for file in (tmp_path / "mended/cifar10/3.0.2").iterdir()}
+    assert len(new[shard]) == (copies / shard).stat().st_size
+    said = []
+
+    def while_another_writes(text):  # it is said what will be copied
+        said.append(text)
+        server.put(f"bucket/data/cifar10/3.0.2/{shard}", new[shard])
+
+    server.put(f"bucket/data/cifar10/3.0.2/{shard}", b"0" * len(new[shard]))
+    with monkeypatch.context() as patch:
+        patch.setattr(local_copy, "say", while_another_writes)
+        with pytest.raises(ValueError, match="was written anew while it was copied: start again"):
+            prepared.open_tfds(config)
+    assert f"what else is in {copies} are copies of an older state" in said[1]
+    after = prepared.tfds_records(prepared.open_tfds(config), "cifar10", "train")
+    assert [record["image"] for record in after] == images[::-1]
+    assert [record["image"] for record in before] == images
 
 
 def test_data_that_cannot_be_had_is_refused_in_one_line(data_in_bucket, monkeypatch):

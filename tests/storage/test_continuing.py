@@ -4,6 +4,8 @@ import importlib
 import json
 import math
 import os
+import re
+import shutil
 import signal
 import sys
 import types
@@ -16,10 +18,11 @@ from bigbatch import evaluate, schedule, train
 from bigbatch.config import make_phases
 from bigbatch.job import preemption
 from bigbatch.mistake import Mistake
-from bigbatch.storage import checkpoint, continuing
+from bigbatch.storage import bucket, checkpoint, continuing, logs
 from bigbatch.storage.logs import read_events
 from tests.support import started
 from tests.support.updates import conv_net
+from tests.watching import test_tensorboard
 
 # An evaluation takes three batches on each of the 8 devices, so that a stop can fall between.
 SMALL_BATCHES = ("eval_batch_size=20",)
@@ -72,9 +75,9 @@ def test_stopped_by_sigterm_again_and_again_it_ends_with_the_same_bits(
 ):
     """Each start gets a few updates or evaluation batches further, so that stops fall before, at
     and after each phase boundary and inside evaluations."""
-    config = small(*SMALL_BATCHES)
+    config = small(*SMALL_BATCHES, "tensorboard=true")
     state, folder = whole
-    stops = []
+    stops, discarded = [], [1]  # by TensorBoard: steps from this one on that earlier starts wrote
     for attempt in range(40):
         with monkeypatch.context() as patch:
             # The 16th is the first batch of the first evaluation, the next 2nd its second one.
@@ -84,7 +87,9 @@ def test_stopped_by_sigterm_again_and_again_it_ends_with_the_same_bits(
                 break
             except train.Preempted:
                 newest = checkpoint.find_newest(tmp_path)
-                stops.append((newest.run["updates"], newest.run["pending_evaluation"] is not None))
+                pending = newest.run["pending_evaluation"] is not None
+                stops.append((newest.run["updates"], pending))
+                discarded.append(newest.run["examples_seen"] + (not pending))
     else:
         pytest.fail(f"not at its end after 40 starts: {stops}")
     boundaries = {
@@ -96,6 +101,9 @@ def test_stopped_by_sigterm_again_and_again_it_ends_with_the_same_bits(
     assert stopped_at & {b + by for b in boundaries for by in (-1, 0, 1)}, (stops, boundaries)
     assert_same_bits(ended, state, "after stops at updates " + str(sorted(stopped_at)))
     assert (tmp_path / "metrics.jsonl").read_bytes() == (folder / "metrics.jsonl").read_bytes()
+    boards = sorted((tmp_path / "tensorboard").iterdir())
+    assert [event.step for board in boards for event in test_tensorboard.read(board)
+            if event.HasField("session_log")] == discarded
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -218,6 +226,32 @@ def test_what_would_have_changed_the_trajectory_is_refused_side_by_side(whole):
             run(config, folder)
         assert key in str(caught.value), key
         assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_log_without_a_checkpoint_is_replaced_only_by_the_same_run(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole[1], folder)
+    shutil.rmtree(folder / "checkpoints")
+    config, log, timing = small(*SMALL_BATCHES), folder / "metrics.jsonl", folder / "timing.jsonl"
+    before = [(folder / name).read_bytes() for name in bucket.LOGS]
+    for other, said in (
+        (small("seed=1"), "a run of another config, and no checkpoint: seed: 0 saved, 1 now"),
+        (small("recipe.learning_rate=0.2"), "recipe.learning_rate: 0.1 saved, 0.2 now"),
+        (config, "a run that was saved at example 3024, and no checkpoint any more"),
+    ):
+        with pytest.raises(Mistake, match=re.escape(said)):
+            run(other, folder)
+        assert [(folder / name).read_bytes() for name in bucket.LOGS] == before
+    # As it would be after a kill before the first save: of an older start nothing is left to lose.
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(lines[: len(lines) // 2]))
+    logs.append_event(timing, {"event": "start", "examples_seen": 0})
+    run(config, folder)
+    assert log.read_bytes() == b"".join(lines)
+    shutil.rmtree(folder / "checkpoints")
+    log.unlink()  # as the message says
+    with pytest.raises(train.StoppedAfterPhase):
+        run(small("seed=1"), folder, stop_after_phase="0")
 
 
 def test_what_only_changes_examples_not_yet_seen_is_allowed_and_logged(tmp_path):

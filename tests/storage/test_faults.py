@@ -417,6 +417,7 @@ def test_a_second_job_on_the_same_workdir_is_refused(tmp_path):
     assert len(output.strip().splitlines()) == 1, output
     first.kill()
     first.communicate()
+    (tmp_path / "metrics.jsonl").unlink(missing_ok=True)  # of another config
     run(small_config.get_config("resident"), tmp_path)  # the kill has freed it
 
 
