@@ -62,6 +62,18 @@ def test_no_update_takes_longer_than_the_plain_step_beside_it():
     assert len(over) == 5 and max(over.values()) <= 1
 
 
+def test_what_determinism_costs_is_what_the_page_says():
+    rows = {(row["network"], row["work"]): row["accessed_bytes"]
+            for row in json.loads(by_compiler.RECORD.read_text())["rows"]
+            if row["slice"] == "h100-1" and row["images"] in (32, 128)
+            and (row["network"], row["images"]) != ("ResNet-50", 128)}
+    page = " ".join((REPOSITORY / "docs/promises.md").read_text().split())
+    more = {name: rows[name, by_compiler.DETERMINISTIC] / rows[name, by_compiler.WHOLE]
+            for name in ("WRN-16-4", "ResNet-50", "Inception-ResNet-V2")}
+    assert more["WRN-16-4"] == 1 and f"{more['ResNet-50']:.3f} times as much (32 images)" in page
+    assert f"Inception-ResNet-V2 {more['Inception-ResNet-V2']:.3f} times" in page
+
+
 def test_what_the_page_on_language_says_of_an_update_of_gpt_2_is_in_the_records():
     """With XLA's attention beside a plain step, and a pass of as many sequences without it."""
     rows = json.loads(by_compiler.RECORD.read_text())["rows"]
