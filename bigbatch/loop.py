@@ -61,7 +61,7 @@ class InFlight(NamedTuple):
 
     start: int  # examples seen before the update
     after: Position  # the position after the update
-    measured: update.Metrics
+    metrics: update.Metrics
     # The line of metrics.jsonl without what was measured; None if no line is due.
     event: dict[str, Any] | None
 
@@ -76,27 +76,27 @@ class InFlight(NamedTuple):
             Mistake: if no example of the update counts, in any process of the job.
         """
         with run.log.clock.spent_on("update"):
-            finite, measured = jax.device_get((self.measured.finite, self.measured.noise))
+            finite, measured = jax.device_get((self.metrics.finite, self.metrics.noise))
             finite = bool(finite)
         if not finite:
-            if not self.measured.weight:  # of no example: no divergence
+            if not self.metrics.weight:  # of no example: no divergence
                 raise run.feed.none_of_use(f"the update from example {self.start}")
             run.log.diverged(self.after.updates - 1, self.start)
             saved = ("All checkpoints are from before it." if run.saves.newest else
                      "There is no checkpoint from before it.")
             raise NotFinite(
                 f"training diverged in update {self.after.updates} (from example {self.start}): "
-                f"its loss ({float(self.measured.loss):g}) or a parameter after it is not finite. "
+                f"its loss ({float(self.metrics.loss):g}) or a parameter after it is not finite. "
                 f"{saved} A lower recipe.learning_rate or a warm-up usually helps."
             )
         added = self.after.examples_seen - self.start, run.noise_window
         smoothed, growth = self.after.noise.after(measured.by_norms, *added), self.after.growth
         if run.steering:
-            growth = growth.after_update(float(self.measured.loss), *added)
+            growth = growth.after_update(float(self.metrics.loss), *added)
         run.log.saw_groups(measured.by_groups, measured.groups, *added)
         event = self.event
         if event:
-            event = event | run.results(self.measured.means) | noise.line(measured, smoothed)
+            event = event | run.results(self.metrics.means) | noise.line(measured, smoothed)
             run.log.warn_of_noise(event, smoothed.weight)
         return event, self.after._replace(noise=smoothed, growth=growth)
 
@@ -128,7 +128,7 @@ def loop(run: Run, at: Position, state: update.State) -> tuple[update.State, Pos
             ready = _enter(run, course, phase, at)
             for number, (start, end) in enumerate(schedule.spans([phase], at.examples_seen)):
                 rates = course.rates_at(phase, start, end)
-                state, sums, measured = _dispatch(
+                state, sums, metrics = _dispatch(
                     run, ready, state, sums, run.feed.update(phase, layout, start), rates,
                     at.updates + 1, flight)
                 if flight:  # the update before this one
@@ -138,12 +138,12 @@ def loop(run: Run, at: Position, state: update.State) -> tuple[update.State, Pos
                 at = at._replace(examples_seen=end, updates=at.updates + 1)
                 due = _due(run, course, phase, start, end)
                 flight = InFlight(
-                    start, at, measured, _event(run, phase, rates, at) if due.log else None)
+                    start, at, metrics, _event(run, phase, rates, at) if due.log else None)
                 run.tracer.after(at.updates, state)
                 if number == 0:
                     _time_alone(run, phase, ready, flight)
                 before = at.growth.decisions
-                if any(due[1:]):  # only of a state that is known to be finite
+                if due.of_the_state:
                     (event, at), flight = flight.land(run), None
                     clock.idle()
                     if due.noise:
@@ -193,17 +193,17 @@ def _dispatch(
     """Dispatches the update of this number, while the one before it may still run."""
     run.tracer.before(number, state)
     with StepTraceAnnotation("update", step_num=number), run.log.clock.spent_on("update"):
-        state, sums, measured, waited = run.take_update(
+        state, sums, metrics, waited = run.take_update(
             ready.calls, state, sums, run.feed.resident, batches, run.as_rates(rates),
-            running=before and before.measured.finite)
+            running=before and before.metrics.finite)
     run.log.clock.dispatched(waited)
-    return state, sums, measured
+    return state, sums, metrics
 
 
 def _time_alone(run: Run, phase: Phase, ready: Ready, flight: InFlight) -> None:
     """Waits for the first update of a phase, so that it is timed alone."""
     with run.log.clock.spent_on("update"):
-        jax.block_until_ready(flight.measured.finite)
+        jax.block_until_ready(flight.metrics.finite)
     run.log.timing(
         "phase", flight.start, phase=phase.name, compile_seconds=ready.compile_seconds,
         waited_seconds=ready.waited_seconds, programs=ready.obtained,
@@ -219,16 +219,22 @@ class _Due(NamedTuple):
     evaluation: bool
     save: bool
 
+    @property
+    def of_the_state(self) -> bool:
+        """Whether something needs the state to be known to be finite, and not only its metrics."""
+        return self.noise or self.decision or self.evaluation or self.save
+
 
 def _due(run: Run, course: Course, phase: Phase, start: int, end: int) -> _Due:
     """What is due after the update of `phase` from example `start` to `end`."""
     ends = end == phase.end_example
     over = ends and phase == course.phases[-1]
-    measured, evaluation = (course.is_due(what, start, end) for what in ("noise", "eval"))
+    noise_due, evaluation = (course.is_due(what, start, end) for what in ("noise", "eval"))
     decision = run.steering is not None and not over and run.steering.is_due(start, end)
     return _Due(
-        ends or measured or decision or evaluation or course.is_due("log", start, end),
-        measured, decision, evaluation, ends or course.is_due("checkpoint", start, end))
+        log=ends or noise_due or decision or evaluation or course.is_due("log", start, end),
+        noise=noise_due, decision=decision, evaluation=evaluation,
+        save=ends or course.is_due("checkpoint", start, end))
 
 
 def _event(run: Run, phase: Phase, rates: Rates, after: Position) -> dict[str, Any]:

@@ -6,7 +6,7 @@ where the run stands) and `loop.loop` (the updates), and reports the end.
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +39,7 @@ from bigbatch.update import (
     evaluation,
     initial_weights,
     network,
+    noise,
     own_optimizer,
     sharding,
     update,
@@ -222,33 +223,60 @@ def begin(
                               lambda text: log.notice(text, at.examples_seen))
     at_end.callback(tracer.close)
 
-    dtype = jax.tree.leaves(state.params)[0].dtype
-    measured = noise_layout(config, mesh.size)
     if goal.steering and phases:  # and those of every batch to which it may grow
         layouts += tuple(
             layout for phase, layout in zip(goal.course.phases, goal.course.layouts, strict=True)
             if phase.batch_size > phases[-1].batch_size)
     programs = Programs(
         config, goal.net, mesh, layouts, feed.resident, feed.test, peak is not None, begin_with,
-        at_end.enter_context(bucket_programs.opened(mirror, jax.process_index() == 0)), measured)
-    run = Run(
-        course, goal.steering, partial(_replan, goal, feed, saves, log, write_config), programs,
-        partial(take_update, before_reduction=watch.before_reduction,
-                # A pass over parameters in pieces gathers them, so it needs all processes.
-                before_pass=watch.before_reduction if config.sharding.parameters else watch.poll,
-                started=clock.update_started, landed=clock.update_landed),
-        lambda state: evaluation.whole_test_set(
-            config, programs.evaluate(),
-            evaluation.networks_of(state._asdict(), watch.before_reduction), feed,
-            watch.before_reduction),
-        partial(measures.results, config, goal.task, before="train_"),
-        lambda calls, state, sums, position: measure(
-            calls, state, sums, feed.resident, feed.coming(measured, position)),
-        noise_window(config), feed,
-        lru_cache(maxsize=1)(partial(as_rates, mesh, dtype)),  # constant but in a warm-up
-        config.data.train_examples, tokens_per_example(config), log, saves, watch, tracer,
-    )
+        at_end.enter_context(bucket_programs.opened(mirror, jax.process_index() == 0)),
+        noise_layout(config, mesh.size))
+    run = _make_run(goal, course, state, programs, feed, log, saves, write_config, watch, tracer)
     return run, at, state
+
+
+def _make_run(
+    goal: Goal, course: Course, state: update.State, programs: Programs, feed: Feed, log: Log,
+    saves: Saves, write_config: Callable[[Position], None], watch: preemption.Watch,
+    tracer: profiling.Tracer,
+) -> Run:
+    """What the loop needs, of what `begin` has opened."""
+    config, ghosts = goal.config, noise_layout(goal.config, goal.mesh.size)
+
+    def evaluate(state: update.State) -> dict[str, float]:
+        networks = evaluation.networks_of(state._asdict(), watch.before_reduction)
+        return evaluation.whole_test_set(
+            config, programs.evaluate(), networks, feed, watch.before_reduction)
+
+    def measure_ghosts(
+        calls: Sequence[Callable], state: update.State, sums: update.Sums | None, position: int
+    ) -> tuple[update.Sums, noise.Measured]:
+        return measure(calls, state, sums, feed.resident, feed.coming(ghosts, position))
+
+    to_arrays = partial(as_rates, goal.mesh, jax.tree.leaves(state.params)[0].dtype)
+    return Run(
+        course=course,
+        steering=goal.steering,
+        replan=partial(_replan, goal, feed, saves, log, write_config),
+        programs=programs,
+        take_update=partial(
+            take_update, before_reduction=watch.before_reduction,
+            # A pass over parameters in pieces gathers them, so it needs all processes.
+            before_pass=watch.before_reduction if config.sharding.parameters else watch.poll,
+            started=log.clock.update_started, landed=log.clock.update_landed),
+        evaluate=evaluate,
+        results=partial(measures.results, config, goal.task, before="train_"),
+        measure=measure_ghosts,
+        noise_window=noise_window(config),
+        feed=feed,
+        as_rates=lru_cache(maxsize=1)(to_arrays),  # constant but in a warm-up
+        examples=config.data.train_examples,
+        tokens=tokens_per_example(config),
+        log=log,
+        saves=saves,
+        watch=watch,
+        tracer=tracer,
+    )
 
 
 def _find_newest(

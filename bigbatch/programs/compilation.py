@@ -134,14 +134,14 @@ def compile_ahead(
 
 
 def compile_order(
-    layouts: Sequence[Layout], begins: bool = False, measured: Layout | None = None
+    layouts: Sequence[Layout], begins: bool = False, ghosts: Layout | None = None
 ) -> tuple[list[Program], list[Program]]:
     """Which programs to compile before the first update, and which later.
 
     Args:
         layouts: one for each phase still to run, in order; empty if no update is left.
         begins: whether the run is new, so that INIT is needed.
-        measured: of the ghost batches whose noise scale is measured; None if none are.
+        ghosts: of the ghost batches whose noise scale is measured one by one; None if none are.
 
     Returns:
         (the programs to wait for before the first update, the others), each in order.
@@ -151,7 +151,7 @@ def compile_order(
     if layouts:
         largest = max(layouts, key=lambda layout: layout.slots)
         first = list(dict.fromkeys([*programs_of(layouts[0]), *first, *programs_of(largest)]))
-        in_order += measuring_programs(measured) if measured else ()
+        in_order += measuring_programs(ghosts) if ghosts else ()
     if begins:
         first.insert(0, INIT)
     return first, [program for program in dict.fromkeys(in_order) if program not in first]

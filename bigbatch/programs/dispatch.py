@@ -49,8 +49,8 @@ def take_update(
         batch = microbatches.next()
         before_reduction()
         started()
-        state, measured = calls[0](state, resident, batch, rates)
-        return state, sums, measured, microbatches.waited
+        state, metrics = calls[0](state, resident, batch, rates)
+        return state, sums, metrics, microbatches.waited
     accumulate, apply = calls
     first = True
     while (batch := microbatches.next()) is not None:
@@ -64,8 +64,8 @@ def take_update(
                 landed(microbatches.waited)
         microbatches.running, first = done, False
     before_reduction()
-    state, measured = apply(state, sums, rates)
-    return state, sums, measured, microbatches.waited
+    state, metrics = apply(state, sums, rates)
+    return state, sums, metrics, microbatches.waited
 
 
 def measure(

@@ -38,7 +38,7 @@ class Programs:
     def __init__(
         self, config: ConfigDict, net: network.Network, mesh: Mesh, layouts: Sequence[Layout],
         resident: Mapping, test: Mapping, counted: bool, begin_with: Mapping | None = None,
-        bucket: BucketPrograms | None = None, measured: Layout | None = None,
+        bucket: BucketPrograms | None = None, ghosts: Layout | None = None,
     ):
         """Args:
         config: of the run.
@@ -50,12 +50,12 @@ class Programs:
         counted: whether to count floating-point operations.
         begin_with: the weights of a new run, see `initial_weights.read`; none if not given.
         bucket: see `origin.obtain`.
-        measured: see `compilation.compile_order`.
+        ghosts: see `compilation.compile_order`.
         """
         self._config, self._net, self._mesh = config, net, mesh
         self._layouts, self._resident, self._test = layouts, resident, test
         self._counted, self._begin_with = counted, begin_with or {}
-        self._measured = measured
+        self._ghosts = ghosts
         self._bucket = bucket
         self._futures: dict[Program, Future] = {}
         self._told: set[Program] = set()  # of which a `Ready` said where they came from
@@ -78,14 +78,14 @@ class Programs:
         is_new = isinstance(jax.tree.leaves(state)[0], jax.ShapeDtypeStruct)
         shapes = jax.tree.map(shape_of, (state, self._resident, self._test))
         lower = lowering(self._config, self._net, self._mesh, *shapes)
-        first, later = compilation.compile_order(self._layouts, is_new, self._measured)
+        first, later = compilation.compile_order(self._layouts, is_new, self._ghosts)
         self._futures = compilation.compile_ahead(
             lower, first + later, self._counted, watch.poll,
             partial(origin.obtain, bucket=self._bucket))
         if is_new:
             watch.wait(self._futures[INIT].done)
             state = self._initial(state, watch)
-        several = any(layout.microbatches > 1 for layout in self._layouts) or self._measured
+        several = any(layout.microbatches > 1 for layout in self._layouts) or self._ghosts
         sums = dispatch.room_for_sums(self._config, self._net, self._mesh) if several else None
         watch.wait(lambda: all(self._futures[program].done() for program in first))
         for program in first:
@@ -133,7 +133,7 @@ class Programs:
 
     def measure(self) -> list[Callable]:
         """The compiled programs that measure the noise scale, for `dispatch.measure`."""
-        wanted = compilation.measuring_programs(self._measured)
+        wanted = compilation.measuring_programs(self._ghosts)
         return [self._futures[program].result().call for program in wanted]
 
     def _obtained(self) -> dict[str, dict[str, str | float]]:
