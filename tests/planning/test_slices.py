@@ -224,7 +224,7 @@ def test_a_split_of_the_state_that_makes_it_fit_is_found(libtpu, tmp_path, monke
     assert told["phases"][0]["advice"] == "--config.sharding.optimizer=True fits"
     sizes = told["states"]["v5litepod-8"]
     rest = 4 * 8192  # the bias, which is too small to be cut
-    count, cut = 4, parameters - rest  # Adam's count of updates
+    count, cut = 12, parameters - rest  # Adam's count of updates, and the weights of its averages
     assert sizes == {"": 3 * parameters + count,
                      "optimizer": parameters + 2 * (cut // 8 + rest) + count,
                      "parameters": 3 * (cut // 8 + rest) + count}
