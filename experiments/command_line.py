@@ -5,6 +5,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from bigbatch.config import base_config
+from bigbatch.config.texts import set_from_text
 from bigbatch.job import statuses
 from bigbatch.mistake import Mistake
 from experiments import logs
@@ -40,16 +42,17 @@ def hardware_settings(flags: Sequence[str]) -> list[str]:
     """The flags `--config.KEY=VALUE` for every run, of keys that change nothing that is learned.
 
     Raises:
-        Mistake: if one has another form, or another key: the curves would be others than those that
-            the figures and their records name.
+        Mistake: if one has another form, another key (the curves would be others than those that
+            the figures and their records name), or a value that the key does not take.
     """
     free = sorted(logs.FREE - {"seed", "data.dir"})
     for flag in flags:
-        key, _, value = flag.removeprefix("--config.").partition("=")
-        if not (flag.startswith("--config.") and value
+        key, equals, value = flag.removeprefix("--config.").partition("=")
+        if not (flag.startswith("--config.") and equals
                 and any(key == name or key.startswith(f"{name}.") for name in free)):
             raise Mistake(
                 f"{flag} is not known here. Every run can be given --config.KEY=VALUE for keys "
                 f"that change nothing that is learned: {', '.join(free)}. --help lists the other "
                 "flags.")
+        set_from_text(base_config(), key, value)
     return list(flags)

@@ -164,6 +164,9 @@ def main() -> None:
         if records.is_record(workdir) and not (options.draw_only and options.output):
             raise Mistake(f"--workdir is {options.workdir}, a record; give --draw_only and "
                           "--output=FOLDER, so that it stays as it was published.")
+        if records.is_record(output):
+            raise Mistake(f"--output is {output}, a record, which stays as it was published; give "
+                          "another folder.")
         chosen = figures.select(options.figure, options.scale)
         if options.curve:
             chosen = figures.only(chosen, options.curve)

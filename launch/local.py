@@ -45,9 +45,10 @@ def job_commands(
         arguments: of bigbatch.main.
         port: of the first process, on which the others find it.
     """
-    # This checkout's code, wherever the paths among the arguments begin.
-    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = [f"PYTHONPATH={os.pathsep.join(path)}"]
+    # This checkout's code, wherever the paths among the arguments begin; after it the user's own,
+    # which Python would put first.
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")]), os.getcwd()]
+    environment = ["PYTHONSAFEPATH=1", f"PYTHONPATH={os.pathsep.join(path)}"]
     if devices:
         flags = [os.environ.get("XLA_FLAGS", ""),
                  f"--xla_force_host_platform_device_count={devices}"]

@@ -14,7 +14,7 @@ from bigbatch import schedule
 from bigbatch.adapters import batches
 from bigbatch.mistake import Mistake
 from bigbatch.schedule import Table
-from bigbatch.schedule.recipe import keeps_momentum
+from bigbatch.schedule.recipe import keeps_beta2, keeps_momentum
 
 # Numbers of an optimizer that act once an update, so that a batch that grows changes what they do.
 NOT_SCHEDULED = ("dampening", "alpha", "momentum_decay")  # of SGD, of RMSprop, of NAdam
@@ -102,7 +102,8 @@ class ScheduledRates(LRScheduler):
         """The rate of each group at update `last_epoch`; sets the groups' other rates."""
         row = schedule.row(self.table, min(self.last_epoch, self.table.updates - 1))
         rates = row.rates
-        if any(row.start == phase.start_example for phase in self.table.phases):
+        # Not at the first: an optimizer that has been loaded is at another, which comes later.
+        if row.start and any(row.start == phase.start_example for phase in self.table.phases):
             self._count_as_of_now(row)
         for group, factor in zip(self.optimizer.param_groups, self.decay_factors, strict=True):
             if "betas" in group:
@@ -119,7 +120,7 @@ class ScheduledRates(LRScheduler):
         It divides its averages by 1 - beta^count. Under betas that are kept per example this is
         what gradients weigh in them, if the examples so far are counted in batches of today.
         """
-        if not self.table.recipe.per_example.beta2:
+        if not keeps_beta2(self.table.recipe):
             return
         for group in self.optimizer.param_groups:
             for parameter in group["params"] if "betas" in group else ():
@@ -167,6 +168,11 @@ def _check_kind(group: dict[str, Any], recipe: schedule.Recipe) -> None:
         )
     if recipe.momentum and "momentum" in group and not recipe.accumulates:
         raise Mistake("the optimizer adds gradients up; set accumulates=True in the recipe.")
+    if "betas" in group and keeps_momentum(recipe) != keeps_beta2(recipe):
+        raise Mistake(
+            "per_example.momentum and per_example.beta2 differ, but PyTorch's Adam corrects both "
+            "averages by one count of updates; set both to True, or both to False."
+        )
     if group.get("nesterov") and keeps_momentum(recipe):
         raise Mistake(
             "the optimizer has nesterov=True, which uses the momentum twice in a step, and with "

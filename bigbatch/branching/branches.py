@@ -249,8 +249,10 @@ def make(branch: Branch, opened: checkpoint.Opened, reset: bool) -> None:
         **branch.stretch._asdict(), "factor": branch.factor, "order": branch.order,
         "reset_optimizer": reset, "run": opened.run["config"]}
     with workdir.open_workdir(branch.folder):
-        if checkpoint.find_newest(branch.folder).path:
+        is_made = checkpoint.find_newest(branch.folder).path is not None
+        if is_made or (branch.folder / "metrics.jsonl").exists():
             _check_made_for(branch.folder, made_for)
+        if is_made:
             return
         config = branch.config
         pin_options(config.dtype)
@@ -277,12 +279,13 @@ def make(branch: Branch, opened: checkpoint.Opened, reset: bool) -> None:
 def _check_made_for(folder: Path, made_for: dict[str, Any]) -> None:
     """Raises Mistake if the branch in a workdir was not made for the same as is wanted now."""
     remedy = "give the branches another folder by --output"
-    if not (folder / MADE_FOR).exists():
+    try:
+        before = continuing.flatten(json.loads((folder / MADE_FOR).read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError):
         raise Mistake(
             f"{folder} holds a run, and no {MADE_FOR} says which branch it is, as one of an "
-            f"earlier version of bigbatch, or no branch at all: {remedy}.")
-    before, now = (continuing.flatten(content) for content in (
-        json.loads((folder / MADE_FOR).read_text(encoding="utf-8")), made_for))
+            f"earlier version of bigbatch, or no branch at all: {remedy}.") from None
+    now = continuing.flatten(made_for)
     differing = [f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
                  for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
     if differing:

@@ -153,7 +153,9 @@ def _images(folder: Path, name: str) -> list[bytes]:
     A link to a folder that it lies in is passed over.
     """
     top = os.path.join(folder, name)
-    paths, around = [], {top: {os.path.realpath(top)}}  # around: a place, itself and those above
+    # Of each place the folder that it is and those above.
+    above = [Path(os.path.realpath(place)) for place in (top, folder)]
+    paths, around = [], {top: {os.fspath(one) for real in above for one in (real, *real.parents)}}
     for place, folders, files in os.walk(top, followlinks=True):
         inside = around.pop(place)
         below = {inner: os.path.realpath(os.path.join(place, inner)) for inner in folders}

@@ -258,8 +258,9 @@ def check_reach(rule: Rule, rungs: Sequence[int]) -> None:
         value = f"measured.losses is {rule.losses}"
         if rule.name != "loss":
             value = f"measured.threshold is {rule.threshold or RULES[rule.name][1]:g}"
+        remedy = {"loss": "name larger batches", "norm_test": "lower the threshold",
+                  "adascale": "lower the threshold"}.get(rule.name, "raise the threshold")
         raise Mistake(
             f"{value}, with which the rule {rule.name} never asks for a batch over {most:.6g} in "
-            f"updates of {first}. The next batch is {above[0]}, so none would ever grow: "
-            f"{'name larger batches' if rule.name == 'loss' else 'lower the threshold'}, or lower "
-            "limits.growth.")
+            f"updates of {first}. The next batch is {above[0]}, so none would ever grow: {remedy}, "
+            "or lower limits.growth.")

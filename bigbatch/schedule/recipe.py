@@ -253,10 +253,11 @@ def pairs(name: str, given: Any) -> tuple[tuple[float, float], ...]:
     except (TypeError, ValueError):
         found, wrong = (), [given]
     if wrong:
-        what = "batch" if name == "by_hand" else "factor"
-        example = "((30, 256), (60, 1024))" if name == "by_hand" else "((60, 5), (120, 5))"
-        raise Mistake(
-            f"{name} is {given!r}; it must be pairs of (epoch, {what}), such as {example}.")
+        pair, example = {
+            "by_hand": ("epoch, batch", "((30, 256), (60, 1024))"),
+            "measured.losses": ("loss, batch", "((2.0, 256), (1.5, 1024))"),
+        }.get(name, ("epoch, factor", "((60, 5), (120, 5))"))
+        raise Mistake(f"{name} is {given!r}; it must be pairs of ({pair}), such as {example}.")
     return found
 
 

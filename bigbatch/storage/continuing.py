@@ -163,11 +163,16 @@ def check_anew(folder: Path, workdir: str | Path, config: ConfigDict) -> None:
     if not events:
         return
     if (folder / "config.json").exists():
-        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         decisions = tuple((event["examples_seen"], event["grows_to"])
                           for event in events if "grows_to" in event)
-        refused, _ = changes(saved | {"examples_seen": events[-1]["examples_seen"]}, config,
-                             make_phases(config, decisions))
+        phases, seen = make_phases(config, decisions), events[-1]["examples_seen"]
+        try:
+            saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            refused, _ = changes(saved | {"examples_seen": seen}, config, phases)
+        except (ValueError, TypeError, KeyError) as error:
+            raise Mistake(
+                f"{workdir} holds the log of a run without a checkpoint, and its config.json does "
+                "not say of which run: give another --workdir, or remove metrics.jsonl.") from error
         if refused:
             raise Mistake(
                 f"{workdir} holds the log of a run of another config, and no checkpoint: "

@@ -105,17 +105,17 @@ def check_evaluation(
     what = f"{name} with the task {task.name}, in evaluation,"
     try:
         shapes, found = independence.trace(call, (params, batch_stats), fields, keys(examples))
-    except (TypeError, ValueError) as error:
-        if isinstance(error, Mistake):
-            raise
+    except Mistake:
+        raise
+    except Exception as error:
         raise Mistake(
             f"{what} fails for {examples} examples: {type(error).__name__}: "
             f"{' '.join(str(error).split())[:300]}. Evaluated are examples in any number, not whole"
-            f" ghost batches of {config.ghost_size}."
+            f" ghost batches of {config.ghost_size}, and `losses` is called then too."
         ) from error
     independence.refuse_mixing(
-        what, found, shapes, "and at its neighbours in a ghost batch in training alone (`if train`,"
-        " or in the objective of `losses`)")
+        what, found, shapes, "and at its neighbours in a ghost batch in training alone (`if train`;"
+        " `losses` may in its objective, where it has whole ghost batches)")
 
 
 def described(task: Task, inputs: Any) -> str:

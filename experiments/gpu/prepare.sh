@@ -34,9 +34,11 @@ wheels .gpu/wheels $lacking
 wheels .gpu/newer $newer
 
 # JPEGs of one quality repeat their tables: xz takes 19 MB for 50.
-[ -e .gpu/cifar10.tar.xz ] || {
+packed=$(cd "$data" && pwd && du -sb cifar10)
+[ -e .gpu/cifar10.tar.xz ] && [ "$(cat .gpu/packed 2>/dev/null)" = "$packed" ] || {
     tar -C "$data" -cJf .gpu/cifar10.tar.xz.new cifar10
     mv .gpu/cifar10.tar.xz.new .gpu/cifar10.tar.xz
+    echo "$packed" > .gpu/packed
 }
 rm -f .gpu/resume/*
 [ -z "$results" ] || cp "$results"/logs.tar.xz "$results"/state*.tar.* "$results"/cache.tar.gz \

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# bash experiments/gpu/rehearse.sh, in the repository, after prepare.sh: what measure.sh does, on a
-# CPU with the packages of the image and a tiny network, cut off in the middle of a run and gone on
-# with as on another machine.
+# bash experiments/gpu/rehearse.sh DATA, in the repository: what measure.sh does, on a CPU with the
+# packages of the image and a tiny network, cut off in the middle of a run and gone on with as on
+# another machine. Prepares it itself, for DATA as prepare.sh has it.
 set -eu
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 data=${1:?the folder with cifar10 in it}

@@ -1,6 +1,6 @@
 """The speed of each batch in runs' own logs, and what of a run's time was what.
 
-    python experiments/gpu/speeds.py
+    PYTHONPATH=. python experiments/gpu/speeds.py
 
 of the workdirs in $WORK and in its `runs`.
 """

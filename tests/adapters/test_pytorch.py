@@ -71,10 +71,13 @@ def test_what_is_loaded_first_makes_no_difference():
             optimizer.load_state_dict(saved["optimizer"])
         rates = ScheduledRates(optimizer, table)
         rates.load_state_dict(saved["scheduler"])
-        optimizer.load_state_dict(saved["optimizer"])
+        if not optimizer_first:
+            optimizer.load_state_dict(saved["optimizer"])
         rates.step()
-        found.append(torch_task.in_optimizer(optimizer))
-    assert found == [schedule.row(table, 46).rates[:4]] * 2
+        counts = {float(kept["step"]) for kept in optimizer.state_dict()["state"].values()}
+        found.append((torch_task.in_optimizer(optimizer), counts))
+    count = float(saved["optimizer"]["state"][0]["step"])
+    assert count > 1 and found == [(schedule.row(table, 46).rates[:4], {count})] * 2
 
 
 def test_each_example_is_seen_once_an_epoch():
@@ -126,6 +129,10 @@ def test_what_does_not_fit_is_refused():
         ScheduledRates(one(torch.optim.SGD, lr=0.02, momentum=0.9), TABLES["adam"])
     with pytest.raises(Mistake, match="accumulates=True"):
         ScheduledRates(one(torch.optim.SGD, lr=0.02), TABLES["adam"])
+    apart = dataclasses.replace(ADAM, per_example=schedule.PerExample(momentum=False))
+    with pytest.raises(Mistake, match="by one count of updates; set both"):
+        ScheduledRates(one(torch.optim.AdamW, lr=0.02, weight_decay=0.1),
+                       schedule.make_table(apart, "increase", tables.LIMITS))
     with pytest.raises(Mistake, match="nesterov=True, .* set one of them to False"):
         ScheduledRates(one(torch.optim.SGD, lr=0.02, momentum=0.9, nesterov=True), TABLES["sgd"])
     decay = {"lr": 0.02, "weight_decay": 0.1}

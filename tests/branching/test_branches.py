@@ -297,9 +297,14 @@ def test_what_cannot_be_branched_is_told(run, tmp_path):
             branch.make_branches(
                 [str(source)], "1024 examples", (4, 16), length, made, **options)
     assert before == {file: file.read_bytes() for file in before}
-    (made / "x1/branch.json").unlink()
-    with pytest.raises(Mistake, match="no branch.json says which branch it is.* by --output"):
-        branch.make_branches([str(folder)], "1024 examples", (4, 16), STRETCH, made)
+    for damaged in ("", "[]", None):
+        if damaged is None:  # only the log is left of another run
+            (made / "x1/branch.json").unlink()
+            shutil.rmtree(made / "x1/checkpoints")
+        else:
+            (made / "x1/branch.json").write_text(damaged)
+        with pytest.raises(Mistake, match="no branch.json says which branch it is.* by --output"):
+            branch.make_branches([str(folder)], "1024 examples", (4, 16), STRETCH, made)
     shutil.rmtree(made)
     assert [path.name for path in tmp_path.iterdir()] == ["other"]
 

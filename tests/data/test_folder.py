@@ -78,6 +78,7 @@ def test_folders_in_class_folders_and_links_are_looked_into_and_hidden_ones_are_
     (root / "train/ant/boxes.txt").write_text("no image")
     (root / "train/ant/linked.png").symlink_to(root / "train/cat/0.PNG")
     (root / "train/ant/images/above").symlink_to("..")  # a circle
+    (root / "train/ant/images/all").symlink_to("../..")  # with images of other classes in it
     (root / "more").mkdir()
     (root / "more/1.png").write_bytes(picture(1))
     (root / "train/ant/more").symlink_to(root / "more")

@@ -143,6 +143,9 @@ def test_the_commands_of_what_is_missing_are_printed(made, tmp_path, monkeypatch
     (("--figure=6", "--output=README.md"), "README.md can be no folder: File exists"),
     (("--figure=6", "--config.ghost_size=64"), "ghost_size=64 is not known here. Every run can be"),
     (("--figure=6", "--config.microbatches"), "--config.microbatches is not known here"),
+    (("--figure=6", "--config.microbatches=two"), "config.microbatches takes a whole number"),
+    (("--figure=6", "--draw_only", "--output=experiments/records/2026-11-26_h200"),
+     "2026-11-26_h200, a record, which stays as it was published"),
 ])
 def test_what_cannot_be_drawn_is_one_line(made, tmp_path, monkeypatch, capsys, arguments, said):
     workdir = tmp_path / "copy"

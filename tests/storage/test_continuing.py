@@ -242,6 +242,11 @@ def test_a_log_without_a_checkpoint_is_replaced_only_by_the_same_run(whole, tmp_
         with pytest.raises(Mistake, match=re.escape(said)):
             run(other, folder)
         assert [(folder / name).read_bytes() for name in bucket.LOGS] == before
+    for damaged in ("", "[]", "{}"):
+        (folder / "config.json").write_text(damaged)
+        with pytest.raises(Mistake, match="its config.json does not say of which run"):
+            run(config, folder)
+    (folder / "config.json").write_bytes(before[0])
     # As it would be after a kill before the first save: of an older start nothing is left to lose.
     lines = log.read_bytes().splitlines(keepends=True)
     log.write_bytes(b"".join(lines[: len(lines) // 2]))
