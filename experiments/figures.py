@@ -368,6 +368,8 @@ def select(names: str, scale: str) -> list[Figure]:
 def only(chosen: Sequence[Figure], curves: Sequence[str]) -> list[Figure]:
     """Figures with no other curves than those that `curves` names, each as its Curve.config.
 
+    The paper's claims are about a panel's first curve, and go where that is left out.
+
     Raises:
         Mistake: if one of them is in no figure; it names those that are.
     """
@@ -376,11 +378,15 @@ def only(chosen: Sequence[Figure], curves: Sequence[str]) -> list[Figure]:
     if unknown := [name for name in curves if name not in there]:
         raise Mistake(f"--curve is {unknown[0]!r}; the curves of these figures are "
                       f"{'; '.join(there)}.")
-    panels = [[panel._replace(curves=left) for panel in figure.panels
-               if (left := tuple(curve for curve in panel.curves if curve.config in curves))]
-              for figure in chosen]
-    return [figure._replace(panels=tuple(left))
-            for figure, left in zip(chosen, panels, strict=True) if left]
+    def left(panel: Panel) -> Panel:
+        kept = [curve for curve in panel.curves if curve.config in curves]
+        if panel.curves[0] not in kept:
+            kept = [curve._replace(claim="") for curve in kept]
+        return panel._replace(curves=tuple(kept))
+
+    found = [figure._replace(panels=tuple(
+        panel for panel in map(left, figure.panels) if panel.curves)) for figure in chosen]
+    return [figure for figure in found if figure.panels]
 
 
 def beside_updates(figure: Figure) -> Figure:

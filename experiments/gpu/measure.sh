@@ -6,9 +6,10 @@ set -u
 began=$(date +%s)
 export OUT=${OUT:-/tmp/gpu_out} WORK=${WORK:-/tmp/gpu}  # what comes back; all else
 BUDGET=${BUDGET:-565}  # seconds for all of it: 30 or more below the limit of the call
-STEPS=${STEPS:-smoke warm bits curves}
+STEPS=${STEPS:-smoke warm curves}
 FLAGS=${FLAGS:---config.max_per_device_batch=640 --config.eval_batch_size=2500 --config.tensorboard=false}
-FIGURES=${FIGURES:-5,3a} SEEDS=${SEEDS:-1} SCALE=${SCALE:-paper}
+FIGURES=${FIGURES:-3a,5} SEEDS=${SEEDS:-1} SCALE=${SCALE:-paper}
+NAMES=${NAMES-hybrid figure5_increased_lr figure5_increased_momentum}  # of curves; empty: all
 AT_ONCE=${AT_ONCE:-1}  # runs that share the GPU; with 1, seconds a curve can be published
 CURVES=${CURVES:-9999}  # seconds for them at most, so that rows can follow
 RECORD=${RECORD-experiments/records/2026-11-26_h200}  # its runs are over; may be empty
@@ -20,7 +21,7 @@ smoke=recipe.epochs=4,recipe.falls=\(\(1,5\),\(2,5\),\(3,5\)\)
 if [ -n "${SMALL:-}" ]; then  # to rehearse on a CPU
     settings=$settings,model.depth=10,model.width=1,data.augment.crop=8,data.image_size=8
     smoke=recipe.epochs=0.6,recipe.falls=\(\(0.2,5\),\(0.3,5\),\(0.4,5\)\)
-    FIGURES=6 SCALE=digits RECORD="" FLAGS=--config.tensorboard=false
+    FIGURES=6 SCALE=digits NAMES="" RECORD="" FLAGS=--config.tensorboard=false
 fi
 mkdir -p "$OUT" "$WORK/logs"
 exec > >(tee -a "$OUT/measure.log") 2>&1
@@ -90,7 +91,8 @@ for each in $STEPS; do
         limit=$(left); [ "$CURVES" -lt "$limit" ] || CURVES=$limit
         step curves "$limit" timeout --kill-after=25 "$(( CURVES > 40 ? CURVES - 25 : 15 ))" \
             "$python" -m experiments.reproduce "--figure=$FIGURES" "--scale=$SCALE" \
-            "--seeds=$SEEDS" "--at_once=$AT_ONCE" "--workdir=$WORK" "--data_dir=$WORK/data" $FLAGS
+            ${NAMES:+$(printf -- '--curve=%s ' $NAMES)} "--seeds=$SEEDS" "--at_once=$AT_ONCE" \
+            "--workdir=$WORK" "--data_dir=$WORK/data" $FLAGS
         ;;
     rows)
         for row in $ROWS; do

@@ -205,3 +205,10 @@ def test_lost_epochs_are_found_in_noisy_losses(tau):
     found = lost_epochs.equivalent_epochs(*losses(tau, 40), *losses(0.03, 80), 0.03, at)
     assert (at - found).mean() == pytest.approx(
         (at - lost_epochs.progress(at, tau)).mean(), rel=0.05, abs=0.2)
+
+
+def test_the_papers_claims_are_about_a_first_curve_that_is_there():
+    for names, claim in ((["decay", "hybrid"], "same"), (["hybrid"], "")):
+        (figure,) = figures.only(figures.select("3a", "paper"), names)
+        assert [curve.config for curve in figure.panels[0].curves] == names
+        assert figure.panels[0].curves[-1].claim == claim
