@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from bigbatch.tasks import contract
 from bigbatch.tasks.contract import Task
 
-Measured = dict[str, tuple[Any, Any]]  # {name: (sum of values, sum of weights)}, scalars
+Reported = dict[str, tuple[Any, Any]]  # {name: (sum of values, sum of weights)}, scalars
 
 
 class Added(NamedTuple):
@@ -20,7 +20,7 @@ class Added(NamedTuple):
     objective: jax.Array  # what is differentiated
     weight: jax.Array  # of it
     weights_B: jax.Array  # of each example in it
-    measured: Measured  # what is reported
+    reported: Reported
 
 
 def add_up(

@@ -30,12 +30,12 @@ def make_evaluate(config: ConfigDict, net: network.Network, mesh: Mesh) -> Calla
     split = sharding.split_of(config, net.params, mesh)
     gather = pieces.gatherer(split)
 
-    def evaluate(params: Any, batch_stats: Any, test: Mapping, batch: Mapping) -> measures.Measured:
+    def evaluate(params: Any, batch_stats: Any, test: Mapping, batch: Mapping) -> measures.Reported:
         record = batch["record"]
         fields = fields_of(test, batch, jnp.maximum(record, 0))
         outputs, targets = outputs_of(
             config, task, net, params, batch_stats, fields, record, gather)
-        own = measures.add_up(config, task, outputs, targets, record >= 0).measured
+        own = measures.add_up(config, task, outputs, targets, record >= 0).reported
         vector, unravel = ravel_pytree(own)
         return unravel(jax.lax.psum(vector, mesh.axis_names))
 
@@ -120,8 +120,8 @@ def whole_test_set(
         Mistake: if a record cannot be read or decoded, or if no example counts for the loss.
     """
     task = contract.task_of(config)
-    parts: dict[str, list[measures.Measured]] = {end: [] for end in networks}
-    last: list[measures.Measured] = []
+    parts: dict[str, list[measures.Reported]] = {end: [] for end in networks}
+    last: list[measures.Reported] = []
     for batch in fed.evaluation():
         before_batch()
         before, last = last, [program(*one, fed.test, batch) for one in networks.values()]

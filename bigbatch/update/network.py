@@ -37,7 +37,7 @@ class Network(NamedTuple):
     apply: Callable[..., tuple[Any, Tree]]
     decays: Tree  # like the statistics: the share of each that remains after one ghost batch
     in_norm: Tree  # like the parameters: True for the parameters of normalisation layers
-    measured: tuple[str, ...]  # what the task's losses measure of it
+    reported: tuple[str, ...]  # what a run reports of the task's losses
     copied: Tree  # like the parameters: True for those that may come in copies; see `_copied`
     copied_for: int  # the neighbouring examples that share a copy; 0 if no parameter is copied
 
@@ -119,7 +119,7 @@ def build(config: ConfigDict, may_mix: bool = False) -> Network:
         copied = _copied(abstract, params, batch_stats, config.ghost_size)
         with module_checks.naming_the_layer(name, task_checks.described(task, inputs)):
             copied, found, results = _trace_copying(apply, copied, *shapes, inputs, name)
-        measured = task_checks.measured(config, task, results[0], targets, examples, may_mix)
+        reported = task_checks.reported(config, task, results[0], targets, examples, may_mix)
         if not may_mix:
             independence.refuse_mixing(
                 name, found, results, "as layer or group norm does, or use GhostBatchNorm")
@@ -135,7 +135,7 @@ def build(config: ConfigDict, may_mix: bool = False) -> Network:
     )
     return Network(
         init, *shapes, apply, nnx.to_pure_dict(decays), _in_norm(abstract, params, linen_layers),
-        measured, *copied,
+        reported, *copied,
     )
 
 

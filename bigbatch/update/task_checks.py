@@ -46,10 +46,10 @@ def prepared(config: ConfigDict, task: Task, examples: int) -> tuple[Any, Any]:
     return shapes
 
 
-def measured(
+def reported(
     config: ConfigDict, task: Task, outputs: Any, targets: Any, examples: int, may_mix: bool = False
 ) -> tuple[str, ...]:
-    """The names of what `losses` measures and a run reports.
+    """The names of what a run reports of `losses`.
 
     Args:
         config: of the run.

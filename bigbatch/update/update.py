@@ -55,7 +55,7 @@ class Sums(NamedTuple):
 
     gradient: Tree  # of the summed objective; like the parameters
     statistics: Tree  # sum_i (1-d) d^(k-1-i) s_i over ghost batches i; like the batch statistics
-    measured: measures.Measured  # what the task reports, by name
+    reported: measures.Reported  # what the task reports, by name
     weight: jax.Array  # of the objective
     ghosts: jax.Array  # number of ghost batches
     examples: jax.Array  # those that count
@@ -233,12 +233,12 @@ def abstract_sums(config: ConfigDict, network: Network, mesh: Mesh) -> Sums:
     """
     leaf = jax.tree.leaves(network.params)[0]
     scalar = jax.ShapeDtypeStruct((), leaf.dtype)
-    measured = dict.fromkeys(network.measured, (scalar, scalar))
+    reported = dict.fromkeys(network.reported, (scalar, scalar))
     split = sharding.split_of(config, network.params, mesh)
     network = _with_whole_copies(network, split)
     groups = noise.Groups(scalar, scalar, scalar)
     one = Sums(
-        sharding.pieces_at_rest(split, network.params), network.batch_stats, measured, scalar,
+        sharding.pieces_at_rest(split, network.params), network.batch_stats, reported, scalar,
         scalar, scalar, groups if _measures_groups(config, network) else None,
         groups if network.copied_for else None)
     return jax.tree.map(
@@ -286,7 +286,7 @@ def _microbatch_sums(
     return Sums(
         gradient=gradient,
         statistics=jax.tree.map(fold, rows, network.decays),
-        measured=added.measured,
+        reported=added.reported,
         weight=added.weight,
         ghosts=jnp.sum(ghosts_after_G >= 0).astype(dtype),
         examples=jnp.sum(counts).astype(dtype),
@@ -326,7 +326,7 @@ def _apply_sums(
         state.average, _averaged(config, params, batch_stats))
     if not split.parameters:
         params = pieces.gather(split, params)
-    means = {name: value / weight for name, (value, weight) in sums.measured.items()}
+    means = {name: value / weight for name, (value, weight) in sums.reported.items()}
     total = means["loss"]  # and with all parameters not finite if any of them is not
     if split.parameters and split.cuts:
         total += pieces.add_over_pieces(split, params, lambda arrays: sum(totals(arrays)))

@@ -196,4 +196,4 @@ def test_a_divergence_is_no_want_of_weight(tmp_path):
 def test_the_fields_are_what_an_update_is_fed():
     updater = make_updater(config_of("sometimes"))
     assert set(training_set(updater)) == {"images", "labels", "seed"}
-    assert updater.net.measured == ("accuracy", "loss", "rare")
+    assert updater.net.reported == ("accuracy", "loss", "rare")
