@@ -25,6 +25,7 @@ LAST_SECONDS = 3
 LOST_PEER = r"UNAVAILABLE|DEADLINE_EXCEEDED|CANCELLED|gloo|connection|heartbeat"
 # How long the first process waits at the end for the others to arrive, and then for them to exit.
 END_SECONDS = 30
+A_MONTH_S = 30 * 24 * 3600
 AFTER_YOU_SECONDS = 1
 # Google's firewall rule for a TPU pod opens port 8476 between its hosts, but not port 8482, the one
 # that JAX uses since 0.8.1 (https://github.com/jax-ml/jax/issues/35905).
@@ -70,7 +71,7 @@ def join(
                 "host:port) and number, and a process from 0 to below the number."
             )
         if processes == 1:
-            _expect_no_others()
+            options |= _expect_no_others()
         with meeting.limited(join_seconds):
             jax.distributed.initialize(coordinator, processes, process, **options)
         return
@@ -89,7 +90,7 @@ def join(
         if "coordinator_address should be defined" not in str(error):
             raise
         # The platform does not name any processes, so this one is a job of its own.
-        _expect_no_others()
+        options |= _expect_no_others()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
@@ -98,11 +99,16 @@ def join(
         )
 
 
-def _expect_no_others() -> None:
+def _expect_no_others() -> dict[str, int]:
     """Leaves out gloo, which reduces between processes on CPU: it looks up the machine's own name,
     which not every container can resolve.
+
+    Returns:
+        Options for joining. A process alone is silent to itself while it is paused (Ctrl-Z), and
+        may go on after that.
     """
     jax.config.update("jax_cpu_collectives_implementation", None)
+    return {"heartbeat_timeout_seconds": A_MONTH_S}
 
 
 def decided_by_first(what: str, decide: Callable[[], Any]) -> Any:

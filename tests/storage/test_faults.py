@@ -384,6 +384,20 @@ def test_sigterm_while_training_ends_with_a_checkpoint_and_42(tmp_path):
     assert not list((tmp_path / "run/checkpoints").glob("*.unfinished"))
 
 
+def test_a_run_that_was_paused_goes_on(tmp_path):
+    """As with Ctrl-Z and fg, for much longer than --dead_peer_seconds: no other process waits."""
+    log = tmp_path / "metrics.jsonl"
+    process = started.start(tmp_path, *LONG, **SMALL, flags=("--dead_peer_seconds=1",))
+    started.wait_until(lambda: len(read_events(log)) > 1, process, "two events")
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(10)
+    seen = len(read_events(log))
+    process.send_signal(signal.SIGCONT)
+    started.wait_until(lambda: len(read_events(log)) > seen + 20, process, "20 more")
+    process.send_signal(signal.SIGTERM)
+    started.end(process, status=42, seconds=30)
+
+
 def test_with_nohup_a_run_outlives_its_terminal(tmp_path):
     log = tmp_path / "metrics.jsonl"
     process = started.start(tmp_path, *LONG, **SMALL, on=("nohup",))
