@@ -30,7 +30,7 @@ DECIDING = {
     "digits": RECORDS / "2026-11-26_deciding", "cifar10": RECORDS / "2026-11-27_deciding_cifar10",
     "bytes": RECORDS / "2026-11-27_deciding_bytes",
 }
-COSINE = RECORDS / "2026-11-26_cosine"
+COSINE = RECORDS / "2026-11-27_cosine"
 LANGUAGE = RECORDS / "2026-11-26_language"
 SPEED = RECORDS / "2026-11-26_speed.json"
 NOISE = {scale: RECORDS / f"2026-11-26_noise_{scale}" for scale in ("digits", "small", "bytes")}
