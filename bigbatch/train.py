@@ -22,7 +22,7 @@ from bigbatch.config import (
     noise_window,
     tokens_per_example,
 )
-from bigbatch.config.course import Course, due_ends, make_course, make_steering
+from bigbatch.config.course import Course, check_steering, due_ends, make_course, make_steering
 from bigbatch.data.feed import Feed, open_feed
 from bigbatch.job import chips, preemption, processes, signals
 from bigbatch.job.devices import make_mesh, pin_options
@@ -131,30 +131,8 @@ def set_goal(config: ConfigDict, stop_after_phase: str, profile: str) -> Goal:
     net = network.build(config)
     own_optimizer.check(config, net.params)
     if steering:
-        _check_steering(steering, net, stop_after_phase)
+        check_steering(steering, net.copied_for, stop_after_phase)
     return Goal(config, course, steering, span, mesh, net, contract.task_of(config))
-
-
-def _check_steering(
-    steering: Steering, net: network.Network, stop_after_phase: str
-) -> None:
-    """Raises Mistake if a run has nothing to decide by, or is to stop where it has not decided."""
-    if stop_after_phase:
-        raise Mistake(
-            f"--stop_after_phase={stop_after_phase}: with the strategy measured a run decides on "
-            "its way where its phases end; stop it by a signal.")
-    if steering.by_all or steering.rule.name == "loss":
-        return
-    if 0 < steering.rungs[0] <= net.copied_for:
-        raise Mistake(
-            f"recipe.batch_size is {steering.rungs[0]}, a single ghost batch, in which no noise is "
-            "measured by the norms: take a larger batch or a smaller ghost_size, or set "
-            "config.measured.by to 'all' and config.noise.every_epochs to how often.")
-    if not net.copied_for:
-        raise Mistake(
-            "config.measured.by is 'norms', but the network has no layers of normalisation by "
-            "which the noise is measured (docs/noise.md); set it to 'all', and "
-            "config.noise.every_epochs to how often.")
 
 
 def begin(

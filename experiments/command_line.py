@@ -9,6 +9,7 @@ from bigbatch.config import base_config
 from bigbatch.config.texts import set_from_text
 from bigbatch.job import statuses
 from bigbatch.mistake import Mistake
+from bigbatch.storage import continuing
 from experiments import logs
 
 
@@ -49,7 +50,7 @@ def hardware_settings(flags: Sequence[str]) -> list[str]:
     for flag in flags:
         key, equals, value = flag.removeprefix("--config.").partition("=")
         if not (flag.startswith("--config.") and equals
-                and any(key == name or key.startswith(f"{name}.") for name in free)):
+                and continuing.is_among(key, free)):
             raise Mistake(
                 f"{flag} is not known here. Every run can be given --config.KEY=VALUE for keys "
                 f"that change nothing that is learned: {', '.join(free)}. --help lists the other "

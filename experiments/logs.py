@@ -40,7 +40,7 @@ class Logs(NamedTuple):
     @property
     def decides(self) -> bool:
         """Whether the run decided itself when its batch grew, so that its phases are its own."""
-        return self.config.get("strategy") == "measured"
+        return filled(self).strategy == "measured"
 
     @property
     def updates(self) -> int:
@@ -123,12 +123,11 @@ def check_seeds(name: str, runs: Sequence[Logs]) -> None:
     first, *others = (
         continuing.flatten(json.loads(filled(run).to_json())) for run in runs)
     for other in others:
-        for key in sorted((first.keys() | other.keys()) - FREE):
-            values = [config.get(key, "(absent)") for config in (first, other)]
-            if values[0] != values[1]:
+        for key, one, another in continuing.unlike(first, other):
+            if not continuing.is_among(key, FREE):
                 raise Mistake(
-                    f"the runs of {name} differ in more than their seed: config.{key} is "
-                    f"{values[0]!r} in one and {values[1]!r} in another. Give each its own NAME.")
+                    f"the runs of {name} differ in more than their seed: config.{key} is {one!r} "
+                    f"in one and {another!r} in another. Give each its own NAME.")
 
 
 def judged_by(runs: Iterable[Logs]) -> str:

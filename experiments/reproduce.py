@@ -36,7 +36,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bigbatch.mistake import Mistake
-from experiments import drawing, figures, logs, provenance, records, report, runs, tables
+from experiments import (
+    drawing,
+    figures,
+    logs,
+    provenance,
+    records,
+    report,
+    runs,
+    selection,
+    tables,
+)
 from experiments.command_line import data_settings, hardware_settings, one_line_errors
 
 
@@ -167,11 +177,11 @@ def main() -> None:
         if records.is_record(output):
             raise Mistake(f"--output is {output}, a record, which stays as it was published; give "
                           "another folder.")
-        chosen = figures.select(options.figure, options.scale)
+        chosen = selection.select(options.figure, options.scale)
         if options.curve:
-            chosen = figures.only(chosen, options.curve)
+            chosen = selection.only(chosen, options.curve)
         if options.against_updates:
-            chosen = [figures.beside_updates(figure) for figure in chosen]
+            chosen = [selection.beside_updates(figure) for figure in chosen]
         needed = wanted(chosen, options.scale, options.seeds, workdir)
         settings = data_settings(options.data_dir) + hardware_settings(flags)
         if options.print_commands:

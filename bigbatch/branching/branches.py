@@ -285,9 +285,8 @@ def _check_made_for(folder: Path, made_for: dict[str, Any]) -> None:
         raise Mistake(
             f"{folder} holds a run, and no {MADE_FOR} says which branch it is, as one of an "
             f"earlier version of bigbatch, or no branch at all: {remedy}.") from None
-    now = continuing.flatten(made_for)
-    differing = [f"{key}: {before.get(key)!r} there, {now.get(key)!r} now"
-                 for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+    differing = [f"{key}: {old!r} there, {new!r} now"
+                 for key, old, new in continuing.unlike(before, continuing.flatten(made_for))]
     if differing:
         raise Mistake(f"{folder} holds another branch ({'; '.join(differing)}): {remedy}, or give "
                       "the flags that the branches in it were made with.")

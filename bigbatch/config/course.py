@@ -23,6 +23,7 @@ from bigbatch.config.meaning import (
     make_rule,
     noise_window,
 )
+from bigbatch.mistake import Mistake
 from bigbatch.schedule import Phase, deciding, due
 from bigbatch.schedule.layout import Layout
 from bigbatch.schedule.rates import Rates
@@ -99,3 +100,34 @@ def make_steering(config: ConfigDict) -> deciding.Steering | None:
     return deciding.Steering(
         make_rule(config), deciding.ladder(stated, make_limits(config)), stated, by_all,
         noise_window(config), every)
+
+
+def check_steering(
+    steering: deciding.Steering, copied_for: int, stop_after_phase: str
+) -> None:
+    """Checks that a run has something to decide by.
+
+    Args:
+        steering: see `make_steering`.
+        copied_for: of the network, see `update.network.Network`.
+        stop_after_phase: see `train.train_and_evaluate`.
+
+    Raises:
+        Mistake: if it has nothing, or is to stop where it has not decided to end a phase.
+    """
+    if stop_after_phase:
+        raise Mistake(
+            f"--stop_after_phase={stop_after_phase}: with the strategy measured a run decides on "
+            "its way where its phases end; stop it by a signal.")
+    if steering.by_all or steering.rule.name == "loss":
+        return
+    if 0 < steering.rungs[0] <= copied_for:
+        raise Mistake(
+            f"recipe.batch_size is {steering.rungs[0]}, a single ghost batch, in which no noise is "
+            "measured by the norms: take a larger batch or a smaller ghost_size, or set "
+            "config.measured.by to 'all' and config.noise.every_epochs to how often.")
+    if not copied_for:
+        raise Mistake(
+            "config.measured.by is 'norms', but the network has no layers of normalisation by "
+            "which the noise is measured (docs/noise.md); set it to 'all', and "
+            "config.noise.every_epochs to how often.")

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bigbatch.data.splits import NOT_OF_TFDS
 from bigbatch.job.output import say
 from bigbatch.mistake import Mistake
 from bigbatch.storage import bucket, caches
@@ -116,7 +117,7 @@ def _wanted(found: Iterable[str], builder: Any, splits: tuple[str, ...]) -> list
     for split in splits:
         try:
             instructions = builder.info.splits[split].file_instructions
-        except (ValueError, KeyError, NotImplementedError):  # `tfds_records` refuses it by name
+        except NOT_OF_TFDS:  # `tfds_records` refuses it by name
             continue
         shards |= {os.path.basename(instruction.filename) for instruction in instructions}
     return [name for name in found if name in shards or name.endswith((".json", ".txt"))]

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from bigbatch.data import cifar, local_copy
+from bigbatch.data import cifar, local_copy, splits
 from bigbatch.mistake import Mistake
 from bigbatch.storage import bucket
 
@@ -137,7 +137,7 @@ def tfds_records(builder: Any, name: str, split: str) -> Records:
     try:
         examples = builder.info.splits[split].num_examples
         stretches = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
-    except (ValueError, KeyError, NotImplementedError):  # the last of 'all[:90%]'
+    except splits.NOT_OF_TFDS:
         raise Mistake(
             f"{name} has no split {split!r}; it has {', '.join(builder.info.splits)}, or a part "
             "of one, as 'train[:90%]'."

@@ -4,6 +4,9 @@ import re
 
 from bigbatch.mistake import Mistake
 
+# What TFDS raises for a split that it does not know; the last for a part of 'all'.
+NOT_OF_TFDS = (ValueError, KeyError, NotImplementedError)
+
 
 def name_of(split: str) -> str:
     """The part of the data set: 'train' of 'train[:90%]'."""

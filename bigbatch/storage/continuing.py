@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -123,12 +123,9 @@ def changes(
     may_change = [name for name in FREE + THROUGH_PHASES
                   if config.strategy != "measured" or name not in NOT_FREE_IF_MEASURED]
     refused, allowed = [], []
-    for key in sorted(before.keys() | now.keys()):
-        old, new = (flat[key] if key in flat else "(absent)" for flat in (before, now))
-        if old != new:
-            text = f"{key}: {old!r} saved, {new!r} now"
-            free = any(key == name or key.startswith(name + ".") for name in may_change)
-            (allowed if free else refused).append(text)
+    for key, old, new in unlike(before, now):
+        text = f"{key}: {old!r} saved, {new!r} now"
+        (allowed if is_among(key, may_change) else refused).append(text)
     differing = _phase_changes(saved["phases"], phases, saved["examples_seen"])
     if not differing:
         differing = _rate_changes(filled, config, phases, saved["examples_seen"])
@@ -197,6 +194,19 @@ def _saved_at(path: Path) -> int:
                 event.get("event") == "start" and not event["examples_seen"]):
             saved_at = event["examples_seen"]
     return saved_at
+
+
+def unlike(one: Mapping[str, Any], other: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Each key whose values differ in two flat dicts, with both; "(absent)" where there is none."""
+    for key in sorted(one.keys() | other.keys()):
+        pair = tuple(flat[key] if key in flat else "(absent)" for flat in (one, other))
+        if pair[0] != pair[1]:
+            yield key, *pair
+
+
+def is_among(key: str, names: Iterable[str]) -> bool:
+    """Whether a dotted key is one of these, or is in a group that is one of them."""
+    return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 
 from bigbatch.branching.verdicts import compare
 from bigbatch.storage.continuing import flatten
-from experiments import digitised, figures, lost_epochs, verdicts
+from experiments import digitised, figures, lost_epochs, selection, verdicts
 
 CURVES = [
     pytest.param(panel, curve, id=f"{panel.name}-{curve.label}")
@@ -74,7 +74,7 @@ def test_every_scale_has_the_papers_schedule_in_small(panel, curve):
     ("cosine", ["cosine a", "cosine b"]), ("exchange,1", ["1", "exchange"]),
 ])
 def test_figures_are_chosen_by_name(names, panels):
-    assert [p.name for figure in figures.select(names, "small") for p in figure.panels] == panels
+    assert [p.name for figure in selection.select(names, "small") for p in figure.panels] == panels
 
 
 @pytest.mark.parametrize("names, scale, said", [
@@ -84,7 +84,7 @@ def test_figures_are_chosen_by_name(names, panels):
 ])
 def test_a_figure_that_is_not_there_is_refused(names, scale, said):
     with pytest.raises(ValueError, match=said):
-        figures.select(names, scale)
+        selection.select(names, scale)
 
 
 @pytest.mark.parametrize("scale", ["paper", "small", "digits"])
@@ -110,7 +110,7 @@ def test_what_is_beyond_the_paper_differs_in_nothing_but_its_schedule(scale):
 
 def test_the_medium_scale_is_the_papers_but_for_its_length_and_network():
     """Batches, rates, momenta, noise scales and all other keys are the paper's."""
-    for panel, curve in ((p, c) for f in figures.select("all", "medium") for p in f.panels
+    for panel, curve in ((p, c) for f in selection.select("all", "medium") for p in f.panels
                          for c in p.curves):
         config, phases = plan("medium", panel, curve)
         papers, papers_phases = plan("paper", panel, curve)
@@ -209,6 +209,6 @@ def test_lost_epochs_are_found_in_noisy_losses(tau):
 
 def test_the_papers_claims_are_about_a_first_curve_that_is_there():
     for names, claim in ((["decay", "hybrid"], "same"), (["hybrid"], "")):
-        (figure,) = figures.only(figures.select("3a", "paper"), names)
+        (figure,) = selection.only(selection.select("3a", "paper"), names)
         assert [curve.config for curve in figure.panels[0].curves] == names
         assert figure.panels[0].curves[-1].claim == claim

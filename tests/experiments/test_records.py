@@ -17,6 +17,7 @@ from experiments import (
     provenance,
     records,
     reproduce,
+    selection,
     tables,
 )
 from experiments.speed import measure, saves, split_updates
@@ -91,7 +92,7 @@ def test_runs_that_decide_are_compared_again_as_on_the_page(setting):
 
 
 def test_the_small_scales_tables_are_drawn_again_from_its_logs(tmp_path):
-    reproduce.draw(figures.select("all", "small"), "small", 3, SMALL, tmp_path)
+    reproduce.draw(selection.select("all", "small"), "small", 3, SMALL, tmp_path)
     kept, drawn = ((folder / "tables.md").read_text(encoding="utf-8")
                    for folder in (SMALL, tmp_path))
     assert kept == drawn and len(rows_of(drawn)) > 60
@@ -104,7 +105,7 @@ def test_the_small_scales_tables_are_drawn_again_from_its_logs(tmp_path):
 
 
 def test_the_tables_beyond_the_paper_are_drawn_again_and_are_those_of_the_page(tmp_path):
-    reproduce.draw(figures.select("cosine,exchange", "small"), "small", 3, COSINE, tmp_path)
+    reproduce.draw(selection.select("cosine,exchange", "small"), "small", 3, COSINE, tmp_path)
     drawn = (tmp_path / "tables.md").read_text(encoding="utf-8")
     assert drawn == (COSINE / "tables.md").read_text(encoding="utf-8")
     found = {row[0]: row for row in rows_of(drawn) if len(row) > 8}
@@ -142,7 +143,7 @@ def test_the_page_on_speed_has_the_table_of_its_record():
 
 
 def test_the_language_models_table_is_drawn_again_and_is_that_of_the_page(tmp_path):
-    chosen = figures.select("language", "bytes")
+    chosen = selection.select("language", "bytes")
     reproduce.draw(chosen, "bytes", 5, LANGUAGE, tmp_path)
     drawn = (tmp_path / "tables.md").read_text(encoding="utf-8")
     assert drawn == (LANGUAGE / "tables.md").read_text(encoding="utf-8")
@@ -164,7 +165,7 @@ def test_the_language_models_table_is_drawn_again_and_is_that_of_the_page(tmp_pa
 def test_the_measured_noise_is_drawn_again_and_is_that_of_the_page(scale, tmp_path):
     name, seeds = {"digits": ("noise", 2), "small": ("noise", 3), "bytes": ("noise_language", 1)}[
         scale]
-    chosen = figures.select(name, scale)
+    chosen = selection.select(name, scale)
     reproduce.draw(chosen, scale, seeds, NOISE[scale], tmp_path)
     drawn = (tmp_path / "tables.md").read_text(encoding="utf-8")
     assert drawn == (NOISE[scale] / "tables.md").read_text(encoding="utf-8")
@@ -228,8 +229,8 @@ def test_a_record_says_how_it_was_made(record):
 
 def test_the_h200s_results_are_the_records(tmp_path):
     folder = RECORDS / "2026-11-26_h200"
-    chosen = figures.only(figures.select("3a", "paper"), ["decay", "increase"])
-    reproduce.draw(list(map(figures.beside_updates, chosen)), "paper", 1, folder, tmp_path)
+    chosen = selection.only(selection.select("3a", "paper"), ["decay", "increase"])
+    reproduce.draw(list(map(selection.beside_updates, chosen)), "paper", 1, folder, tmp_path)
     with Image.open(folder / "figure_3.png") as kept, Image.open(
             tmp_path / "figure_3.png") as drawn:
         assert kept.size == drawn.size

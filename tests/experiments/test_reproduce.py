@@ -23,6 +23,7 @@ from experiments import (
     records,
     reproduce,
     runs,
+    selection,
     tables,
 )
 from tests.support import made_up_runs
@@ -91,7 +92,7 @@ def test_a_record_says_what_its_workdir_says(made, tmp_path):
     record = tmp_path / "record"
     shutil.copytree(made / "record", record)
     (record / "tables.md").unlink()
-    reproduce.draw(figures.select("6", "digits"), "digits", 1, record, tmp_path / "drawn")
+    reproduce.draw(selection.select("6", "digits"), "digits", 1, record, tmp_path / "drawn")
     assert (tmp_path / "drawn" / "tables.md").read_text() == (made / "tables.md").read_text()
     with records.opened(record) as folder:
         for run in made.glob("runs/*"):
@@ -391,13 +392,13 @@ def test_the_papers_last_curve_of_figure_5_is_shown_where_it_ended(written):
 def test_a_figure_is_drawn_of_one_of_its_curves(written, name, number):
     """Also one that compares the others with its first; against updates beside it."""
     curve = figures.FIGURES[name].panels[0].curves[number]
-    (figure,) = figures.only(figures.select(name, "small"), [curve.config])
+    (figure,) = selection.only(selection.select(name, "small"), [curve.config])
     picture = drawing.draw(figure, "small", written)
     assert picture.axes[0].get_legend().get_texts()[0].get_text().startswith(curve.label)
     made = tables.make(figure, "small", written)
     assert len(made) == figure.trained
     if name == "3":
-        doubled = figures.beside_updates(figure)
+        doubled = selection.beside_updates(figure)
         assert [panel.axis for panel in doubled.panels] == ["epoch", "update"]
         ours = drawing.draw(doubled, "small", written).axes
         runs_of = written[curve.config]
@@ -406,7 +407,7 @@ def test_a_figure_is_drawn_of_one_of_its_curves(written, name, number):
         assert tables.make(doubled, "small", written) == made
     else:
         with pytest.raises(ValueError, match=f"figure {name} has none"):
-            figures.beside_updates(figure)
+            selection.beside_updates(figure)
 
 
 @pytest.mark.parametrize("name", [name for name in OF_IMAGES if name != "1"])
